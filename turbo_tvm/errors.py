@@ -1,0 +1,28 @@
+"""The exceptions that turbo_tvm raises: one tree, so that a caller can catch all of it at once.
+
+A message says what was wrong, with the value, and what to do about it.
+"""
+
+
+class TurboError(Exception):
+    """The root of every exception that turbo_tvm raises on purpose."""
+
+
+class UnsupportedModelError(TurboError):
+    """The model cannot be imported or compiled: its type, its dtype or one of its operators is not supported."""
+
+
+class CompileError(TurboError):
+    """Compiling failed for a reason outside the model, such as a missing C compiler."""
+
+
+class TargetError(TurboError, ValueError):
+    """The target's name is unknown, or it does not support what was asked of it."""
+
+
+class InputError(TurboError, ValueError):
+    """A request that the model cannot answer: a token id out of range, an empty or over-long sequence, a bad mask."""
+
+
+class ArtifactError(TurboError):
+    """An artifact cannot be written, or cannot be trusted or used here: damaged, of another version, for another CPU."""
