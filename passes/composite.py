@@ -1,0 +1,62 @@
+"""Composites: the fused operators that the passes build and the pipeline lowers to kernels.
+
+A composite is a Relax call `R.call_dps_packed("turbo.<name>", (tensors..., R.str(json attributes)), out_ty)`. Relax
+functions with a `Composite` attribute, TVM's other idiom, need a body in Relax operators, and ragged attention has none:
+its sequence bounds are data. A call prints, parses and compares structurally like any other expression.
+
+Vocabulary (T = packed rows `(tiles, row_tile, columns)`; before padding is removed, `(batch, length, columns)`):
+
+    attention(q, k, v, bounds..., [position_bias])   heads, head_dim, scale, columns [[width, offset] x 3], max_length
+    pool(x, bounds)                                  mode "first" | "mean"
+    linear(x, weight, bias, [residual], [gamma, beta])   activation, residual, norm_eps
+    norm(x, [residual], gamma, beta)                 eps, residual
+    normalize(x)                                     eps: rows divided by their Euclidean length
+    embedding(ids..., tables..., [gamma, beta])      tables, norm_eps
+    toeplitz(bias)                                   a (1, heads, L, L) bias that depends on j - i only, as (heads, 2L - 1)
+    pack_weight(w), pack_bias(b)                     the kernels' weight layout
+
+`bounds` is the attention mask while the graph is padded, afterwards `cu_seqlens` (pool) or `query_tiles` (attention).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tvm import ir, relax
+
+
+PREFIX = "turbo."
+_CALL_DPS_PACKED = ir.Op.get("relax.call_dps_packed")
+
+
+@dataclass(frozen=True)
+class Composite:
+    """One fused operator: its name without the prefix, its tensor arguments and its attributes."""
+
+    name: str
+    tensors: tuple[relax.Expr, ...]
+    attrs: dict[str, Any] = field(default_factory=dict)
+
+    def call(self, out_ty: relax.Type) -> relax.Call:
+        """The composite as a Relax call that yields `out_ty`."""
+        attributes = ir.StringImm(json.dumps(self.attrs, sort_keys=True))
+        return relax.op.call_dps_packed(PREFIX + self.name, [*self.tensors, attributes], out_ty=out_ty)
+
+
+def make(name: str, tensors: Sequence[relax.Expr], out_ty: relax.Type, **attrs: Any) -> relax.Call:
+    """Build a composite's call."""
+    return Composite(name, tuple(tensors), attrs).call(out_ty)
+
+
+def match(expr: relax.Expr | None, name: str | None = None) -> Composite | None:
+    """The composite that `expr` is, or None if it is anything else (or has another name)."""
+    if not isinstance(expr, relax.Call) or not expr.op.same_as(_CALL_DPS_PACKED):
+        return None
+    symbol = str(expr.args[0].global_symbol)
+    if not symbol.startswith(PREFIX) or (name is not None and symbol != PREFIX + name):
+        return None
+    *tensors, attributes = expr.args[1].fields
+    return Composite(symbol[len(PREFIX) :], tuple(tensors), json.loads(attributes.value))

@@ -1,0 +1,79 @@
+"""Run a part of the graph on sample inputs: what an expression means is measured, not guessed from its spelling.
+
+Attention biases and pooling weights are spelt in many ways (subtract and multiply, where, clamp, bucketed distances).
+What matters is their value for given masks, so the passes cut the expression out, compile it with TVM's stock
+schedules for the host and look.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import tvm
+from tvm import relax, tirx
+
+from turbo_tvm.passes.rewriter import Rewriter, substitute
+
+
+def cut(rewriter: Rewriter, expr: relax.Expr) -> tuple[list[relax.Var], list[tuple[relax.Var, relax.Expr]]]:
+    """The parameters that `expr` depends on, and the bindings that compute it, in order."""
+    params: list[relax.Var] = []
+    bindings: list[tuple[relax.Var, relax.Expr]] = []
+    seen: set[relax.Var] = set()
+
+    def visit(e: relax.Expr) -> None:
+        if isinstance(e, relax.Var):
+            if e in seen:
+                return
+            seen.add(e)
+            if e in rewriter.bound:
+                visit(rewriter.bound[e])
+                bindings.append((e, rewriter.bound[e]))
+            else:
+                params.append(e)
+        elif isinstance(e, relax.Tuple):
+            for field in e.fields:
+                visit(field)
+        elif isinstance(e, relax.TupleGetItem):
+            visit(e.tuple_value)
+        elif isinstance(e, relax.Call):
+            for arg in e.args:
+                visit(arg)
+
+    visit(expr)
+    return params, bindings
+
+
+def concrete(rewriter: Rewriter, expr: relax.Expr, dims: Mapping[tirx.Var, int]) -> relax.Function | None:
+    """`expr` as a function of the parameters it depends on, with symbolic dimensions fixed; None if TVM cannot."""
+    params, bindings = cut(rewriter, expr)
+    builder = relax.BlockBuilder()
+    with builder.function("part", params):
+        with builder.dataflow():
+            new: dict[relax.Var, relax.Expr] = {}
+            for var, value in bindings:
+                new[var] = builder.emit(substitute(value, new))
+            out = builder.emit_output(substitute(expr, new))
+        builder.emit_func_output(out)
+    func = builder.finalize()["part"]
+    present = {v: n for v, n in dims.items() if any(v.same_as(f) for f in relax.analysis.defined_symbolic_vars(func))}
+    return func.bind_symbolic_vars(present) if present else func
+
+
+def evaluate(
+    rewriter: Rewriter,
+    expr: relax.Expr,
+    dims: Mapping[tirx.Var, int],
+    value_of: Callable[[relax.Var], np.ndarray | None],
+) -> np.ndarray | None:
+    """The value of `expr` when `value_of` gives its parameters' values; None if one has none or TVM cannot run it."""
+    func = concrete(rewriter, expr, dims)
+    if func is None or relax.analysis.free_symbolic_vars(func):
+        return None
+    values = [value_of(param) for param in cut(rewriter, expr)[0]]
+    if any(value is None for value in values):
+        return None
+    mod = tvm.IRModule({"part": func.with_attr("global_symbol", "part")})
+    machine = relax.VirtualMachine(tvm.compile(mod, target="llvm"), tvm.cpu())
+    return machine["part"](*[tvm.runtime.tensor(value) for value in values]).numpy()

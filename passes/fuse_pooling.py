@@ -1,0 +1,104 @@
+"""Fuse pooling: from one row per token to one row per sequence.
+
+    take(x, 0, axis=1)                                         --> turbo.pool(x, mask) mode "first"
+    sum(x * m, axis=1) / n    with m = mask, n = its row sums  --> turbo.pool(x, mask) mode "mean"
+    x / max(sqrt(sum(x * x)), eps)                             --> turbo.normalize(x)
+
+`m` and `n` are evaluated on sample masks, so that every way to expand, cast or clamp them is recognised. Other pooling
+(max, weighted, the last token) is left alone.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from tvm import ir, relax, tirx
+
+from turbo_tvm.passes import composite
+from turbo_tvm.passes.evaluate import evaluate
+from turbo_tvm.passes.rewriter import Rewriter, is_call, scalar, shape_of
+
+
+def fuse_pooling(mod: ir.IRModule) -> ir.IRModule:
+    """Replace pooling over tokens, and L2 normalisation of its result, by composites."""
+    return _FusePooling(mod).run()
+
+
+class _FusePooling(Rewriter):
+    def __init__(self, mod: ir.IRModule):
+        super().__init__(mod)
+        self.inputs = {p.name: p for p in self.func.params[: int(self.func.attrs["num_input"])]}
+
+    def rules(self):
+        return (self._first, self._mean, self._normalize) if "attention_mask" in self.inputs else ()
+
+    def _pool(self, x: relax.Expr, mode: str) -> relax.Call:
+        batch, _, hidden = shape_of(x)
+        out = relax.TensorType((batch, hidden), "float32")
+        return composite.make("pool", [x, self.inputs["attention_mask"]], out, mode=mode)
+
+    def _first(self, call: relax.Call) -> relax.Expr | None:
+        if not is_call(call, "take") or len(shape_of(call.args[0])) != 3:
+            return None
+        axis, index = call.attrs.axis, scalar(call.args[1])
+        return self._pool(call.args[0], "first") if axis is not None and int(axis) == 1 and index == 0 else None
+
+    def _mean(self, call: relax.Call) -> relax.Expr | None:
+        total = self.call_of(call.args[0], "sum") if is_call(call, "divide") else None
+        if total is None or [int(a) for a in total.attrs.axis or []] != [1] or total.attrs.keepdims:
+            return None
+        product = self.call_of(total.args[0], "multiply")
+        if product is None:
+            return None
+        for x, weights in (product.args, reversed(product.args)):
+            if len(shape_of(x)) == 3 and self._is_mask(weights, shape_of(x)) and self._is_count(call.args[1], x):
+                return self._pool(x, "mean")
+        return None
+
+    def _is_mask(self, weights: relax.Expr, shape: list) -> bool:
+        return self._equals(weights, shape, lambda mask: mask[:, :, None])
+
+    def _is_count(self, divisor: relax.Expr, x: relax.Expr) -> bool:
+        return self._equals(divisor, shape_of(x), lambda mask: mask.sum(1, keepdims=True))
+
+    def _equals(self, expr: relax.Expr, shape: list, expected) -> bool:
+        if not all(isinstance(d, tirx.Var) for d in shape[:2]):
+            return False
+        mask = (np.arange(7)[None, :] < np.array([[7], [3], [1]])).astype("int64")
+
+        def value_of(param: relax.Var) -> np.ndarray | None:
+            is_mask = param.same_as(self.inputs["attention_mask"])
+            return mask.astype(str(param.ty.dtype)) if is_mask else None
+
+        value = evaluate(self, expr, dict(zip(shape[:2], mask.shape, strict=True)), value_of)
+        wanted = expected(mask)
+        if value is None or value.ndim != wanted.ndim:
+            return False
+        return bool((value == np.broadcast_to(wanted, value.shape)).all())
+
+    def _normalize(self, call: relax.Call) -> relax.Expr | None:
+        if not is_call(call, "divide") or len(shape_of(call.args[0])) != 2:
+            return None
+        x, divisor = call.args[0], self.definition(call.args[1])
+        if is_call(divisor, "broadcast_to"):
+            divisor = self.definition(divisor.args[0])
+        norm, eps = self._clamped(divisor)
+        if norm is None or not self._is_row_norm(norm, x):
+            return None
+        return composite.make("normalize", [x], relax.TensorType(tuple(shape_of(x)), "float32"), eps=eps)
+
+    def _clamped(self, expr: relax.Expr) -> tuple[relax.Expr | None, float]:
+        if is_call(expr, "clip"):
+            return expr.args[0], float(expr.args[1].value)
+        if is_call(expr, "maximum") and scalar(expr.args[1]) is not None:
+            return expr.args[0], scalar(expr.args[1])
+        return None, 0.0
+
+    def _is_row_norm(self, norm: relax.Expr, x: relax.Expr) -> bool:
+        root = self.call_of(norm, "sqrt")
+        total = self.call_of(root.args[0], "sum") if root is not None else None
+        if total is None or [int(a) % 2 for a in total.attrs.axis or []] != [1] or not total.attrs.keepdims:
+            return False
+        square = self.definition(total.args[0])
+        if is_call(square, "multiply"):
+            return all(arg.same_as(x) for arg in square.args)
+        return is_call(square, "power") and square.args[0].same_as(x) and scalar(square.args[1]) == 2.0

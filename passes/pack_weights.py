@@ -1,0 +1,51 @@
+"""Pack the weights of every product into the kernels' panels, and move all weight arithmetic out of `main`.
+
+    linear(x, w (n, k), b (n,))  --> linear(x, turbo.pack_weight(w) (panels, k, col_tile), turbo.pack_bias(b) (panels * col_tile,))
+
+After `LiftTransformParams` everything that depends on weights alone (packing, merging, position tables) stands in a
+function of its own, `main_transform_params`, which the compiler runs once; `main` takes the packed weights.
+"""
+
+from __future__ import annotations
+
+from tvm import ir, relax
+
+from turbo_tvm.passes import composite
+from turbo_tvm.passes.rewriter import Rewriter, shape_of
+
+
+def pack_weights(mod: ir.IRModule, col_tile: int) -> ir.IRModule:
+    """Insert the packing of weights in front of every `turbo.linear`.
+
+    col_tile: columns per panel of the target's matrix kernel.
+    """
+    return _PackWeights(mod, col_tile).run()
+
+
+class _PackWeights(Rewriter):
+    def __init__(self, mod: ir.IRModule, col_tile: int):
+        super().__init__(mod)
+        self.col_tile = col_tile
+        self._packed: dict[tuple[str, relax.Expr], relax.Var] = {}
+
+    def rules(self):
+        return (self._linear,)
+
+    def _linear(self, call: relax.Call) -> relax.Expr | None:
+        linear = composite.match(call, "linear")
+        if linear is None or len(shape_of(linear.tensors[1])) != 2:
+            return None
+        x, weight, bias, *rest = linear.tensors
+        n, k = shape_of(weight)
+        panels = -(-n // self.col_tile)
+        packed = self._pack("pack_weight", weight, (panels, k, self.col_tile), k=k, n=n)
+        packed_bias = self._pack("pack_bias", bias, (panels * self.col_tile,), n=n)
+        return composite.Composite("linear", (x, packed, packed_bias, *rest), linear.attrs).call(call.ty_args[0])
+
+    def _pack(self, name: str, weight: relax.Expr, shape: tuple, **attrs: int) -> relax.Var:
+        """The packed weight; shared when several products read the same one (tied layers)."""
+        key = (name, weight)
+        if key not in self._packed:
+            out = relax.TensorType(shape, "float32")
+            self._packed[key] = self.emit(composite.make(name, [weight], out, **attrs))
+        return self._packed[key]

@@ -1,0 +1,242 @@
+"""Remove padding: from `(batch, length, columns)` to packed rows `(tiles, row_tile, columns)`.
+
+    main(input_ids (b, s) i64, attention_mask (b, s) i64, ...)      --> main(input_ids (t, R) i32, ...,
+    h (b, s, 768) = layer_norm(...)                                        cu_seqlens (n,) i32, query_tiles (q, 3) i32)
+    turbo.attention(q, k, v, mask)                                        turbo.attention(q, k, v, query_tiles)
+    turbo.pool(h, mask) -> (b, 768)                                       turbo.pool(h, cu_seqlens) -> (p, R, 768)
+
+Row-wise operators never mix tokens, so they carry over unchanged once their batch and length dimensions are read as tile
+and row of the tile. Pooled rows are packed into tiles in the same way. Everything computed from the mask or from the
+padded length alone disappears.
+
+The pass is all or nothing. An operator that mixes rows in a way no composite covers raises `Declined`, and the pipeline
+compiles the padded graph instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tvm import ir, relax, tirx
+
+from turbo_tvm.passes import composite
+from turbo_tvm.passes.rewriter import builder_without_main, shape_of, substitute
+
+ELEMENTWISE = frozenset(
+    "add subtract multiply divide power maximum minimum negative abs exp sqrt rsqrt erf tanh sigmoid clip "
+    "nn.gelu nn.gelu_tanh nn.relu nn.silu".split()
+)
+
+
+class Declined(Exception):
+    """A pass met something it does not handle; its text says what, for `turbo-tvm inspect`."""
+
+
+def remove_padding(mod: ir.IRModule, row_tile: int) -> ir.IRModule:
+    """Rewrite `main` to packed rows; raises `Declined` and changes nothing if any part does not fit.
+
+    row_tile: rows per tile of the target's matrix kernel; the row count of a batch is rounded up to it once.
+    """
+    return _RemovePadding(mod, row_tile).run()
+
+
+class _RemovePadding:
+    """Maps every old variable to its packed form ("token" or "sequence" rows), or to why it has none."""
+
+    def __init__(self, mod: ir.IRModule, row_tile: int):
+        self.func: relax.Function = mod["main"]
+        self.row_tile = row_tile
+        self.builder = builder_without_main(mod)
+        self.num_input = int(self.func.attrs["num_input"])
+        self.batch, self.length = shape_of(self.func.params[0])
+        self.new: dict[relax.Var, relax.Expr] = {}
+        self.kind: dict[relax.Var, str] = {}
+        self.reason: dict[relax.Var, str] = {}
+        tiles, boundaries, queries = (tirx.Var(name, "int64") for name in ("tiles", "boundaries", "queries"))
+        self.row_type = relax.TensorType((tiles, row_tile), "int32")
+        self.cu_seqlens = relax.Var("cu_seqlens", relax.TensorType((boundaries,), "int32"))
+        self.query_tiles = relax.Var("query_tiles", relax.TensorType((queries, 3), "int32"))
+        self.pooled = (boundaries - 1 + row_tile - 1) // row_tile
+
+    def run(self) -> ir.IRModule:
+        params = [*self._inputs(), *self._weights()]
+        num_input = len(params) - (len(self.func.params) - self.num_input)
+        with self.builder.function("main", params, attrs={"num_input": num_input}):
+            with self.builder.dataflow():
+                for block in self.func.body.blocks:
+                    for binding in block.bindings:
+                        self._visit(binding.var, binding.value)
+                outputs = self.builder.emit_output(self._outputs())
+            self.builder.emit_func_output(outputs)
+        return relax.transform.DeadCodeElimination(["main"])(self.builder.finalize())
+
+    def _inputs(self) -> list[relax.Var]:
+        packed = []
+        for old in self.func.params[: self.num_input]:
+            if old.name == "attention_mask":
+                self._leave(old, "it reads the attention mask")
+                continue
+            new = relax.Var(old.name, self.row_type)
+            self._keep(old, new, "ids")
+            packed.append(new)
+        return [*packed, self.cu_seqlens, self.query_tiles]
+
+    def _weights(self) -> list[relax.Var]:
+        weights = list(self.func.params[self.num_input :])
+        for weight in weights:
+            self._keep(weight, weight, "weight")
+        return weights
+
+    def _keep(self, old: relax.Var, new: relax.Expr, kind: str) -> None:
+        self.new[old], self.kind[old] = new, kind
+
+    def _leave(self, old: relax.Var, reason: str) -> None:
+        self.kind[old], self.reason[old] = "unmapped", reason
+
+    def _visit(self, var: relax.Var, value: relax.Expr) -> None:
+        try:
+            expr, kind = self._map(var, value)
+        except Declined as why:
+            self._leave(var, str(why))
+            return
+        self._keep(var, expr if isinstance(expr, relax.Var | relax.Tuple) else self.builder.emit(expr), kind)
+
+    def _map(self, var: relax.Var, value: relax.Expr) -> tuple[relax.Expr, str]:
+        """The packed form of one binding's value, and its kind."""
+        fused = composite.match(value)
+        args = [arg for arg in _variables(value) if fused is None or not self._is_mask(arg)]
+        for arg in args:
+            if self.kind[arg] == "unmapped":
+                raise Declined(self.reason[arg])
+        kinds = {self.kind[arg] for arg in args} - {"weight"}
+        if not kinds:
+            if relax.analysis.free_vars(value) and not _symbolic(var):
+                return substitute(value, self.new), "weight"
+            raise Declined(f"{_name(value)} computes from the padded shape")
+        if isinstance(value, relax.Var | relax.Tuple | relax.TupleGetItem):
+            return substitute(value, self.new), kinds.pop() if len(kinds) == 1 else "tuple"
+        if fused is not None:
+            return self._composite(fused)
+        if len(kinds) > 1:
+            raise Declined(f"{_name(value)} combines rows of tokens with rows of sequences")
+        return self._row_wise(value, kinds.pop())
+
+    def _composite(self, fused: composite.Composite) -> tuple[relax.Expr, str]:
+        args = [substitute(t, self.new) for t in fused.tensors if not self._is_mask(t)]
+        if fused.name == "attention":
+            *operands, width = *args[:3], args[3:]
+            out = relax.TensorType(tuple(shape_of(args[0])), "float32")
+            return composite.make("attention", [*operands, self.query_tiles, *width], out, **fused.attrs), "token"
+        if fused.name == "pool":
+            shape = (self.pooled, self.row_tile, shape_of(args[0])[2])
+            out = relax.TensorType(shape, "float32")
+            return composite.make("pool", [args[0], self.cu_seqlens], out, **fused.attrs), "sequence"
+        if fused.name == "normalize":
+            return composite.make("normalize", args, args[0].ty, **fused.attrs), "sequence"
+        raise Declined(f"turbo.{fused.name} has no packed form")
+
+    def _is_mask(self, expr: relax.Expr) -> bool:
+        return isinstance(expr, relax.Var) and expr.name == "attention_mask"
+
+    def _row_wise(self, call: relax.Call, kind: str) -> tuple[relax.Expr, str]:
+        """An operator that treats every row alike."""
+        name = _name(call).removeprefix("relax.")
+        args = [substitute(arg, self.new) for arg in call.args]
+        if kind == "ids":
+            return self._on_ids(name, call, args)
+        rank = 3 if kind == "token" else 2
+        if name in ELEMENTWISE:
+            self._check_broadcast(call, rank)
+            return relax.Call(call.op, args, call.attrs), kind
+        if name == "astype":
+            return relax.Call(call.op, args, call.attrs), kind
+        rule = _LAST_AXIS.get(name)
+        last = rule and rule(call, args, rank)
+        if last is None or isinstance(last, bool):
+            raise Declined(f"{call.op.name} is not known to treat rows alike")
+        return last, kind
+
+    def _on_ids(self, name: str, call: relax.Call, args: list[relax.Expr]) -> tuple[relax.Expr, str]:
+        if name == "astype" and str(call.attrs.dtype).startswith("int"):
+            return args[0], "ids"
+        takes_rows = name == "take" and int(call.attrs.axis) == 0 and self._kind(call.args[0]) == "weight"
+        if takes_rows and len(shape_of(call.args[1])) == 2:
+            return relax.op.take(args[0], args[1], axis=0, mode=call.attrs.mode), "token"
+        raise Declined(f"{call.op.name} is applied to token ids")
+
+    def _kind(self, expr: relax.Expr) -> str:
+        return self.kind.get(expr, "weight") if isinstance(expr, relax.Var) else "weight"
+
+    def _check_broadcast(self, call: relax.Call, rank: int) -> None:
+        """Weights may broadcast along columns only: any leading dimension would change its meaning."""
+        for arg in call.args:
+            if self._kind(arg) != "weight" or not isinstance(arg.ty, relax.TensorType):
+                continue
+            if any(not (isinstance(d, int) and d == 1) for d in shape_of(arg)[:-1]) or len(shape_of(arg)) > rank:
+                raise Declined(f"{call.op.name} adds a weight that differs from row to row")
+
+    def _outputs(self) -> relax.Expr:
+        out = self.func.body.body
+        for var in _variables(out):
+            if self.kind[var] == "unmapped":
+                raise Declined(self.reason[var])
+            if self.kind[var] in ("weight", "ids"):
+                raise Declined("an output does not depend on the tokens")
+        return substitute(out, self.new)
+
+
+Rule = Callable[[relax.Call, list[relax.Expr], int], relax.Expr | None]
+
+
+def _axis_is_last(axis: object, rank: int) -> bool:
+    return axis is not None and int(axis) % rank == rank - 1
+
+
+def _layer_norm(call: relax.Call, args: list[relax.Expr], rank: int) -> relax.Expr | None:
+    axes, a = list(call.attrs.axes), call.attrs
+    if len(axes) != 1 or not _axis_is_last(axes[0], rank):
+        return None
+    return relax.op.nn.layer_norm(*args, axes=[-1], epsilon=a.epsilon, center=a.center, scale=a.scale)
+
+
+def _softmax(call: relax.Call, args: list[relax.Expr], rank: int) -> relax.Expr | None:
+    return relax.op.nn.softmax(args[0], axis=-1) if _axis_is_last(call.attrs.axis, rank) else None
+
+
+def _matmul(call: relax.Call, args: list[relax.Expr], rank: int) -> relax.Expr | None:
+    weight = shape_of(args[1])
+    return relax.op.matmul(*args) if len(weight) == 2 and not any(isinstance(d, tirx.Var) for d in weight) else None
+
+
+def _split(call: relax.Call, args: list[relax.Expr], rank: int) -> relax.Expr | None:
+    sections = call.attrs.indices_or_sections
+    cuts = [int(i) for i in sections] if not isinstance(sections, int | tirx.IntImm) else int(sections)
+    return relax.op.split(args[0], cuts, axis=-1) if _axis_is_last(call.attrs.axis, rank) else None
+
+
+def _squeeze(call: relax.Call, args: list[relax.Expr], rank: int) -> relax.Expr | None:
+    axes = list(call.attrs.axis or [])
+    return relax.op.squeeze(args[0], axis=[-1]) if len(axes) == 1 and _axis_is_last(axes[0], rank) else None
+
+
+_LAST_AXIS: dict[str, Rule] = {
+    "nn.layer_norm": _layer_norm,
+    "nn.softmax": _softmax,
+    "matmul": _matmul,
+    "split": _split,
+    "squeeze": _squeeze,
+}
+
+
+def _name(value: relax.Expr) -> str:
+    return value.op.name if isinstance(value, relax.Call) and isinstance(value.op, ir.Op) else type(value).__name__
+
+
+def _symbolic(var: relax.Var) -> bool:
+    return any(not isinstance(d, int) for d in shape_of(var))
+
+
+def _variables(expr: relax.Expr) -> list[relax.Var]:
+    """The variables an expression reads directly."""
+    return [v for v in relax.analysis.free_vars(expr) if isinstance(v, relax.Var)]
+

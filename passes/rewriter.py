@@ -1,0 +1,148 @@
+"""A small base for passes: rebuild `main` binding by binding, looking back at what was built.
+
+After import the model is one straight line of bindings in one dataflow block. A pass subclasses `Rewriter` and lists its
+rules; a rule returns a new expression for a binding, or None to leave it alone. What became unused is removed.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from tvm import ir, relax
+
+
+class Rewriter:
+    """Rebuilds the function `main` of a module by `rules`: each takes a call, and returns its replacement or None.
+
+    The first rule that answers wins. Rules look around with `definition`, `call_of` and `used_once`, and bind further
+    expressions with `emit`. (TVM expressions have no truth value: compare with None, never use `and` / `or` on them.)
+    """
+
+    def __init__(self, mod: ir.IRModule):
+        self.mod = mod
+        self.func: relax.Function = mod["main"]
+        self.builder = builder_without_main(mod)
+        self.bound: dict[relax.Var, relax.Expr] = {}
+        self._uses = _count_uses(self.func)
+        self._origin: dict[relax.Var, relax.Var] = {}
+        self._new: dict[relax.Var, relax.Expr] = {}
+
+    def rules(self) -> Sequence[Callable[[relax.Call], relax.Expr | None]]:
+        """What to try on every call, in order; the call's arguments are already rewritten."""
+        raise NotImplementedError
+
+    def definition(self, expr: relax.Expr) -> relax.Expr:
+        """What a variable of the new function is bound to, through plain copies; other expressions as they are."""
+        while isinstance(expr, relax.Var) and expr in self.bound:
+            expr = self.bound[expr]
+        return expr
+
+    def call_of(self, expr: relax.Expr, op: str) -> relax.Call | None:
+        """The call of operator `op` (without "relax.") that `expr` is bound to, or None."""
+        value = self.definition(expr)
+        return value if is_call(value, op) else None
+
+    def used_once(self, expr: relax.Expr) -> bool:
+        """Whether the original of this variable has a single reader, so that fusing it away repeats no work."""
+        return isinstance(expr, relax.Var) and self._uses[self._origin.get(expr, expr)] == 1
+
+    def emit(self, expr: relax.Expr) -> relax.Var:
+        """Bind a new expression and return its variable."""
+        var = self.builder.emit(expr)
+        self.bound[var] = expr
+        return var
+
+    def run(self) -> ir.IRModule:
+        """The module with `main` rewritten and dead bindings removed."""
+        body = self.func.body
+        with self.builder.function("main", list(self.func.params), attrs=dict(self.func.attrs or {})):
+            with self.builder.dataflow():
+                for block in body.blocks:
+                    for binding in block.bindings:
+                        self._visit(binding)
+                outputs = self.builder.emit_output(substitute(body.body, self._new))
+            self.builder.emit_func_output(outputs)
+        return relax.transform.DeadCodeElimination(["main"])(self.builder.finalize())
+
+    def _visit(self, binding: relax.Binding) -> None:
+        if not isinstance(binding, relax.VarBinding):
+            raise ValueError(f"{type(binding).__name__} is not expected in an imported graph")
+        value = substitute(binding.value, self._new)
+        if isinstance(value, relax.Call):
+            value = self._apply_rules(value)
+        if isinstance(value, relax.Var | relax.Tuple):
+            self._new[binding.var] = value
+            return
+        var = self.emit(value)
+        self._origin.setdefault(var, binding.var)
+        self._new[binding.var] = var
+
+    def _apply_rules(self, call: relax.Call) -> relax.Expr:
+        for rule in self.rules():
+            replaced = rule(call)
+            if replaced is not None:
+                return replaced
+        return call
+
+
+def builder_without_main(mod: ir.IRModule) -> relax.BlockBuilder:
+    """A builder that holds the module's other functions; a second `main` would clash with the first."""
+    others = {var: func for var, func in mod.functions_items() if var.name_hint != "main"}
+    return relax.BlockBuilder(ir.IRModule(others, attrs=mod.attrs))
+
+
+def is_call(expr: relax.Expr, op: str) -> bool:
+    """Whether `expr` is a call of the Relax operator `op` (named without "relax.")."""
+    return isinstance(expr, relax.Call) and isinstance(expr.op, ir.Op) and expr.op.name == "relax." + op
+
+
+def substitute(expr: relax.Expr, new: dict[relax.Var, relax.Expr]) -> relax.Expr:
+    """`expr` (one level of calls: the normal form) with variables replaced. Operators' types are inferred anew."""
+    if isinstance(expr, relax.Var):
+        return new.get(expr, expr)
+    if isinstance(expr, relax.Tuple):
+        return relax.Tuple([substitute(field, new) for field in expr.fields])
+    if isinstance(expr, relax.TupleGetItem):
+        source = substitute(expr.tuple_value, new)
+        return source.fields[expr.index] if isinstance(source, relax.Tuple) else relax.TupleGetItem(source, expr.index)
+    if isinstance(expr, relax.Call):
+        return relax.Call(expr.op, [substitute(arg, new) for arg in expr.args], expr.attrs, expr.ty_args)
+    return expr
+
+
+def shape_of(expr: relax.Expr) -> list:
+    """The dimensions of a tensor expression, ints and symbolic expressions; [] if its shape is unknown."""
+    ty = expr.ty
+    if not isinstance(ty, relax.TensorType) or ty.shape is None or not isinstance(ty.shape, relax.ShapeExpr):
+        return []
+    return [int(d) if isinstance(d, int) or hasattr(d, "value") else d for d in ty.shape.values]
+
+
+def scalar(expr: relax.Expr) -> float | None:
+    """The value of a scalar constant, else None."""
+    if isinstance(expr, ir.GenericConst) and expr.value.numpy().size == 1:
+        return float(expr.value.numpy().reshape(()))
+    return None
+
+
+def _count_uses(func: relax.Function) -> Counter:
+    uses: Counter = Counter()
+
+    def count(expr: relax.Expr) -> None:
+        if isinstance(expr, relax.Var):
+            uses[expr] += 1
+        elif isinstance(expr, relax.Tuple):
+            for field in expr.fields:
+                count(field)
+        elif isinstance(expr, relax.TupleGetItem):
+            count(expr.tuple_value)
+        elif isinstance(expr, relax.Call):
+            for arg in expr.args:
+                count(arg)
+
+    for block in func.body.blocks:
+        for binding in block.bindings:
+            count(binding.value)
+    count(func.body.body)
+    return uses

@@ -1,0 +1,286 @@
+"""The manifest: what an artifact holds, what it was compiled for, how its inputs and outputs are laid out.
+
+Frozen records, to and from JSON. Reading is strict: an unknown, missing or ill-typed field is an
+ArtifactError that names the field, so that the rest of the runtime can trust every value it finds here.
+"""
+
+import dataclasses
+import json
+import math
+import reprlib
+import types
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from turbo_tvm.errors import ArtifactError
+
+__all__ = [
+    "FORMAT_VERSION",
+    "Bounds",
+    "BufferSpec",
+    "KernelSpec",
+    "Manifest",
+    "MemberSpec",
+    "OutputSpec",
+    "ParameterSpec",
+    "PositionRule",
+    "TargetSpec",
+    "TensorSpec",
+]
+
+FORMAT_VERSION = 1
+
+_AGAIN = "compile the model again"
+
+# Cuts long and deeply nested values short: what is shown may come from a hostile file.
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
+_show = _SHORT.repr
+
+# An integer annotated with the least value it may have.
+Natural = Annotated[int, 0]
+Positive = Annotated[int, 1]
+
+Dtype = Literal["float64", "float32", "float16", "int64", "int32", "int8", "uint8", "bool"]
+RowKind = Literal["token", "sequence"]
+InputKind = Literal[
+    "token_ids", "token_type_ids", "position_ids", "cu_seqlens", "query_tiles", "attention_mask"
+]
+
+
+@dataclass(frozen=True)
+class TargetSpec:
+    """The machine the code was compiled for; the CPU fields always describe the CPU side of the code.
+
+    features: the LLVM names of the CPU features the code may use (only those `cpu_features.checkable` keeps).
+    host: the CPU target that drives a device target such as CUDA; None where the target is the CPU itself.
+    """
+
+    name: str
+    triple_arch: Literal["x86_64", "aarch64"]
+    mcpu: str
+    features: tuple[str, ...] = ()
+    host: str | None = None
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input of the compiled function; `kind` says what the executor puts there."""
+
+    name: str
+    dtype: Dtype
+    kind: InputKind
+
+
+@dataclass(frozen=True)
+class OutputSpec:
+    """One output: a row of `columns` values per token or per sequence; squeeze drops a column axis of one."""
+
+    name: str
+    kind: RowKind
+    columns: Positive
+    squeeze: bool = False
+    dtype: Dtype = "float32"
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What a request may hold. max_length in tokens; type_vocab_size 0: the model takes no token types."""
+
+    max_length: Positive
+    vocab_size: Positive
+    type_vocab_size: Natural = 0
+
+
+@dataclass(frozen=True)
+class PositionRule:
+    """How position ids follow from token ids.
+
+    arange: offset + index. count_non_pad (RoBERTa): offset at a pad_id, elsewhere offset + the count of other
+    ids up to and including this one. none: the model takes no position ids.
+    """
+
+    kind: Literal["arange", "count_non_pad", "none"] = "none"
+    offset: Natural = 0
+    pad_id: Natural | None = None
+
+
+@dataclass(frozen=True)
+class BufferSpec:
+    """An intermediate that the executor supplies: a row of `columns` values per token or per sequence."""
+
+    name: str
+    kind: RowKind
+    columns: Positive
+    dtype: Dtype = "float32"
+
+
+@dataclass(frozen=True)
+class ParameterSpec:
+    """One packed weight, in call order; () is the shape of a scalar."""
+
+    name: str
+    shape: tuple[Positive, ...]
+    dtype: Dtype = "float32"
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """One distinct kernel and how often a run calls it, for `inspect` and the cost model.
+
+    flops_per_token, flops_per_pair (a pair is a query and a key) and bytes_weights are for one call.
+    """
+
+    name: str
+    family: str
+    calls: Natural
+    shapes: str = ""
+    flops_per_token: float = 0.0
+    flops_per_pair: float = 0.0
+    bytes_weights: Natural = 0
+
+
+@dataclass(frozen=True)
+class MemberSpec:
+    """The check on one member of the file: sha256 in 64 lower-case hexadecimal digits, size in bytes."""
+
+    sha256: str
+    bytes: Natural
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Everything about an artifact but its code, weights and tokenizer.
+
+    name: the model's. primary: the name of the main output, None for all of them. row_tile: rows (tokens) per
+    matrix tile; query_tile: query rows per attention task. parameters: in call order. declined: what was not
+    fused, and why. source_parameters: the parameter count of the model before packing. members: every member
+    of the file but the manifest itself; filled when the artifact is saved.
+    """
+
+    format_version: int = FORMAT_VERSION
+    turbo_version: str
+    tvm_version: str
+    name: str
+    model_type: str
+    target: TargetSpec
+    precision: Literal["fp32"] = "fp32"
+    layout: Literal["packed", "padded"] = "packed"
+    row_tile: Positive = 1
+    query_tile: Positive = 1
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[OutputSpec, ...]
+    primary: str | None = None
+    bounds: Bounds
+    positions: PositionRule = PositionRule()
+    buffers: tuple[BufferSpec, ...] = ()
+    parameters: tuple[ParameterSpec, ...] = ()
+    kernels: tuple[KernelSpec, ...] = ()
+    declined: tuple[str, ...] = ()
+    source_parameters: Natural = 0
+    members: dict[str, MemberSpec] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """This manifest as JSON text. ArtifactError where a field holds what `from_json` would refuse."""
+        plain = dataclasses.asdict(self)
+        _from_plain(plain)
+        return json.dumps(plain, indent=1) + "\n"
+
+    @staticmethod
+    def from_json(text: str | bytes) -> "Manifest":
+        """The manifest in a JSON text; ArtifactError names the first field that is wrong."""
+        try:
+            plain = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ArtifactError(f"the manifest is not valid JSON ({error}): {_AGAIN}") from None
+        return _from_plain(plain)
+
+
+def _from_plain(plain: Any) -> Manifest:
+    # The version comes first: the fields of another version are not ours to judge.
+    if isinstance(plain, Mapping) and plain.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
+        raise _other_version(plain)
+    manifest = _record(Manifest, plain, "")
+    for group in ("inputs", "outputs", "buffers", "parameters"):
+        _refuse_duplicates(group, [item.name for item in getattr(manifest, group)])
+    names = [output.name for output in manifest.outputs]
+    if manifest.primary is not None and manifest.primary not in names:
+        raise _wrong("primary", f"one of the outputs {names}", manifest.primary)
+    return manifest
+
+
+def _other_version(plain: Mapping) -> ArtifactError:
+    found, writer = plain["format_version"], plain.get("turbo_version")
+    age = "a newer" if isinstance(found, int) and found > FORMAT_VERSION else "another"
+    return ArtifactError(
+        f"the artifact has format version {_show(found)} (written by turbo_tvm {_show(writer)}), but this "
+        f"turbo_tvm reads version {FORMAT_VERSION}: use {age} turbo_tvm, or {_AGAIN} with this one"
+    )
+
+
+def _refuse_duplicates(group: str, names: list[str]) -> None:
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise ArtifactError(f"manifest field {group} has the name {_show(name)} {count} times: {_AGAIN}")
+
+
+def _wrong(where: str, wanted: str, value: Any) -> ArtifactError:
+    return ArtifactError(f"manifest field {where or '(all)'} must be {wanted}, is {_show(value)}: {_AGAIN}")
+
+
+def _record(kind: Any, value: Any, where: str) -> Any:
+    """The frozen dataclass `kind` from a mapping that has exactly its fields."""
+    if not isinstance(value, Mapping):
+        raise _wrong(where, "an object", value)
+    fields = {item.name: item.type for item in dataclasses.fields(kind)}
+    prefix = f"{where}." if where else ""
+    for name in fields:
+        if name not in value:
+            raise ArtifactError(f"manifest field {prefix}{name} is missing: {_AGAIN}")
+    for name in value:
+        if name not in fields:
+            raise ArtifactError(f"manifest field {prefix}{name} is unknown: {_AGAIN}")
+    return kind(**{name: _decode(fields[name], value[name], prefix + name) for name in fields})
+
+
+def _decode(kind: Any, value: Any, where: str) -> Any:
+    """`value` as the annotated type `kind`; `where` is the field's path, for the message."""
+    if dataclasses.is_dataclass(kind):
+        return _record(kind, value, where)
+    origin, args = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        number = _decode(args[0], value, where)
+        if number < args[1]:
+            raise _wrong(where, f"at least {args[1]}", value)
+        return number
+    if origin is Literal:
+        if not isinstance(value, str) or value not in args:
+            raise _wrong(where, "one of " + ", ".join(args), value)
+        return value
+    if origin in (Union, types.UnionType):
+        return None if value is None else _decode(args[0], value, where)
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise _wrong(where, "a list", value)
+        return tuple(_decode(args[0], item, f"{where}[{index}]") for index, item in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise _wrong(where, "an object", value)
+        return {name: _decode(args[1], item, f"{where}.{name}") for name, item in value.items()}
+    return _scalar(kind, value, where)
+
+
+def _scalar(kind: type, value: Any, where: str) -> Any:
+    if kind is int and (type(value) is not int or abs(value) >= 2**63):
+        raise _wrong(where, "a 64-bit integer", value)
+    if kind is float:
+        if type(value) is int:
+            return float(_scalar(int, value, where))
+        if not isinstance(value, float) or not math.isfinite(value):
+            raise _wrong(where, "a finite number", value)
+        return value
+    if not isinstance(value, kind):
+        raise _wrong(where, {str: "a string", bool: "true or false"}.get(kind, "an integer"), value)
+    return value

@@ -1,0 +1,187 @@
+"""The manifest: a round trip keeps everything, and a wrong field is named."""
+
+import copy
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from turbo_tvm.errors import ArtifactError
+from turbo_tvm.runtime.manifest import (
+    FORMAT_VERSION,
+    Bounds,
+    BufferSpec,
+    KernelSpec,
+    Manifest,
+    MemberSpec,
+    OutputSpec,
+    ParameterSpec,
+    PositionRule,
+    TargetSpec,
+    TensorSpec,
+)
+
+SMALL = Manifest(
+    turbo_version="0.1.0",
+    tvm_version="0.27.0",
+    name="tiny",
+    model_type="bert",
+    target=TargetSpec("cpu", "x86_64", "znver4"),
+    inputs=(TensorSpec("ids", "int32", "token_ids"),),
+    outputs=(OutputSpec("last_hidden_state", "token", 96),),
+    bounds=Bounds(max_length=512, vocab_size=1003),
+)
+FULL = replace(
+    SMALL,
+    target=TargetSpec("cpu:x86-64-v3", "x86_64", "x86-64-v3", ("avx2", "fma"), host="llvm"),
+    layout="padded",
+    row_tile=12,
+    query_tile=6,
+    inputs=(TensorSpec("ids", "int32", "token_ids"), TensorSpec("cu", "int32", "cu_seqlens")),
+    outputs=(OutputSpec("hidden", "token", 96), OutputSpec("score", "sequence", 1, squeeze=True)),
+    primary="hidden",
+    bounds=Bounds(512, 1003, 2),
+    positions=PositionRule("count_non_pad", 1, 1),
+    buffers=(BufferSpec("qkv", "token", 288),),
+    parameters=(ParameterSpec("dense", (8, 12, 96)), ParameterSpec("scale", (), "float16")),
+    kernels=(KernelSpec("gemm", "linear", 24, "n x 96 x 96", 18432.0, 0.5, 36864),),
+    declined=("tanh pooler: no pattern",),
+    source_parameters=123_456,
+    members={"library.so": MemberSpec("0" * 64, 10)},
+)
+
+
+@pytest.mark.parametrize("manifest", [SMALL, FULL])
+def test_round_trip(manifest):
+    assert Manifest.from_json(manifest.to_json()) == manifest
+    assert Manifest.from_json(manifest.to_json().encode()) == manifest
+
+
+def test_whole_numbers_serve_as_floats():
+    plain = json.loads(FULL.to_json())
+    plain["kernels"][0]["flops_per_token"] = 7
+    flops = Manifest.from_json(json.dumps(plain)).kernels[0].flops_per_token
+    assert type(flops) is float and flops == 7.0
+
+
+# (path to the field, value put there, what the message has to say)
+WRONG = [
+    (["name"], 5, "field name must be a string, is 5"),
+    (["row_tile"], 0, "field row_tile must be at least 1, is 0"),
+    (["row_tile"], True, "field row_tile must be a 64-bit integer, is True"),
+    (["row_tile"], 2**63, "field row_tile must be a 64-bit integer"),
+    (["row_tile"], "12", "field row_tile must be a 64-bit integer, is '12'"),
+    (["row_tile"], 12.0, "field row_tile must be a 64-bit integer"),
+    (["precision"], "int4", "field precision must be one of fp32, is 'int4'"),
+    (["precision"], ["fp32"], "field precision must be one of fp32"),
+    (["layout"], None, "field layout must be one of packed, padded"),
+    (["primary"], "logits", r"field primary must be one of the outputs \['hidden', 'score'\]"),
+    (["target"], [], r"field target must be an object, is \[\]"),
+    (["target", "triple_arch"], "riscv64", "field target.triple_arch must be one of x86_64, aarch64"),
+    (["target", "features"], "avx2", "field target.features must be a list"),
+    (["target", "features", 1], 7, r"field target.features\[1\] must be a string"),
+    (["target", "host"], 7, "field target.host must be a string"),
+    (["outputs", 1, "squeeze"], 1, r"field outputs\[1\].squeeze must be true or false"),
+    (["outputs", 0, "dtype"], "float8", r"field outputs\[0\].dtype must be one of"),
+    (["inputs", 1, "name"], "ids", "field inputs has the name 'ids' 2 times"),
+    (["bounds", "vocab_size"], -1, "field bounds.vocab_size must be at least 1"),
+    (["positions", "pad_id"], -1, "field positions.pad_id must be at least 0"),
+    (["parameters", 0, "shape", 1], 0, r"field parameters\[0\].shape\[1\] must be at least 1"),
+    (["kernels", 0, "flops_per_token"], "9", r"field kernels\[0\].flops_per_token must be a finite number"),
+    (["kernels", 0, "flops_per_pair"], float("inf"), r"kernels\[0\].flops_per_pair must be a finite number"),
+    (["kernels", 0, "flops_per_pair"], 10**400, r"field kernels\[0\].flops_per_pair must be a 64-bit integer"),
+    (["members"], [], "field members must be an object"),
+    (["members", "library.so"], 3, "field members.library.so must be an object"),
+    (["members", "library.so", "bytes"], -1, "field members.library.so.bytes must be at least 0"),
+    (["members", "library.so", "mode"], 1, "field members.library.so.mode is unknown"),
+    (["colour"], "red", "field colour is unknown"),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "message"), WRONG)
+def test_wrong_field_is_named(path, value, message):
+    plain = json.loads(FULL.to_json())
+    inner = plain
+    for step in path[:-1]:
+        inner = inner[step]
+    inner[path[-1]] = value
+    with pytest.raises(ArtifactError, match=message):
+        Manifest.from_json(json.dumps(plain))
+
+
+def _fields(plain, path=()):
+    if isinstance(plain, dict):
+        for name, value in plain.items():
+            yield (*path, name)
+            yield from _fields(value, (*path, name))
+    elif isinstance(plain, list):
+        for index, value in enumerate(plain):
+            yield from _fields(value, (*path, index))
+
+
+@pytest.mark.parametrize("path", [p for p in _fields(json.loads(FULL.to_json())) if p[:1] != ("members",)])
+def test_missing_field_is_named(path):
+    plain = json.loads(FULL.to_json())
+    inner = plain
+    for step in path[:-1]:
+        inner = inner[step]
+    del inner[path[-1]]
+    with pytest.raises(ArtifactError, match=rf"{path[-1]} is missing"):
+        Manifest.from_json(json.dumps(plain))
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"\xff\xfe\xfa", b"[" * 100_000, b"[]", b"null", b"3", b"9" * 5000, b"{}"])
+def test_not_a_manifest(text):
+    with pytest.raises(ArtifactError, match="manifest"):
+        Manifest.from_json(text)
+
+
+@pytest.mark.parametrize(
+    ("version", "advice"),
+    [(FORMAT_VERSION + 1, "a newer turbo_tvm"), (0, "another turbo_tvm"), ("1", "another"), (None, "another")],
+)
+def test_other_format_versions_are_named(version, advice):
+    # A later format has fields of its own: the version is what the message must be about.
+    plain = {"format_version": version, "turbo_version": "9.9.9", "shards": 4}
+    with pytest.raises(ArtifactError, match=f"format version {version!r}.*9.9.9.*reads version 1.*use {advice}"):
+        Manifest.from_json(json.dumps(plain))
+
+
+@pytest.mark.parametrize("version", [True, 1.0])
+def test_version_of_another_type(version):
+    plain = json.loads(SMALL.to_json()) | {"format_version": version}
+    with pytest.raises(ArtifactError, match="format_version must be a 64-bit integer"):
+        Manifest.from_json(json.dumps(plain))
+
+
+def test_writing_refuses_what_reading_would():
+    with pytest.raises(ArtifactError, match="row_tile must be a 64-bit integer, is np.int64"):
+        replace(SMALL, row_tile=np.int64(12)).to_json()
+    with pytest.raises(ArtifactError, match="primary"):
+        replace(SMALL, primary="logits").to_json()
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+PATHS = list(_fields(json.loads(FULL.to_json())))
+
+
+@settings(max_examples=300, deadline=None)
+@given(path=st.sampled_from(PATHS), value=JSON)
+def test_any_value_anywhere_is_accepted_or_an_artifact_error(path, value):
+    plain = copy.deepcopy(json.loads(FULL.to_json()))
+    inner = plain
+    for step in path[:-1]:
+        inner = inner[step]
+    inner[path[-1]] = value
+    try:
+        manifest = Manifest.from_json(json.dumps(plain))
+    except ArtifactError:
+        return
+    assert Manifest.from_json(manifest.to_json()) == manifest
