@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 import tvm
-from tvm import relax, tirx
+from tvm import ir, relax, tirx
 
 from turbo_tvm.passes.rewriter import Rewriter, substitute
 
@@ -24,7 +24,7 @@ def cut(rewriter: Rewriter, expr: relax.Expr) -> tuple[list[relax.Var], list[tup
 
     def visit(e: relax.Expr) -> None:
         if isinstance(e, relax.Var):
-            if e in seen:
+            if e in seen or isinstance(e.ty, ir.PrimType):  # a symbolic dimension is a variable too
                 return
             seen.add(e)
             if e in rewriter.bound:

@@ -21,6 +21,10 @@ def merge_qkv(mod: ir.IRModule) -> ir.IRModule:
 
 
 class _MergeQkv(Rewriter):
+    def __init__(self, mod: ir.IRModule):
+        super().__init__(mod)
+        self._merged: dict[tuple[relax.Expr, ...], relax.Var] = {}
+
     def rules(self):
         return (self._merge,)
 
@@ -35,9 +39,7 @@ class _MergeQkv(Rewriter):
         rows = linears[0].tensors[0]
         if not all(linear.tensors[0].same_as(rows) for linear in linears):
             return None
-        weight, bias = (
-            self.emit(relax.op.concat([linear.tensors[part] for linear in linears], axis=0)) for part in (1, 2)
-        )
+        weight, bias = (self._concat(tuple(linear.tensors[part] for linear in linears)) for part in (1, 2))
         widths = [int(shape_of(x)[-1]) for x in operands]
         total = sum(widths)
         out = relax.TensorType((*rows.ty.shape.values[:-1], total), "float32")
@@ -45,6 +47,12 @@ class _MergeQkv(Rewriter):
         columns = [[total, sum(widths[:i])] for i in range(3)]
         tensors = (merged, merged, merged, *attention.tensors[3:])
         return composite.Composite("attention", tensors, attention.attrs | {"columns": columns}).call(call.ty_args[0])
+
+    def _concat(self, parts: tuple[relax.Expr, ...]) -> relax.Var:
+        """The stacked weights; layers that share their weights share the result."""
+        if parts not in self._merged:
+            self._merged[parts] = self.emit(relax.op.concat(list(parts), axis=0))
+        return self._merged[parts]
 
     def _mergeable(self, x: relax.Expr, linear: composite.Composite | None) -> bool:
         plain = {"activation": None, "residual": False, "norm_eps": None}

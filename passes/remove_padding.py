@@ -110,7 +110,7 @@ class _RemovePadding:
                 raise Declined(self.reason[arg])
         kinds = {self.kind[arg] for arg in args} - {"weight"}
         if not kinds:
-            if relax.analysis.free_vars(value) and not _symbolic(var):
+            if not _symbolic(var):
                 return substitute(value, self.new), "weight"
             raise Declined(f"{_name(value)} computes from the padded shape")
         if isinstance(value, relax.Var | relax.Tuple | relax.TupleGetItem):
@@ -237,6 +237,6 @@ def _symbolic(var: relax.Var) -> bool:
 
 
 def _variables(expr: relax.Expr) -> list[relax.Var]:
-    """The variables an expression reads directly."""
-    return [v for v in relax.analysis.free_vars(expr) if isinstance(v, relax.Var)]
+    """The tensors an expression reads directly (a symbolic dimension is a variable too)."""
+    return [v for v in relax.analysis.free_vars(expr) if not isinstance(v.ty, ir.PrimType)]
 

@@ -42,7 +42,7 @@ def load_library(data: bytes) -> Any:
 
 
 def _is_whole(data: bytes) -> bool:
-    """Whether every segment lies inside the file: the system's loader maps what does not, and then crashes."""
+    """Whether every segment lies inside the file: the system's loader maps what does not, and crashes."""
     try:
         magic, offset, size, count = _ELF_HEADER.unpack_from(data)
         segments = [_SEGMENT.unpack_from(data, offset + index * size) for index in range(count)]

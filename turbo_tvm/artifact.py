@@ -1,4 +1,4 @@
-"""The artifact: one file with a compiled model, its weights and tokenizer, and a manifest that vouches for all.
+"""The artifact: one file: a compiled model, its weights and tokenizer, and a manifest that vouches for them.
 
 A zip whose members are stored as they are, so that weights are used where they lie in the mapped file:
 
@@ -306,7 +306,11 @@ def _spans(file: IO[bytes], data: mmap.mmap) -> dict[str, Span]:
         name = info.orig_filename
         if name in spans:
             raise ArtifactError(f"it has the member {name!r} twice; {_DAMAGED}")
-        if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size or info.flag_bits:
+        if (
+            info.compress_type != zipfile.ZIP_STORED
+            or info.compress_size != info.file_size
+            or info.flag_bits & 1
+        ):
             raise ArtifactError(f"its member {name!r} is compressed or encrypted; {_DAMAGED}")
         spans[name] = _span(data, info, position)
         position = spans[name][1]

@@ -34,7 +34,7 @@ def libraries(tmp_path_factory):
     found = []
     for amount in (1, 100):
         path = folder / f"add{amount}.so"
-        built = tvm.compile(tvm.IRModule({"add": _adder(amount)}), target={"kind": "llvm", "mcpu": "x86-64"})
+        built = tvm.compile(tvm.IRModule({"add": _adder(amount)}), target="llvm")
         built.export_library(str(path))
         found.append(path.read_bytes())
     return found
@@ -73,7 +73,7 @@ def test_only_this_user_can_enter(libraries, scratch, monkeypatch):
     assert seen == [0o700]
 
 
-@pytest.mark.parametrize("keep", [0.0, 0.001, 0.01, 0.1, 0.5, 0.7])
+@pytest.mark.parametrize("keep", [0.0, 0.001, 0.01, 0.1, 0.3, 0.5])
 def test_cut_short(libraries, scratch, keep):
     # The system's loader dies of SIGBUS on some of these.
     with pytest.raises(ArtifactError, match="not a whole shared library: compile the model again"):
@@ -88,14 +88,14 @@ def test_not_a_library(scratch):
 
 def test_for_another_machine(libraries, scratch):
     sparc = libraries[0][:18] + b"\x2b\x00" + libraries[0][20:]
-    with pytest.raises(ArtifactError, match="cannot be loaded: .*compile the model again here"):
+    with pytest.raises(ArtifactError, match=r"cannot be loaded: .*compile the model again here"):
         load_library(sparc)
     assert not list(scratch.iterdir())
 
 
 def test_no_temporary_directory(libraries, monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
-    with pytest.raises(ArtifactError, match="cannot unpack the artifact's code.*TMPDIR"):
+    with pytest.raises(ArtifactError, match=r"cannot unpack the artifact's code.*TMPDIR"):
         load_library(libraries[0])
 
 

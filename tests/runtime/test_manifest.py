@@ -92,7 +92,11 @@ WRONG = [
     (["parameters", 0, "shape", 1], 0, r"field parameters\[0\].shape\[1\] must be at least 1"),
     (["kernels", 0, "flops_per_token"], "9", r"field kernels\[0\].flops_per_token must be a finite number"),
     (["kernels", 0, "flops_per_pair"], float("inf"), r"kernels\[0\].flops_per_pair must be a finite number"),
-    (["kernels", 0, "flops_per_pair"], 10**400, r"field kernels\[0\].flops_per_pair must be a 64-bit integer"),
+    (
+        ["kernels", 0, "flops_per_pair"],
+        10**400,
+        r"field kernels\[0\].flops_per_pair must be a 64-bit integer",
+    ),
     (["members"], [], "field members must be an object"),
     (["members", "library.so"], 3, "field members.library.so must be an object"),
     (["members", "library.so", "bytes"], -1, "field members.library.so.bytes must be at least 0"),
@@ -133,7 +137,9 @@ def test_missing_field_is_named(path):
         Manifest.from_json(json.dumps(plain))
 
 
-@pytest.mark.parametrize("text", [b"", b"{", b"\xff\xfe\xfa", b"[" * 100_000, b"[]", b"null", b"3", b"9" * 5000, b"{}"])
+@pytest.mark.parametrize(
+    "text", [b"", b"{", b"\xff\xfe\xfa", b"[" * 100_000, b"[]", b"null", b"3", b"9" * 5000, b"{}"]
+)
 def test_not_a_manifest(text):
     with pytest.raises(ArtifactError, match="manifest"):
         Manifest.from_json(text)
@@ -141,12 +147,19 @@ def test_not_a_manifest(text):
 
 @pytest.mark.parametrize(
     ("version", "advice"),
-    [(FORMAT_VERSION + 1, "a newer turbo_tvm"), (0, "another turbo_tvm"), ("1", "another"), (None, "another")],
+    [
+        (FORMAT_VERSION + 1, "a newer turbo_tvm"),
+        (0, "another turbo_tvm"),
+        ("1", "another"),
+        (None, "another"),
+    ],
 )
 def test_other_format_versions_are_named(version, advice):
     # A later format has fields of its own: the version is what the message must be about.
     plain = {"format_version": version, "turbo_version": "9.9.9", "shards": 4}
-    with pytest.raises(ArtifactError, match=f"format version {version!r}.*9.9.9.*reads version 1.*use {advice}"):
+    with pytest.raises(
+        ArtifactError, match=f"format version {version!r}.*9.9.9.*reads version 1.*use {advice}"
+    ):
         Manifest.from_json(json.dumps(plain))
 
 
@@ -158,7 +171,7 @@ def test_version_of_another_type(version):
 
 
 def test_writing_refuses_what_reading_would():
-    with pytest.raises(ArtifactError, match="row_tile must be a 64-bit integer, is np.int64"):
+    with pytest.raises(ArtifactError, match=r"row_tile must be a 64-bit integer, is np\.int64"):
         replace(SMALL, row_tile=np.int64(12)).to_json()
     with pytest.raises(ArtifactError, match="primary"):
         replace(SMALL, primary="logits").to_json()
