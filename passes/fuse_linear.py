@@ -30,7 +30,7 @@ class _FuseLinear(Rewriter):
         if not is_call(call, "matmul"):
             return None
         x, (k, n, *rest) = call.args[0], [*shape_of(call.args[1]), None]
-        if rest != [None] or not self._is_weight(call.args[1]) or str(x.ty.dtype) != "float32":
+        if rest != [None] or not self._is_weight(call.args[1]) or self._is_weight(x) or str(x.ty.dtype) != "float32":
             return None
         stored = self.call_of(call.args[1], "permute_dims")
         weight = stored.args[0] if stored is not None else self.emit(relax.op.permute_dims(call.args[1]))

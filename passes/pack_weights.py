@@ -1,9 +1,8 @@
-"""Pack the weights of every product into the kernels' panels, and move all weight arithmetic out of `main`.
+"""Pack the weights of every product into the kernels' panels.
 
     linear(x, w (n, k), b (n,))  --> linear(x, turbo.pack_weight(w) (panels, k, col_tile), turbo.pack_bias(b) (panels * col_tile,))
 
-After `LiftTransformParams` everything that depends on weights alone (packing, merging, position tables) stands in a
-function of its own, `main_transform_params`, which the compiler runs once; `main` takes the packed weights.
+Layers that share a weight share its packed form. `hoist_weights` then moves the packing out of `main`.
 """
 
 from __future__ import annotations

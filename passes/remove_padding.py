@@ -20,7 +20,7 @@ from collections.abc import Callable
 from tvm import ir, relax, tirx
 
 from turbo_tvm.passes import composite
-from turbo_tvm.passes.rewriter import builder_without_main, shape_of, substitute
+from turbo_tvm.passes.rewriter import builder_without_main, is_tensor, shape_of, substitute
 
 ELEMENTWISE = frozenset(
     "add subtract multiply divide power maximum minimum negative abs exp sqrt rsqrt erf tanh sigmoid clip "
@@ -238,5 +238,5 @@ def _symbolic(var: relax.Var) -> bool:
 
 def _variables(expr: relax.Expr) -> list[relax.Var]:
     """The tensors an expression reads directly (a symbolic dimension is a variable too)."""
-    return [v for v in relax.analysis.free_vars(expr) if not isinstance(v.ty, ir.PrimType)]
+    return [v for v in relax.analysis.free_vars(expr) if is_tensor(v)]
 

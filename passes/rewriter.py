@@ -97,6 +97,11 @@ def is_call(expr: relax.Expr, op: str) -> bool:
     return isinstance(expr, relax.Call) and isinstance(expr.op, ir.Op) and expr.op.name == "relax." + op
 
 
+def is_tensor(var: relax.Var) -> bool:
+    """Whether a variable is data; symbolic dimensions are variables too."""
+    return not isinstance(var.ty, ir.PrimType)
+
+
 def substitute(expr: relax.Expr, new: dict[relax.Var, relax.Expr]) -> relax.Expr:
     """`expr` (one level of calls: the normal form) with variables replaced. Operators' types are inferred anew."""
     if isinstance(expr, relax.Var):

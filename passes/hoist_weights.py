@@ -1,0 +1,80 @@
+"""Move everything that depends on weights alone out of `main`, into a function that the compiler runs once.
+
+    main(x, w)        { p = pack_weight(concat(w, w)); linear(x, p) }
+        --> main(x, p)            { linear(x, p) }
+            transform_weights(w)  { (pack_weight(concat(w, w)),) }
+
+TVM's LiftTransformParams does nearly this, but leaves expressions of constants behind and renames what it lifts; here the
+packed weights keep the name of the first weight they were made from.
+"""
+
+from __future__ import annotations
+
+from tvm import ir, relax
+
+from turbo_tvm.passes.rewriter import builder_without_main, is_tensor, substitute
+
+TRANSFORM = "transform_weights"
+
+
+def hoist_weights(mod: ir.IRModule) -> ir.IRModule:
+    """Split `main` into `main`, on inputs and prepared weights, and `transform_weights`, from weights to those."""
+    return _HoistWeights(mod).run()
+
+
+class _HoistWeights:
+    def __init__(self, mod: ir.IRModule):
+        self.mod = mod
+        self.func: relax.Function = mod["main"]
+        self.num_input = int(self.func.attrs["num_input"])
+        self.weights = list(self.func.params[self.num_input :])
+        self.bindings = [b for block in self.func.body.blocks for b in block.bindings]
+        self.source: dict[relax.Var, str] = {w: w.name for w in self.weights}
+        self._mark()
+
+    def _mark(self) -> None:
+        """Name every variable that depends on weights alone after the first weight it was made from."""
+        for binding in self.bindings:
+            free = [v for v in relax.analysis.free_vars(binding.value) if is_tensor(v)]
+            if all(v in self.source for v in free):
+                self.source[binding.var] = next((self.source[v] for v in free), "constant")
+
+    def run(self) -> ir.IRModule:
+        needed = self._needed()
+        builder = builder_without_main(self.mod)
+        with builder.function(TRANSFORM, self.weights):
+            with builder.dataflow():
+                new = self._emit(builder, [b for b in self.bindings if b.var in self.source], {})
+                out = builder.emit_output(relax.Tuple([substitute(v, new) for v in needed]))
+            builder.emit_func_output(out)
+        prepared = {v: relax.Var(name, v.ty) for v, name in zip(needed, self._names(needed), strict=True)}
+        params = [*self.func.params[: self.num_input], *prepared.values()]
+        with builder.function("main", params, attrs=dict(self.func.attrs)):
+            with builder.dataflow():
+                rest = [b for b in self.bindings if b.var not in self.source]
+                new = self._emit(builder, rest, dict(prepared))
+                out = builder.emit_output(substitute(self.func.body.body, new))
+            builder.emit_func_output(out)
+        return relax.transform.DeadCodeElimination(["main", TRANSFORM])(builder.finalize())
+
+    def _needed(self) -> list[relax.Var]:
+        """The prepared weights that `main` still reads, in order of first use."""
+        found: dict[relax.Var, None] = {}
+        for binding in self.bindings:
+            if binding.var not in self.source:
+                found.update(dict.fromkeys(v for v in relax.analysis.free_vars(binding.value) if v in self.source))
+        return list(found)
+
+    def _emit(self, builder: relax.BlockBuilder, bindings: list, new: dict) -> dict:
+        for binding in bindings:
+            value = substitute(binding.value, new)
+            new[binding.var] = value if isinstance(value, relax.Tuple) else builder.emit(value)
+        return new
+
+    def _names(self, needed: list[relax.Var]) -> list[str]:
+        names: list[str] = []
+        for var in needed:
+            name = self.source[var]
+            same = sum(1 for other in names if other == name or other.startswith(name + "."))
+            names.append(f"{name}.{same}" if same else name)
+        return names

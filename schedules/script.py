@@ -1,0 +1,60 @@
+"""What the CPU kernels add to TVMScript: prefetches, sums in a tree, optional parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import tvm
+from tvm.ir import Expr
+from tvm.script import tirx as T
+
+CACHE_LINE_FLOATS = 16
+
+# TVM has no prefetch that reaches LLVM's intrinsic, which is overloaded on a pointer type. The memory attribute
+# says that no variable changes: without it LLVM stores a tile's accumulators after each prefetch.
+PREFETCH_LLVM = """
+declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
+
+define i32 @turbo_prefetch_read(ptr %base, i64 %index) alwaysinline nounwind {
+  %address = getelementptr float, ptr %base, i64 %index
+  call void @llvm.prefetch.p0(ptr %address, i32 0, i32 2, i32 1) memory(inaccessiblemem: readwrite)
+  ret i32 0
+}
+
+define i32 @turbo_prefetch_write(ptr %base, i64 %index) alwaysinline nounwind {
+  %address = getelementptr float, ptr %base, i64 %index
+  call void @llvm.prefetch.p0(ptr %address, i32 1, i32 3, i32 1) memory(inaccessiblemem: readwrite)
+  ret i32 0
+}
+"""
+
+
+def prefetch_read(buffer: tvm.tirx.Buffer, index: Expr) -> Expr:
+    """Bring the cache line of element `index` of a flat fp32 buffer into L2; any address is allowed.
+
+    The statement must stand inside `T.attr(T.int32(0), "pragma_import_llvm", PREFETCH_LLVM)`.
+    """
+    return T.evaluate(T.call_extern("int32", "turbo_prefetch_read", buffer.data, T.cast(index, "int64")))
+
+
+def prefetch_write(buffer: tvm.tirx.Buffer, index: Expr) -> Expr:
+    """The same into L1, to be written."""
+    return T.evaluate(T.call_extern("int32", "turbo_prefetch_write", buffer.data, T.cast(index, "int64")))
+
+
+def tree_sum(terms: Sequence[Expr]) -> Expr:
+    """The sum of the terms in logarithmic depth: LLVM keeps the order of fp32 additions as it is written."""
+    if len(terms) == 1:
+        return terms[0]
+    half = len(terms) // 2
+    pairs = [terms[i] + terms[i + half] for i in range(half)]
+    return tree_sum([*pairs, *terms[2 * half :]])
+
+
+def without_parameters(prim_func: tvm.tirx.PrimFunc, names: Sequence[str]) -> tvm.tirx.PrimFunc:
+    """The function without the parameters of those names, which its body must not use.
+
+    One TVMScript source serves every combination of optional inputs this way.
+    """
+    kept = [param for param in prim_func.params if param.name not in names]
+    return tvm.tirx.PrimFunc(kept, prim_func.body, prim_func.ret_type, prim_func.attrs)

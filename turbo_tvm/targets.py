@@ -1,0 +1,46 @@
+"""Targets: what `target="cpu:znver4"` means, and which CPU features the code made for it will need."""
+
+from __future__ import annotations
+
+import platform
+
+import tvm
+from tvm.target import codegen
+
+from turbo_tvm.errors import TargetError
+from turbo_tvm.runtime import cpu_features
+from turbo_tvm.runtime.manifest import TargetSpec
+
+_TRIPLES = {"x86_64": "x86_64-linux-gnu", "aarch64": "aarch64-linux-gnu"}
+
+
+def resolve(name: str) -> tvm.target.Target:
+    """The TVM target for a name.
+
+    "cpu" is this machine; "cpu:<name>" any CPU of this machine's architecture that LLVM knows: "cpu:x86-64-v3",
+    "cpu:x86-64-v4", "cpu:znver4", "cpu:neoverse-n1". Raises TargetError for any other name.
+    """
+    kind, _, cpu = name.partition(":")
+    if kind == "cuda":
+        raise TargetError(f"target {name!r}: CUDA targets are not supported by this version; use a cpu target")
+    if kind != "cpu" or name.endswith(":"):
+        raise TargetError(f"unknown target {name!r}; use 'cpu' for this machine, or 'cpu:<name>' such as 'cpu:x86-64-v3'")
+    triple = _TRIPLES.get(platform.machine())
+    if triple is None:
+        raise TargetError(f"this machine's architecture {platform.machine()!r} is not supported (x86_64 and aarch64 are)")
+    cpu = cpu or codegen.llvm_get_system_cpu()
+    target = {"kind": "llvm", "mtriple": triple, "mcpu": cpu}
+    if not codegen.llvm_is_valid_cpu(cpu, triple):
+        raise TargetError(
+            f"unknown CPU {cpu!r} in target {name!r}; LLVM knows names such as 'x86-64-v3', 'x86-64-v4', 'znver4', "
+            "'sapphirerapids' on x86-64"
+        )
+    return tvm.target.Target(target)
+
+
+def describe(name: str, target: tvm.target.Target) -> TargetSpec:
+    """What the artifact records of its target: architecture, CPU and the features that loading it checks."""
+    features = cpu_features.checkable(str(f) for f in codegen.llvm_get_cpu_features(target))
+    return TargetSpec(
+        name=name, triple_arch=str(target.attrs["mtriple"]).split("-")[0], mcpu=str(target.attrs["mcpu"]), features=features
+    )
