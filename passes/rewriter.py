@@ -118,7 +118,11 @@ def substitute(expr: relax.Expr, new: dict[relax.Var, relax.Expr]) -> relax.Expr
 
 def shape_of(expr: relax.Expr) -> list:
     """The dimensions of a tensor expression, ints and symbolic expressions; [] if its shape is unknown."""
-    ty = expr.ty
+    return dims_of(expr.ty)
+
+
+def dims_of(ty: relax.Type) -> list:
+    """The dimensions of a tensor type; [] if they are unknown."""
     if not isinstance(ty, relax.TensorType) or ty.shape is None or not isinstance(ty.shape, relax.ShapeExpr):
         return []
     return [int(d) if isinstance(d, int) or hasattr(d, "value") else d for d in ty.shape.values]

@@ -109,11 +109,16 @@ class PositionRule:
 
 @dataclass(frozen=True)
 class BufferSpec:
-    """An intermediate that the executor supplies: a row of `columns` values per token or per sequence."""
+    """An intermediate that the executor supplies: a row of `columns` values per token or per sequence.
+
+    slot: which piece of memory it lives in; buffers of one slot are never alive together. columns 0: one value per
+    row, without a column axis.
+    """
 
     name: str
+    slot: Natural
     kind: RowKind
-    columns: Positive
+    columns: Natural
     dtype: Dtype = "float32"
 
 
@@ -155,7 +160,8 @@ class Manifest:
     """Everything about an artifact but its code, weights and tokenizer.
 
     name: the model's. primary: the name of the main output, None for all of them. row_tile: rows (tokens) per
-    matrix tile; query_tile: query rows per attention task. parameters: in call order. declined: what was not
+    matrix tile; query_tile: query rows per attention task. relative_positions: attention looks at distances between
+    tokens; pools_first: an output is made from a sequence's first token. parameters: in call order. declined: what was not
     fused, and why. source_parameters: the parameter count of the model before packing. members: every member
     of the file but the manifest itself; filled when the artifact is saved.
     """
@@ -175,6 +181,8 @@ class Manifest:
     primary: str | None = None
     bounds: Bounds
     positions: PositionRule = PositionRule()
+    relative_positions: bool = False
+    pools_first: bool = False
     buffers: tuple[BufferSpec, ...] = ()
     parameters: tuple[ParameterSpec, ...] = ()
     kernels: tuple[KernelSpec, ...] = ()

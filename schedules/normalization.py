@@ -4,12 +4,14 @@ Layout: activations `(t, R, n)`, R = `tiles.row_tile`, t symbolic; `gamma`, `bet
 
 Strategy
 1. One task per row, all rows in one parallel loop: a row is a few KB, so its sweeps after the first read L1.
-2. A sweep walks the row in groups of `_CHAINS` vectors, each with an accumulator of its own, so that additions do
-   not wait for each other; then the vectors left over, then the scalars (n % lanes).
-3. Layer norm is the corrected two-pass algorithm: sum -> mean; then the sum and the sum of squares of x - mean,
-   of which the first repairs the rounding of the mean; then the result. E[x^2] - E[x]^2 in one pass was rejected:
+2. A sweep walks the row in groups of `_CHAINS` vectors, each with an accumulator of its own, so that additions
+   do not wait for each other; then the vectors left over, then the scalars (n % lanes).
+3. Layer norm is the corrected two-pass algorithm: the sum, hence the mean; the sum of x - mean, which repairs the
+   rounding of the mean; the sum of squares of x - mean; the result. E[x^2] - E[x]^2 in one pass was rejected:
    with |mean| >> std it cancels to noise.
-4. The residual is added again in each sweep: two loads from L1 cost less than a store and a load of their sum.
+4. The residual is added anew in each sweep: two loads from L1 cost less than to store the sum and load it.
+5. `partial` is a "global" buffer below 1 KB: TVM keeps no others on the stack, and a call to its workspace pool
+   costs as much as half a row. Scalars are `T.let`, because a plain assignment allocates as well.
 
 Method: Chan, Golub, LeVeque, "Algorithms for computing the sample variance" (1983), equation 1.7.
 """
@@ -44,7 +46,7 @@ def _lane_sum(partial: tvm.tirx.Buffer) -> Expr:
 
 
 def _row_sum(lanes: int, n: int) -> Macro:
-    """`row_sum(partial, element)` leaves the sum of element(0 .. n - 1) spread over `partial[_CHAINS, lanes]`."""
+    """`row_sum(partial, element)` leaves the sum of element(0 .. n - 1) spread over `partial`."""
     group = _CHAINS * lanes
     grouped, vectors = n // group * group, n // lanes * lanes
 
@@ -83,26 +85,26 @@ def _row_store(lanes: int, n: int) -> Macro:
     return row_store
 
 
-def _centred(x: Row, mean: tvm.tirx.Buffer) -> Row:
-    return lambda column: x(column) - mean[0]
+def _centred(x: Row, mean: Expr) -> Row:
+    return lambda column: x(column) - mean
 
 
 def _squared(x: Row) -> Row:
     return lambda column: x(column) * x(column)
 
 
-def _scaled(x: Row, factor: tvm.tirx.Buffer) -> Row:
-    return lambda column: x(column) * factor[0]
+def _scaled(x: Row, factor: Expr) -> Row:
+    return lambda column: x(column) * factor
 
 
-def _affine(x: Row, moments: tvm.tirx.Buffer, gamma: tvm.tirx.Buffer, beta: tvm.tirx.Buffer) -> Row:
-    return lambda column: (x(column) - moments[1]) * moments[2] * gamma[column] + beta[column]
+def _affine(x: Row, gamma: tvm.tirx.Buffer, beta: tvm.tirx.Buffer) -> Row:
+    return lambda column: x(column) * gamma[column] + beta[column]
 
 
 def normalize_row(lanes: int, n: int, eps: float) -> Macro:
-    """`normalize(out, tile, row, x, gamma, beta)`: layer norm of the row `x`, which may be that of `out` itself.
+    """`normalize(out, tile, row, x, gamma, beta)`: layer norm of the row `x`, be it that of `out` itself.
 
-    The two divisions by n are exact where every element is equal: a constant row gives beta to the last bit.
+    Every division by n is exact in a row whose elements are equal, which therefore gives beta to the last bit.
     """
     row_sum, row_store = _row_sum(lanes, n), _row_store(lanes, n)
 
@@ -111,23 +113,23 @@ def normalize_row(lanes: int, n: int, eps: float) -> Macro:
         with T.sblock("normalize"):
             T.reads()
             T.writes()
-            partial = T.sblock_alloc_buffer((_CHAINS, lanes), "float32", scope="local")
-            # the mean, what rounding it left of it, 1 / the standard deviation
-            moments = T.sblock_alloc_buffer((3,), "float32", scope="local")
+            partial = T.sblock_alloc_buffer((_CHAINS, lanes), "float32")
             row_sum(partial, x)
-            moments[0] = _lane_sum(partial) / T.float32(n)
-            row_sum(partial, _centred(x, moments))
-            moments[1] = _lane_sum(partial) / T.float32(n)
-            row_sum(partial, _squared(_centred(x, moments)))
-            moments[2] = _lane_sum(partial) / T.float32(n) - moments[1] * moments[1]
-            moments[2] = T.float32(1) / T.sqrt(T.max(moments[2], T.float32(0)) + T.float32(eps))
-            row_store(out, tile, row, _affine(_centred(x, moments), moments, gamma, beta))
+            mean: T.let = _lane_sum(partial) / T.float32(n)
+            row_sum(partial, _centred(x, mean))
+            drift: T.let = _lane_sum(partial) / T.float32(n)
+            row_sum(partial, _squared(_centred(x, mean)))
+            variance: T.let = T.max(_lane_sum(partial) / T.float32(n) - drift * drift, T.float32(0))
+            scale: T.let = T.float32(1) / T.sqrt(variance + T.float32(eps))
+            row_store(
+                out, tile, row, _affine(_scaled(_centred(_centred(x, mean), drift), scale), gamma, beta)
+            )
 
     return normalize
 
 
 def layer_norm(tiles: CpuTiles, *, n: int, eps: float, residual: bool = False) -> tvm.tirx.PrimFunc:
-    """`(x, [residual,] gamma, beta, out)`: out = (v - mean v) / sqrt(var v + eps) * gamma + beta, v = x [+ residual].
+    """`(x, [residual,] gamma, beta, out)`: (v - mean v) / sqrt(var v + eps) * gamma + beta of v = x [+ residual].
 
     x, residual, out: fp32 `(t, R, n)`. gamma, beta: fp32 `(n,)`. The variance divides by n.
     """
@@ -148,19 +150,14 @@ def layer_norm(tiles: CpuTiles, *, n: int, eps: float, residual: bool = False) -
         T.func_attr({"tirx.noalias": True})
         t = T.int64()
         x = T.match_buffer(x_arg, (t, rows, n), "float32")
-        residual_in = T.match_buffer(residual_arg, (t, rows, n), "float32")
+        residual_rows = T.match_buffer(residual_arg, (t, rows, n), "float32")
         out = T.match_buffer(out_arg, (t, rows, n), "float32")
         for task in T.parallel(t * rows):
-            normalize(
-                out,
-                task // rows,
-                task % rows,
-                row_source(task // rows, task % rows, x, residual_in),
-                gamma,
-                beta,
-            )
+            tile: T.let = task // rows
+            row: T.let = task % rows
+            normalize(out, tile, row, row_source(tile, row, x, residual_rows), gamma, beta)
 
-    return kernel if residual else without_parameters(kernel, ["residual_in"])
+    return kernel if residual else without_parameters(kernel, ["residual_rows"])
 
 
 def l2_normalize(tiles: CpuTiles, *, n: int, eps: float = 1e-12) -> tvm.tirx.PrimFunc:
@@ -178,12 +175,12 @@ def l2_normalize(tiles: CpuTiles, *, n: int, eps: float = 1e-12) -> tvm.tirx.Pri
             with T.sblock("row"):
                 T.reads()
                 T.writes()
-                partial = T.sblock_alloc_buffer((_CHAINS, lanes), "float32", scope="local")
-                inverse = T.sblock_alloc_buffer((1,), "float32", scope="local")
-                row_sum(partial, _squared(row_of(task // rows, task % rows, x)))
-                inverse[0] = T.float32(1) / T.max(T.sqrt(_lane_sum(partial)), T.float32(eps))
-                row_store(
-                    out, task // rows, task % rows, _scaled(row_of(task // rows, task % rows, x), inverse)
-                )
+                partial = T.sblock_alloc_buffer((_CHAINS, lanes), "float32")
+                tile: T.let = task // rows
+                row: T.let = task % rows
+                row_sum(partial, _squared(row_of(tile, row, x)))
+                length: T.let = T.sqrt(_lane_sum(partial))
+                inverse: T.let = T.float32(1) / T.max(length, T.float32(eps))
+                row_store(out, tile, row, _scaled(row_of(tile, row, x), inverse))
 
     return kernel

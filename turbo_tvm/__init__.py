@@ -1,1 +1,48 @@
-"""turbo_tvm."""
+"""turbo_tvm: compile transformer encoders with Apache TVM and serve ragged requests without padding.
+
+    import turbo_tvm
+
+    fast = turbo_tvm.compile(model)                  # a torch.nn.Module or a model folder
+    vectors = fast.run([ids_a, ids_b, ids_c])        # any lengths, no padding
+    fast.save("model.turbo")
+    fast = turbo_tvm.load("model.turbo")             # no torch, no compiler
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from turbo_tvm.errors import ArtifactError, CompileError, InputError, TargetError, TurboError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from turbo_tvm.compiler import compile
+    from turbo_tvm.loader import load
+    from turbo_tvm.runtime.model import CompiledModel
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ArtifactError",
+    "CompileError",
+    "CompiledModel",
+    "InputError",
+    "TargetError",
+    "TurboError",
+    "UnsupportedModelError",
+    "__version__",
+    "compile",
+    "load",
+]
+
+_LAZY = {"compile": "turbo_tvm.compiler", "load": "turbo_tvm.loader", "CompiledModel": "turbo_tvm.runtime.model"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs TVM, and what needs PyTorch, only when it is used."""
+    if name not in _LAZY:
+        raise AttributeError(f"module 'turbo_tvm' has no attribute {name!r}")
+    import importlib
+
+    value = getattr(importlib.import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -49,7 +50,8 @@ def _has(target: tvm.target.Target, feature: str) -> bool:
 @pytest.fixture(scope="session")
 def run_kernel() -> Callable[..., np.ndarray]:
     """`run_kernel(prim_func, inputs, out_shape, target=None)`: the filled output, the last argument."""
-    tvm.get_global_func("runtime.config_threadpool")(1, 2)
+    # Read when TVM's thread pool starts; without it a machine with two logical cores gets one thread.
+    os.environ.setdefault("TVM_NUM_THREADS", "2")
 
     def run(
         prim_func: tvm.tirx.PrimFunc,
@@ -71,4 +73,4 @@ def run_kernel() -> Callable[..., np.ndarray]:
 @pytest.fixture(scope="session")
 def assembly() -> Callable[..., str]:
     """`assembly(prim_func, target)`: the text that LLVM emits; nothing runs."""
-    return lambda prim_func, target: build(prim_func, target).mod.inspect_source("asm")
+    return lambda prim_func, target: build(prim_func, tvm.target.Target(target)).mod.inspect_source("asm")

@@ -101,7 +101,5 @@ def test_activation_by_name():
 
 
 def test_unknown_activation_is_refused():
-    with pytest.raises(
-        ValueError, match="unknown activation 'swish': use one of gelu, gelu_tanh"
-    ):
+    with pytest.raises(ValueError, match="unknown activation 'swish': use one of gelu, gelu_tanh"):
         vector_math.activation("swish")

@@ -1,0 +1,191 @@
+"""A compiled model: what `turbo_tvm.compile` and `turbo_tvm.load` return."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from turbo_tvm.errors import InputError, TurboError
+from turbo_tvm.runtime import batch as packing
+from turbo_tvm.runtime.batch import Batch
+from turbo_tvm.runtime.executor import Executor
+from turbo_tvm.runtime.manifest import Manifest, OutputSpec
+from turbo_tvm.runtime.text import TextTokenizer
+
+if TYPE_CHECKING:
+    from turbo_tvm.artifact import Artifact
+
+MAX_BATCH_TOKENS = 8192
+
+
+class ModelOutput(dict):
+    """The outputs of a model by name; `out.logits`, `out["logits"]` and `out[0]` are the same, as in transformers."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"the model has no output {name!r}; it has {', '.join(self)}") from None
+
+    def __getitem__(self, key: Any) -> Any:
+        return tuple(self.values())[key] if isinstance(key, int | slice) else super().__getitem__(key)
+
+
+class CompiledModel:
+    """A model that answers requests of any length without padding.
+
+    Thread-safe: calls from several threads take turns. `manifest` describes the model.
+    """
+
+    def __init__(self, artifact: Artifact, executor: Executor):
+        self._artifact = artifact
+        self._executor = executor
+        self._tokenizer: TextTokenizer | None = None
+        self.max_batch_tokens = MAX_BATCH_TOKENS
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the model is, what it was compiled for and what it holds."""
+        return self._artifact.manifest
+
+    @property
+    def threads(self) -> int:
+        """How many threads a call uses."""
+        return self._executor.threads
+
+    def __repr__(self) -> str:
+        m = self.manifest
+        return f"<CompiledModel {m.name} {m.precision} for {m.target.name} ({m.target.mcpu}), {m.layout}>"
+
+    def run(
+        self,
+        sequences: Sequence[Any],
+        *,
+        token_type_ids: Sequence[Any] | None = None,
+        output: str | None = None,
+    ) -> list[Any]:
+        """Answer a list of token id sequences of any lengths.
+
+        sequences: one list or integer array of token ids, shape (length,), per sequence. token_type_ids: the same
+        shapes; 0 by default. output: which output to return; by default the model's main one.
+
+        Returns a list in the same order: fp32 arrays (length, hidden) for an output per token, (columns,) for one per
+        sequence. A model without one main output (question answering) gives a `ModelOutput` per sequence.
+
+        Long lists run in groups of at most `max_batch_tokens` tokens. Raises InputError before anything runs.
+        """
+        name = self._output_name(output)
+        batch = packing.from_sequences(sequences, token_type_ids, self.manifest.bounds, self.manifest.positions)
+        results = self._run(batch)
+        if name is not None:
+            return results[name]
+        return [ModelOutput(zip(results, parts, strict=True)) for parts in zip(*results.values(), strict=True)]
+
+    def encode(self, texts: Sequence[str], *, output: str | None = None) -> list[Any]:
+        """Tokenise texts and answer them as `run` does; texts beyond the longest sequence are cut.
+
+        An embedding model gives one vector per text. Raises TurboError if the artifact carries no tokenizer.
+        """
+        if self._artifact.tokenizer is None:
+            raise TurboError(
+                f"{self.manifest.name} carries no tokenizer: call run() with token ids, or compile a model folder that "
+                "has a tokenizer.json (or pass tokenizer=)"
+            )
+        if self._tokenizer is None:
+            self._tokenizer = TextTokenizer(self._artifact.tokenizer, self.manifest.bounds.max_length)
+        ids, types = self._tokenizer(texts)
+        return self.run(ids, token_type_ids=types if self.manifest.bounds.type_vocab_size > 1 else None, output=output)
+
+    def __call__(
+        self, input_ids: Any, attention_mask: Any = None, token_type_ids: Any = None, **options: Any
+    ) -> ModelOutput:
+        """The PyTorch model's call: padded matrices `(batch, length)` in, padded outputs out.
+
+        Torch tensors give torch tensors, NumPy arrays NumPy arrays. Only tokens under the mask are computed; outputs at
+        the others are 0. Padding may stand on either side; see the errors for what a model refuses.
+        """
+        if any(value not in (None, True) for key, value in options.items() if key == "return_dict"):
+            raise InputError("return_dict=False is not supported: outputs are always named")
+        extra = [key for key, value in options.items() if key != "return_dict" and value not in (None, False)]
+        if extra:
+            raise InputError(f"the compiled model takes no {', '.join(extra)}")
+        ids, mask, types = (_to_numpy(x) for x in (input_ids, attention_mask, token_type_ids))
+        batch = packing.from_padded(
+            ids,
+            mask,
+            types,
+            self.manifest.bounds,
+            self.manifest.positions,
+            contiguous=self.manifest.relative_positions or self.manifest.layout == "padded",
+            first_token=self.manifest.pools_first or self.manifest.layout == "padded",
+        )
+        results = self._run(batch)
+        shape = np.shape(ids)
+        padded = {s.name: _to_matrix(s, results[s.name], batch, shape) for s in self.manifest.outputs}
+        return ModelOutput((name, _like(value, input_ids)) for name, value in padded.items())
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the artifact: code, weights, tokenizer and manifest in one file. Raises ArtifactError."""
+        from turbo_tvm import artifact
+
+        a = self._artifact
+        artifact.write(path, a.manifest, a.library, a.weights, a.tokenizer)
+
+    def _output_name(self, asked: str | None) -> str | None:
+        names = [spec.name for spec in self.manifest.outputs]
+        if asked is not None and asked not in names:
+            raise InputError(f"the model has no output {asked!r}; it has {', '.join(names)}")
+        return asked or self.manifest.primary
+
+    def _run(self, batch: Batch) -> dict[str, list[np.ndarray]]:
+        results: dict[str, list[np.ndarray]] = {spec.name: [] for spec in self.manifest.outputs}
+        for group in _groups(batch, self.max_batch_tokens):
+            for name, parts in self._executor.run(group).items():
+                results[name].extend(parts)
+        return results
+
+
+def _groups(batch: Batch, max_tokens: int) -> Iterator[Batch]:
+    """The batch in consecutive parts of at most `max_tokens` tokens (a longer sequence goes alone)."""
+    start, total = 0, 0
+    lengths = batch.lengths.tolist()
+    for i, length in enumerate(lengths):
+        if i > start and total + length > max_tokens:
+            yield _part(batch, start, i)
+            start, total = i, 0
+        total += length
+    yield _part(batch, start, len(lengths))
+
+
+def _part(batch: Batch, start: int, end: int) -> Batch:
+    return Batch(batch.token_ids[start:end], batch.token_type_ids[start:end], batch.positions[start:end])
+
+
+def _to_matrix(spec: OutputSpec, parts: list[np.ndarray], batch: Batch, shape: tuple[int, ...]) -> np.ndarray:
+    if spec.kind == "sequence" or batch.columns is None:
+        return np.stack(parts)
+    matrix = np.zeros((*shape, *parts[0].shape[1:]), np.float32)
+    for row, columns, part in zip(matrix, batch.columns, parts, strict=True):
+        row[columns] = part
+    return matrix
+
+
+def _is_torch(value: Any) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
+
+
+def _to_numpy(value: Any) -> Any:
+    if not _is_torch(value):
+        return value if value is None else np.asarray(value)
+    if value.device.type != "cpu":
+        raise InputError(f"the tensor is on {value.device}; the compiled model runs on the CPU: call .cpu() first")
+    return value.detach().numpy()
+
+
+def _like(value: np.ndarray, example: Any) -> Any:
+    return sys.modules["torch"].from_numpy(value) if _is_torch(example) else value

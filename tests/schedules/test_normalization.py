@@ -1,0 +1,92 @@
+"""Layer norm and L2 norm against float64: ragged widths and rows that break naive formulas."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from turbo_tvm.schedules import normalization, tiles
+
+WIDTHS = [1, 2, 7, 16, 36, 64, 100, 384, 768, 1003]
+EPS = 1e-12
+
+
+@pytest.fixture(params=["host_target", "avx2_target"])
+def target(request):
+    return request.getfixturevalue(request.param)
+
+
+def draw(seed, *shape):
+    return np.random.default_rng(seed).standard_normal(shape).astype("float32")
+
+
+def layer_norm64(x, gamma, beta, eps=EPS):
+    x = x.astype("float64")
+    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + eps) * gamma + beta
+
+
+def run_layer_norm(run_kernel, target, x, gamma, beta, eps=EPS):
+    kernel = normalization.layer_norm(tiles.cpu_tiles(target), n=x.shape[-1], eps=eps)
+    return run_kernel(kernel, [x, gamma, beta], x.shape, target)
+
+
+@pytest.mark.parametrize("n", WIDTHS)
+@pytest.mark.parametrize("residual", [False, True])
+def test_layer_norm(run_kernel, target, n, residual):
+    geometry = tiles.cpu_tiles(target)
+    x, extra = draw(1, 3, geometry.row_tile, n), draw(2, 3, geometry.row_tile, n)
+    gamma, beta = draw(3, n), draw(4, n)
+    kernel = normalization.layer_norm(geometry, n=n, eps=1e-5, residual=residual)
+    out = run_kernel(kernel, [x, *([extra] * residual), gamma, beta], x.shape, target)
+    expected = layer_norm64(x.astype("float64") + extra * residual, gamma, beta, 1e-5)
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mean", [1e4, -1e4, 1e6])
+@pytest.mark.parametrize("n", [100, 768])
+def test_a_mean_far_above_the_deviation_costs_no_accuracy(run_kernel, target, mean, n):
+    x = (draw(1, 2, tiles.cpu_tiles(target).row_tile, n) + np.float32(mean)).astype("float32")
+    gamma, beta = np.ones(n, "float32"), np.zeros(n, "float32")
+    out = run_layer_norm(run_kernel, target, x, gamma, beta)
+    np.testing.assert_allclose(out, layer_norm64(x, gamma, beta), rtol=1e-5, atol=1e-5)
+
+
+def test_one_outlier_costs_no_accuracy(run_kernel, target):
+    x = draw(1, 1, tiles.cpu_tiles(target).row_tile, 768)
+    x[:, :, 0], x[:, 3:, 700] = 1e5, -3e6
+    gamma, beta = np.ones(768, "float32"), np.zeros(768, "float32")
+    out = run_layer_norm(run_kernel, target, x, gamma, beta)
+    np.testing.assert_allclose(out, layer_norm64(x, gamma, beta), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("n", [1, 7, 100, 768])
+def test_a_constant_row_gives_beta(run_kernel, target, n):
+    rows = tiles.cpu_tiles(target).row_tile
+    values = np.resize(np.array([0, 1, -3.7, 0.1, 1e4, 12345.678, 1e-20, -1e15, 3.3e7], "float32"), rows * 2)
+    x = np.ascontiguousarray(np.broadcast_to(values.reshape(2, rows, 1), (2, rows, n)))
+    gamma, beta = draw(1, n), draw(2, n)
+    out = run_layer_norm(run_kernel, target, x, gamma, beta)
+    np.testing.assert_array_equal(out, np.broadcast_to(beta, x.shape))
+
+
+@pytest.mark.parametrize("n", WIDTHS)
+def test_l2_normalize(run_kernel, target, n):
+    geometry = tiles.cpu_tiles(target)
+    x = draw(1, 2, geometry.row_tile, n)
+    x[0, 1] = 0
+    x[0, 2] *= 1e-15
+    x[0, 3] *= 1e15
+    out = run_kernel(normalization.l2_normalize(geometry, n=n), [x], x.shape, target)
+    length = np.linalg.norm(x.astype("float64"), axis=-1, keepdims=True)
+    np.testing.assert_allclose(out, x / np.maximum(length, 1e-12), rtol=1e-5, atol=1e-7)
+
+
+def test_neon_compiles_to_vectors_without_allocations(assembly, neon_target):
+    geometry = tiles.cpu_tiles(neon_target)
+    for kernel in (
+        normalization.layer_norm(geometry, n=100, eps=EPS, residual=True),
+        normalization.l2_normalize(geometry, n=100),
+    ):
+        text = assembly(kernel, neon_target)
+        assert "fmla" in text
+        assert "AllocWorkspace" not in text

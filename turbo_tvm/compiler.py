@@ -1,0 +1,192 @@
+"""Compile: from a model to a `CompiledModel`, through frontend, pipeline and artifact."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import tvm
+from tvm import ir, relax
+
+import turbo_tvm
+from turbo_tvm import config, pipeline, targets
+from turbo_tvm.artifact import Artifact
+from turbo_tvm.errors import CompileError, TargetError, TurboError, UnsupportedModelError
+from turbo_tvm.frontends.imported import Imported
+from turbo_tvm.loader import open_model
+from turbo_tvm.passes.rewriter import dims_of
+from turbo_tvm.progress import Progress
+from turbo_tvm.runtime.manifest import BufferSpec, Manifest, OutputSpec, ParameterSpec, TensorSpec
+from turbo_tvm.runtime.model import CompiledModel
+from turbo_tvm.schedules.tiles import CpuTiles, cpu_tiles
+
+PRECISIONS = ("fp32",)
+_KINDS = {"input_ids": "token_ids"}  # other inputs are named after their kind
+_MAIN_OUTPUTS = ("sentence_embedding", "logits", "last_hidden_state", "output", "output_0")
+
+
+def compile(
+    model: Any,
+    *,
+    target: str = "cpu",
+    precision: str = "fp32",
+    name: str | None = None,
+    max_length: int | None = None,
+    tokenizer: str | PathLike[str] | None = None,
+    threads: int | None = None,
+    progress: bool | None = None,
+) -> CompiledModel:
+    """Compile a transformer encoder for requests of any batch size and length.
+
+    model: a `torch.nn.Module` (a Hugging Face encoder with or without head, or any module whose forward takes
+        input_ids and attention_mask), or the path of a model folder with config.json and model.safetensors.
+    target: "cpu" for this machine, or "cpu:<name>" for another CPU, such as "cpu:x86-64-v3".
+    precision: "fp32".
+    name: what the artifact is called; by default the folder's or class's name.
+    max_length: the longest sequence in tokens; by default what the model allows.
+    tokenizer: the path of a `tokenizer.json` for `encode`; a model folder brings its own.
+    threads: threads per call; by default one per physical core.
+    progress: whether to show progress on stderr; by default if it is a terminal.
+
+    Returns a CompiledModel. Raises UnsupportedModelError, TargetError or CompileError, all of them TurboError.
+    """
+    if precision not in PRECISIONS:
+        raise TargetError(f"precision {precision!r} is not supported by this version; {', '.join(PRECISIONS)} is")
+    count = config.num_threads(threads)
+    machine = targets.resolve(target)
+    _check_compiler()
+    with Progress("compile", progress) as show:
+        show("importing the model")
+        imported = _import(model, name, max_length, tokenizer)
+        show("optimising the graph")
+        tiles = cpu_tiles(machine)
+        optimized = pipeline.optimize(imported.mod, tiles, imported.bounds.max_length)
+        show("generating code and packing weights")
+        built = _build(optimized, imported, machine, tiles)
+        show("linking")
+        manifest = _manifest(imported, optimized, built, targets.describe(target, machine), tiles)
+        library = _link(built.executable)
+        artifact = Artifact(manifest, library, built.parameters, imported.tokenizer, Path(f"{imported.name}.turbo"))
+        return open_model(artifact, count)
+
+
+def _import(model: Any, name: str | None, max_length: int | None, tokenizer: str | PathLike[str] | None) -> Imported:
+    text = _read_tokenizer(tokenizer)
+    if isinstance(model, str | PathLike):
+        return _import_path(Path(model), name, max_length, text)
+    _need_torch()
+    from turbo_tvm.frontends.torch_module import import_module
+
+    return import_module(model, name, max_length, text)
+
+
+def _import_path(path: Path, name: str | None, max_length: int | None, tokenizer: str | None) -> Imported:
+    if path.suffix == ".onnx":
+        raise UnsupportedModelError(f"{path}: ONNX files are not supported by this version; pass the PyTorch model")
+    if not path.exists():
+        raise UnsupportedModelError(f"there is no model at {path}")
+    if not path.is_dir():
+        raise UnsupportedModelError(f"{path} is a file; a model folder with config.json and model.safetensors is needed")
+    _need_torch()
+    from turbo_tvm.frontends.model_folder import load_folder
+    from turbo_tvm.frontends.torch_module import import_module
+
+    module, own_tokenizer, own_length = load_folder(path)
+    return import_module(module, name or path.resolve().name, max_length or own_length, tokenizer or own_tokenizer)
+
+
+def _need_torch() -> None:
+    try:
+        import torch  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise CompileError(f"compiling needs PyTorch and transformers ({error}): pip install 'turbo-tvm[torch]'") from error
+
+
+def _read_tokenizer(path: str | PathLike[str] | None) -> str | None:
+    if path is None:
+        return None
+    try:
+        return Path(path).read_text()
+    except OSError as error:
+        raise UnsupportedModelError(f"the tokenizer {path} cannot be read: {error.strerror or error}") from error
+
+
+def _check_compiler() -> None:
+    from tvm.support import cc
+
+    found = cc.get_cc()
+    if not found or shutil.which(found) is None:
+        raise CompileError("no C++ compiler was found to link the code: install g++ or clang, or name one in CXX")
+
+
+def _build(optimized: pipeline.Optimized, imported: Imported, machine: Any, tiles: CpuTiles) -> pipeline.Built:
+    try:
+        return pipeline.build(optimized, imported.weights, machine, tiles)
+    except TurboError:
+        raise
+    except Exception as error:  # whatever TVM's lowering raises for a graph that it cannot compile
+        text = str(error).strip().splitlines()
+        raise CompileError(f"TVM cannot compile {imported.name}: {text[-1] if text else error!r}") from error
+
+
+def _link(executable: relax.VMExecutable) -> bytes:
+    with tempfile.TemporaryDirectory(prefix="turbo_tvm_") as directory:
+        path = Path(directory) / "library.so"
+        try:
+            executable.export_library(str(path))
+            return path.read_bytes()
+        except (OSError, RuntimeError) as error:
+            raise CompileError(f"linking the code failed: {error}") from error
+
+
+def _manifest(
+    imported: Imported, optimized: pipeline.Optimized, built: pipeline.Built, target: Any, tiles: CpuTiles
+) -> Manifest:
+    func = optimized.mod["main"]
+    inputs = [(p.name, str(p.ty.dtype)) for p in func.params[: int(func.attrs["num_input"])]]
+    outputs = tuple(
+        _output(name, ty, tiles, optimized) for name, ty in zip(imported.output_names, built.outputs, strict=True)
+    )
+    return Manifest(
+        turbo_version=turbo_tvm.__version__,
+        tvm_version=tvm.__version__,
+        name=imported.name,
+        model_type=imported.model_type,
+        target=target,
+        layout=optimized.layout,  # type: ignore[arg-type]
+        row_tile=tiles.row_tile,
+        query_tile=tiles.query_tile,
+        inputs=tuple(TensorSpec(n, dtype, _KINDS.get(n, n)) for n, dtype in inputs),  # type: ignore[arg-type]
+        outputs=outputs,
+        primary=_primary(imported.output_names),
+        bounds=imported.bounds,
+        positions=imported.positions,
+        relative_positions=any("_bias" in k.name for k in optimized.kernels if k.family == "attention"),
+        pools_first=any("first" in k.name for k in optimized.kernels if k.family == "pool"),
+        buffers=tuple(BufferSpec(b.name, b.slot, b.kind, b.columns, b.dtype) for b in built.buffers),  # type: ignore[arg-type]
+        parameters=tuple(ParameterSpec(n, tuple(a.shape), str(a.dtype)) for n, a in built.parameters.items()),  # type: ignore[arg-type]
+        kernels=optimized.kernels,
+        declined=optimized.declined,
+        source_parameters=imported.parameter_count,
+    )
+
+
+def _output(name: str, ty: ir.Type, tiles: CpuTiles, optimized: pipeline.Optimized) -> OutputSpec:
+    """How to read one output, from its type: rows per token or per sequence, and how many columns."""
+    dims = dims_of(ty)
+    if optimized.layout == "packed":
+        per_token = dims[0].same_as(dims_of(optimized.mod["main"].params[0].ty)[0])
+        return OutputSpec(name, "token" if per_token else "sequence", dims[2] if len(dims) > 2 else 1, len(dims) == 2)
+    per_token = len(dims) > 1 and not isinstance(dims[1], int)
+    columns = dims[1 + per_token :]
+    if len(columns) > 1:
+        raise UnsupportedModelError(f"output {name!r} has rank {len(dims)}; at most a vector per token is supported")
+    return OutputSpec(name, "token" if per_token else "sequence", columns[0] if columns else 1, not columns)
+
+
+def _primary(names: tuple[str, ...]) -> str | None:
+    return next((n for n in _MAIN_OUTPUTS if n in names), names[0] if len(names) == 1 else None)

@@ -1,0 +1,46 @@
+"""Settings that come from outside: the only place that reads the environment, and what the host offers.
+
+TURBO_TVM_DUMP_IR       a directory; the compiler writes the module after every pass there, as text
+TURBO_TVM_NUM_THREADS   threads per model when the caller names none; the default is one per physical core
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from turbo_tvm.errors import TurboError
+
+
+def dump_ir_directory() -> Path | None:
+    """Where to write the module after every pass, or None."""
+    value = os.environ.get("TURBO_TVM_DUMP_IR")
+    return Path(value) if value else None
+
+
+def num_threads(asked: int | None = None) -> int:
+    """Threads to run a model on: what was asked, else TURBO_TVM_NUM_THREADS, else the physical cores we may use."""
+    value = asked if asked is not None else os.environ.get("TURBO_TVM_NUM_THREADS")
+    if value is None:
+        return physical_cores()
+    try:
+        count = int(value)
+    except ValueError:
+        count = 0
+    if count < 1:
+        raise TurboError(f"the number of threads must be a whole number of at least 1, not {value!r}")
+    return count
+
+
+def physical_cores() -> int:
+    """Physical cores among the CPUs this process may run on; hyper-threads gain nothing on matrix kernels."""
+    cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    cores = {_core_of(cpu) for cpu in cpus}
+    return max(1, len(cores))
+
+
+def _core_of(cpu: int) -> str:
+    try:
+        return Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text().strip()
+    except OSError:
+        return str(cpu)

@@ -1,0 +1,144 @@
+"""Where passes and schedules meet: which schedule implements a composite, and what it costs.
+
+The passes know composites, the schedules know loops; the pipeline hands `CpuKernels` to `lower_kernels`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+from tvm import ir, relax, tirx
+
+from turbo_tvm.passes import composite
+from turbo_tvm.passes.composite import Composite
+from turbo_tvm.passes.rewriter import dims_of, shape_of
+from turbo_tvm.runtime.manifest import KernelSpec
+from turbo_tvm.schedules import attention, embedding, linear, normalization, pooling, position_bias, rows
+from turbo_tvm.schedules.tiles import CpuTiles
+
+
+class CpuKernels:
+    """Builds the CPU kernel of a composite; calling it is the `schedule` argument of `lower_kernels`."""
+
+    def __init__(self, tiles: CpuTiles):
+        self.tiles = tiles
+        self._built: dict[str, tirx.PrimFunc] = {}
+
+    def __call__(self, fused: Composite, out: relax.TensorType) -> tuple[str, tirx.PrimFunc]:
+        """The kernel's name, unique for its parameters, and its PrimFunc."""
+        name = kernel_name(fused, out)
+        if name not in self._built:
+            self._built[name] = getattr(self, "_" + fused.name)(fused, dims_of(out))
+        return name, self._built[name]
+
+    def _linear(self, fused: Composite, out: list) -> tirx.PrimFunc:
+        k = int(shape_of(fused.tensors[1])[1])
+        return linear.linear(self.tiles, k=k, n=int(out[-1]), **fused.attrs)
+
+    def _pack_weight(self, fused: Composite, out: list) -> tirx.PrimFunc:
+        return linear.pack_weight(self.tiles, **fused.attrs)
+
+    def _pack_bias(self, fused: Composite, out: list) -> tirx.PrimFunc:
+        return linear.pack_bias(self.tiles, **fused.attrs)
+
+    def _attention(self, fused: Composite, out: list) -> tirx.PrimFunc:
+        attrs = dict(fused.attrs)
+        q, k, v = (tuple(c) for c in attrs.pop("columns"))
+        return attention.attention(self.tiles, q=q, k=k, v=v, position_bias=len(fused.tensors) > 4, **attrs)
+
+    def _norm(self, fused: Composite, out: list) -> tirx.PrimFunc:
+        return normalization.layer_norm(self.tiles, n=int(out[-1]), **fused.attrs)
+
+    def _normalize(self, fused: Composite, out: list) -> tirx.PrimFunc:
+        return normalization.l2_normalize(self.tiles, n=int(out[-1]), **fused.attrs)
+
+    def _embedding(self, fused: Composite, out: list) -> tirx.PrimFunc:
+        return embedding.embedding(self.tiles, hidden=int(out[-1]), **fused.attrs)
+
+    def _pool(self, fused: Composite, out: list) -> tirx.PrimFunc:
+        return pooling.pool(self.tiles, hidden=int(out[-1]), **fused.attrs)
+
+    def _toeplitz(self, fused: Composite, out: list) -> tirx.PrimFunc:
+        return position_bias.toeplitz(heads=int(out[0]), length=(int(out[1]) + 1) // 2)
+
+    def _tile_rows(self, fused: Composite, out: list) -> tirx.PrimFunc:
+        return rows.tile_rows(self.tiles, columns=int(out[-1]))
+
+    def _untile_rows(self, fused: Composite, out: list) -> tirx.PrimFunc:
+        return rows.untile_rows(self.tiles, columns=int(out[-1]))
+
+
+def kernel_name(fused: Composite, out: relax.TensorType) -> str:
+    """A readable name that says everything the kernel's code depends on: `linear_768x3072_gelu`."""
+    shape = _shape(fused, out)
+    options = [_option(key, value) for key, value in sorted(fused.attrs.items()) if key not in ("k", "n")]
+    extra = ["bias"] if fused.name == "attention" and len(fused.tensors) > 4 else []
+    text = "_".join([fused.name, shape, *(o for o in options if o), *extra])
+    return "".join(c if c.isalnum() or c == "_" else "_" for c in text)
+
+
+def _shape(fused: Composite, out: relax.TensorType) -> str:
+    columns = dims_of(out)[-1]
+    if fused.name == "linear":
+        return f"{shape_of(fused.tensors[1])[1]}x{columns}"
+    if fused.name in ("pack_weight", "pack_bias"):
+        return "x".join(str(fused.attrs[key]) for key in ("k", "n") if key in fused.attrs)
+    return str(columns)
+
+
+def _option(key: str, value: object) -> str:
+    if value is None or value is False:
+        return ""
+    if isinstance(value, str):
+        return value
+    if key == "columns":
+        return "_".join(f"{width}_{offset}" for width, offset in value)
+    return key if value is True else f"{key}{value:g}"
+
+
+def inventory(mod: ir.IRModule) -> tuple[KernelSpec, ...]:
+    """The kernels that `main` calls, before they are lowered: how often, and what one call costs per token."""
+    calls: Counter[str] = Counter()
+    specs: dict[str, KernelSpec] = {}
+    for fused, out in _composites(mod["main"]):
+        name = kernel_name(fused, out)
+        calls[name] += 1
+        specs.setdefault(name, _describe(name, fused, out))
+    return tuple(
+        KernelSpec(s.name, s.family, calls[name], s.shapes, s.flops_per_token, s.flops_per_pair, s.bytes_weights)
+        for name, s in specs.items()
+    )
+
+
+def _composites(func: relax.Function) -> Iterable[tuple[Composite, relax.TensorType]]:
+    for block in func.body.blocks:
+        for binding in block.bindings:
+            fused = composite.match(binding.value)
+            if fused is not None:
+                yield fused, binding.value.ty_args[0]
+
+
+def _describe(name: str, fused: Composite, out: relax.TensorType) -> KernelSpec:
+    columns = int(dims_of(out)[-1])
+    weights = [shape_of(t) for t in fused.tensors]
+    weight_bytes = sum(4 * _count(shape) for shape in weights if all(isinstance(d, int) for d in shape))
+    per_token, per_pair, text = 0.0, 0.0, str(columns)
+    if fused.name == "linear":
+        k = int(weights[1][1])
+        per_token, text = 2.0 * k * columns, f"{k} -> {columns}"
+    elif fused.name == "attention":
+        per_pair = 4.0 * fused.attrs["heads"] * fused.attrs["head_dim"]
+        text = f"{fused.attrs['heads']} heads x {fused.attrs['head_dim']}"
+    elif fused.name == "embedding":
+        per_token, text = float(columns * fused.attrs["tables"]), f"{fused.attrs['tables']} tables x {columns}"
+    elif fused.name == "norm":
+        per_token = 8.0 * columns
+    return KernelSpec(name, fused.name, 0, text, per_token, per_pair, weight_bytes)
+
+
+def _count(shape: list) -> int:
+    total = 1
+    for d in shape:
+        total *= int(d)
+    return total

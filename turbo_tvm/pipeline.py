@@ -1,0 +1,185 @@
+"""The pipeline: from an imported model to an executable, one page, top to bottom.
+
+`packed` and `padded` list the passes in the order in which they run. A model that any pass of `packed` declines is compiled
+by `padded`: right for every graph that TVM can compile, without the project's speed. Set `TURBO_TVM_DUMP_IR=directory` to
+get the module after every phase as text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tvm
+from tvm import ir, relax
+
+from turbo_tvm import config
+from turbo_tvm.kernels import CpuKernels, inventory
+from turbo_tvm.passes.fuse_attention import fuse_attention
+from turbo_tvm.passes.fuse_embedding import fuse_embedding
+from turbo_tvm.passes.fuse_linear import fuse_linear
+from turbo_tvm.passes.fuse_norm import fuse_norm
+from turbo_tvm.passes.fuse_pooling import fuse_pooling
+from turbo_tvm.passes.hoist_weights import TRANSFORM, hoist_weights
+from turbo_tvm.passes.lower_kernels import lower_kernels
+from turbo_tvm.passes.merge_qkv import merge_qkv
+from turbo_tvm.passes.normalize import normalize
+from turbo_tvm.passes.pack_weights import pack_weights
+from turbo_tvm.passes.plan_memory import Buffer, plan_memory
+from turbo_tvm.passes.remove_padding import Declined, remove_padding
+from turbo_tvm.passes.tile_rows import tile_rows
+from turbo_tvm.runtime.manifest import KernelSpec
+from turbo_tvm.schedules.tiles import CpuTiles
+
+Pass = Callable[[ir.IRModule], ir.IRModule]
+
+
+@dataclass(frozen=True)
+class Optimized:
+    """A module in composites, ready to lower. layout: "packed" or "padded"; declined: why, if not packed."""
+
+    mod: ir.IRModule
+    layout: str
+    kernels: tuple[KernelSpec, ...]
+    declined: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Built:
+    """Code and weights. parameters: prepared weights by name, in call order; buffers: what the executor supplies."""
+
+    executable: relax.VMExecutable
+    parameters: dict[str, np.ndarray]
+    buffers: tuple[Buffer, ...]
+    outputs: tuple[relax.TensorType, ...]
+
+
+def packed(tiles: CpuTiles, max_length: int) -> list[Pass]:
+    """Passes for a model whose padding can be removed."""
+    return [
+        # Recognise: what mixes tokens, while the mask is still there to say how.
+        normalize,
+        lambda mod: fuse_attention(mod, max_length),
+        fuse_pooling,
+        # Pack: one matrix row per token; raises Declined if anything else mixes tokens.
+        lambda mod: remove_padding(mod, tiles.row_tile),
+        # Fuse what is left, row by row.
+        fuse_linear,
+        merge_qkv,
+        fuse_norm,
+        fuse_embedding,
+        # Weights: into the kernels' layout, and out of the model's function.
+        lambda mod: pack_weights(mod, tiles.col_tile),
+        hoist_weights,
+    ]
+
+
+def padded(tiles: CpuTiles) -> list[Pass]:
+    """Passes for any other model: products are fused, everything else is TVM's."""
+    return [
+        normalize,
+        fuse_linear,
+        fuse_norm,
+        lambda mod: tile_rows(mod, tiles.row_tile),
+        lambda mod: pack_weights(mod, tiles.col_tile),
+        hoist_weights,
+    ]
+
+
+def optimize(mod: ir.IRModule, tiles: CpuTiles, max_length: int) -> Optimized:
+    """Graph to composites: packed if every part allows it, else padded with the reason kept."""
+    try:
+        done = _run(mod, packed(tiles, max_length))
+        return Optimized(done, "packed", inventory(done))
+    except Declined as why:
+        done = _run(mod, padded(tiles))
+        return Optimized(done, "padded", inventory(done), (f"padding was not removed: {why}",))
+
+
+def build(optimized: Optimized, weights: list[tvm.runtime.Tensor], target: tvm.target.Target, tiles: CpuTiles) -> Built:
+    """Composites to machine code and prepared weights.
+
+    weights: the model's weights in the order of the imported module's parameters.
+    """
+    kernels = CpuKernels(tiles)
+    mod = lower_kernels(optimized.mod, kernels)
+    names = [p.name for p in mod["main"].params[int(mod["main"].attrs["num_input"]) :]]
+    parameters = _prepare_weights(mod, weights, names, target)
+    main = ir.IRModule({var: f for var, f in mod.functions_items() if var.name_hint != TRANSFORM})
+    main = relax.transform.DeadCodeElimination(["main"])(main)
+    outputs = _output_types(main["main"])
+    buffers: list[Buffer] = []
+    executable = tvm.compile(main, target=target, relax_pipeline=_lowering(optimized.layout, buffers))
+    return Built(executable, parameters, tuple(buffers), outputs)
+
+
+def _prepare_weights(
+    mod: ir.IRModule, weights: list[tvm.runtime.Tensor], names: list[str], target: tvm.target.Target
+) -> dict[str, np.ndarray]:
+    """Run `transform_weights` once, here, on the given weights. Machines compile for machines like themselves."""
+    part = ir.IRModule({var: f for var, f in mod.functions_items() if var.name_hint != "main"})
+    part = relax.transform.DeadCodeElimination([TRANSFORM])(part)
+    machine = relax.VirtualMachine(tvm.compile(part, target=target), tvm.cpu())
+    results = machine[TRANSFORM](*weights)
+    return {name: np.from_dlpack(result) for name, result in zip(names, results, strict=True)}
+
+
+def _lowering(layout: str, buffers: list[Buffer]) -> tvm.transform.Pass:
+    """TVM's own lowering with our memory plan in its place; fills `buffers`."""
+    t = relax.transform
+
+    @tvm.transform.module_pass(opt_level=0, name="turbo_tvm.plan_memory")
+    def supplied_buffers(mod: ir.IRModule, _ctx) -> ir.IRModule:
+        if layout != "packed":
+            return mod
+        mod, planned = plan_memory(mod)
+        buffers.extend(planned)
+        return mod
+
+    return tvm.transform.Sequential(
+        [
+            t.LegalizeOps(),
+            t.AnnotateTIROpPattern(),
+            t.FoldConstant(),
+            t.FuseOps(),
+            t.FuseTIR(),
+            t.RewriteDataflowReshape(),
+            t.ToNonDataflow(),
+            t.RemovePurityChecking(),
+            t.CallTIRRewrite(),
+            supplied_buffers,
+            t.StaticPlanBlockMemory(),
+            t.LowerAllocTensor(),
+            t.KillAfterLastUse(),
+            t.LowerRuntimeBuiltin(),
+            t.ComputePrimValue(),
+            t.VMShapeLower(),
+            t.AttachGlobalSymbol(),
+        ]
+    )
+
+
+def _output_types(func: relax.Function) -> tuple[relax.TensorType, ...]:
+    ty = func.ret_ty
+    return tuple(ty.fields) if isinstance(ty, relax.TupleType) else (ty,)
+
+
+def _run(mod: ir.IRModule, passes: list[Pass]) -> ir.IRModule:
+    directory = config.dump_ir_directory()
+    for number, step in enumerate(passes):
+        mod = step(mod)
+        if directory is not None:
+            _dump(mod, directory, f"{number:02d}_{_pass_name(step)}")
+    return mod
+
+
+def _pass_name(step: Pass) -> str:
+    names = getattr(step, "__code__", None)
+    return step.__name__ if step.__name__ != "<lambda>" or names is None else names.co_names[0]
+
+
+def _dump(mod: ir.IRModule, directory: Path, name: str) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / f"{name}.py").write_text(mod.script(show_meta=False))
