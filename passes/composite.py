@@ -27,7 +27,6 @@ from typing import Any
 
 from tvm import ir, relax
 
-
 PREFIX = "turbo."
 _CALL_DPS_PACKED = ir.Op.get("relax.call_dps_packed")
 

@@ -55,5 +55,3 @@ def _call(builder, fused: composite.Composite, out: relax.Type, schedule: Schedu
     if name not in kernels:
         kernels[name] = builder.add_func(kernel, name)
     return relax.op.call_tir(kernels[name], list(fused.tensors), out_ty=out)
-
-

@@ -73,7 +73,11 @@ class _PlanMemory:
     def _rebuild(self, kept: list, params: dict[Buffer, relax.Var], new: dict) -> ir.IRModule:
         body = relax.SeqExpr([relax.BindingBlock(kept)], substitute(self.func.body.body, new))
         func = relax.Function(
-            [*self.func.params, *params.values()], body, self.func.ret_ty, is_pure=False, attrs=self.func.attrs
+            [*self.func.params, *params.values()],
+            body,
+            self.func.ret_ty,
+            is_pure=False,
+            attrs=self.func.attrs,
         )
         mod = ir.IRModule(dict(self.mod.functions_items()), attrs=self.mod.attrs)
         mod.update_func(self.var, func)

@@ -23,8 +23,28 @@ from turbo_tvm.passes import composite
 from turbo_tvm.passes.rewriter import builder_without_main, is_tensor, shape_of, substitute
 
 ELEMENTWISE = frozenset(
-    "add subtract multiply divide power maximum minimum negative abs exp sqrt rsqrt erf tanh sigmoid clip "
-    "nn.gelu nn.gelu_tanh nn.relu nn.silu".split()
+    [
+        "add",
+        "subtract",
+        "multiply",
+        "divide",
+        "power",
+        "maximum",
+        "minimum",
+        "negative",
+        "abs",
+        "exp",
+        "sqrt",
+        "rsqrt",
+        "erf",
+        "tanh",
+        "sigmoid",
+        "clip",
+        "nn.gelu",
+        "nn.gelu_tanh",
+        "nn.relu",
+        "nn.silu",
+    ]
 )
 
 
@@ -239,4 +259,3 @@ def _symbolic(var: relax.Var) -> bool:
 def _variables(expr: relax.Expr) -> list[relax.Var]:
     """The tensors an expression reads directly (a symbolic dimension is a variable too)."""
     return [v for v in relax.analysis.free_vars(expr) if is_tensor(v)]
-

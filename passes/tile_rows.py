@@ -61,4 +61,3 @@ class _TileRows(Rewriter):
         columns = shape_of(x)[-1]
         flat = self.emit(relax.op.reshape(x, (rows, columns)))
         return self.emit(composite.make("tile_rows", [flat], self._tiles(rows, columns)))
-

@@ -42,9 +42,7 @@ def position_ids(rule: PositionRule, token_ids: np.ndarray) -> np.ndarray:
     return np.arange(rule.offset, rule.offset + len(token_ids), dtype=np.int32)
 
 
-def from_sequences(
-    sequences: Sequence, token_type_ids: Sequence | None, bounds: Bounds, rule: PositionRule
-) -> Batch:
+def from_sequences(sequences: Sequence, token_type_ids: Sequence | None, bounds: Bounds, rule: PositionRule) -> Batch:
     """Check a list of token id sequences and give them positions.
 
     Raises InputError, naming the sequence, for an empty request, an empty or over-long sequence, ids that are not

@@ -20,9 +20,9 @@ follow those of this one, so steps 1 and 2 prefetch them. Without it short seque
 head lie a full activation row apart, on other pages, where no hardware prefetcher follows. The parallel loop
 runs over chunks of tasks because TVM allocates scratch (each register tile too) once per parallel iteration.
 
-Rejected by measurement (Zen 5): all heads of a tile in turn (20-40 % slower below 64 tokens, and unbalanced); the
+Rejected by measurement (Zen 5): all heads of a tile in turn (up to 40 % slower below 64 tokens, and unbalanced); the
 probabilities in cache-sized key blocks (0-3 % slower at 512 keys); weighting tiles of 6 x 64 (3 % slower) and 16 x 16
-(6 %); `vector_math.exp` (7 % slower at 512: it keeps e^x exact where softmax needs only 2^x, x <= 0).
+(6 %); `vector_math.exp` (4 % slower at 512: softmax needs only 2^x, x <= 0).
 
 Method: packed batches and per-sequence attention after ByteTransformer (arXiv 2210.03052), deferred division
 after FlashAttention (arXiv 2205.14135), exp2 polynomial after Cephes.
@@ -52,30 +52,58 @@ _LOWEST = -1e38  # stands for -infinity: differences of such scores stay finite
 
 
 @dataclass(frozen=True)
-class _Operand:
-    """A head's columns inside an activation buffer."""
+class _Rows:
+    """The columns of one head in an activation buffer, addressed by packed row."""
 
-    tiles: CpuTiles
+    buffer: tvm.tirx.Buffer
+    first_column: Expr
     head_dim: int
-    offset: int
 
-    def at(self, buffer: tvm.tirx.Buffer, row: Expr, head: Expr, column: Expr) -> Expr:
-        """The element of that packed row and head."""
-        rows = self.tiles.row_tile
-        return buffer[row // rows, row % rows, self.offset + head * self.head_dim + column]
+    def index(self, row: Expr, column: Expr) -> tuple[Expr, Expr, Expr]:
+        """Where an element of the head lies in the buffer."""
+        tile = self.buffer.shape[1]
+        return row // tile, row % tile, self.first_column + column
 
-    def prefetch(
-        self, buffer: tvm.tirx.Buffer, row: Expr, head: Expr, line: Expr, write: bool = False
-    ) -> Expr:
-        """Bring a cache line of that row and head into L1."""
-        address = T.address_of(self.at(buffer, row, head, line * CACHE_LINE_FLOATS))
-        flags = (T.int32(int(write)), T.int32(3), T.int32(1))
-        return tvm.tirx.call_llvm_intrin("void", "llvm.prefetch.p0", address, *flags)
+    def at(self, row: Expr, column: Expr) -> Expr:
+        """An element of the head."""
+        return self.buffer[self.index(row, column)]
 
     @property
     def cache_lines(self) -> int:
         """How many lines a row of the head covers."""
         return -(-self.head_dim // CACHE_LINE_FLOATS)
+
+    def prefetch(self, row: Expr, line: Expr, write: bool = False) -> Expr:
+        """Bring a line of a row into L1; the last row stands for those past the buffer."""
+        row = T.min(row, self.buffer.shape[0] * self.buffer.shape[1] - 1)
+        address = T.address_of(self.at(row, line * CACHE_LINE_FLOATS))
+        flags = (T.int32(int(write)), T.int32(3), T.int32(1))
+        return T.evaluate(tvm.tirx.call_llvm_intrin("void", "llvm.prefetch.p0", address, *flags))
+
+
+@dataclass(frozen=True)
+class _Task:
+    """Queries [first, last) against the keys [begin, end), and the scratch: see the strategy."""
+
+    first: Expr
+    last: Expr
+    begin: Expr
+    end: Expr
+    panel: tvm.tirx.Buffer
+    weights: tvm.tirx.Buffer
+    diagonal: tvm.tirx.Buffer
+    peak: tvm.tirx.Buffer
+    inverse: tvm.tirx.Buffer
+
+    @property
+    def queries(self) -> Expr:
+        """Number of queries."""
+        return self.last - self.first
+
+    @property
+    def keys(self) -> Expr:
+        """Number of keys."""
+        return self.end - self.begin
 
 
 def _exp2(x: Expr) -> Expr:
@@ -121,155 +149,144 @@ def _transpose(lanes: int) -> Macro:
     return transpose
 
 
-def _load_queries(tiles: CpuTiles, q: _Operand, out: _Operand, scale: float) -> Macro:
-    """`load_queries(panel, q, out, first, last, head, rows)`: step 1. Lanes past the last query repeat it."""
-    lanes, head_dim = tiles.lanes, q.head_dim
-    blocked = head_dim // lanes * lanes
+def _load_queries(lanes: int, queries: int, head_dim: int, scale: float) -> Macro:
+    """`load_queries(task, q, out)`: step 1. Lanes past the last query repeat it."""
     transpose, swapped = _transpose(lanes), lanes.bit_length() % 2 == 0
+    whole = head_dim // lanes * lanes
 
     @T.inline
-    def load_queries(panel, q_in, out_buffer, first, last, head, rows):
-        for row in range(last - first):
+    def prefetch_next(task, q, out):
+        for i in range(task.queries):
             for line in T.unroll(q.cache_lines):
-                T.evaluate(q.prefetch(q_in, T.min(last + row, rows - 1), head, line))
-                T.evaluate(out.prefetch(out_buffer, T.min(last + row, rows - 1), head, line, True))
-        for block in range(head_dim // lanes):
-            for group in range((last - first + lanes - 1) // lanes):
-                with T.sblock("transpose"):
-                    T.reads()
-                    T.writes()
-                    a = T.sblock_alloc_buffer((lanes, lanes), "float32", scope="local")
-                    b = T.sblock_alloc_buffer((lanes, lanes), "float32", scope="local")
-                    for i in T.unroll(lanes):
-                        for j in T.vectorized(lanes):
-                            a[i, j] = q.at(
-                                q_in, T.min(first + group * lanes + i, last - 1), head, block * lanes + j
-                            ) * T.float32(scale)
-                    transpose(a, b)
-                    done = T.meta_var(b if swapped else a)
-                    for i in T.unroll(lanes):
-                        for j in T.vectorized(lanes):
-                            panel[block * lanes + i, group * lanes + j] = done[i, j]
-        for tail in range(head_dim - blocked):
-            for j in range(tiles.query_tile):
-                panel[blocked + tail, j] = q.at(
-                    q_in, T.min(first + j, last - 1), head, blocked + tail
-                ) * T.float32(scale)
+                q.prefetch(task.last + i, line)
+                out.prefetch(task.last + i, line, True)
+
+    @T.inline
+    def load_queries(task, q, out):
+        prefetch_next(task, q, out)
+        for block, group in T.grid(head_dim // lanes, (task.queries + lanes - 1) // lanes):
+            with T.sblock("transpose"):
+                T.reads()
+                T.writes()
+                a = T.sblock_alloc_buffer((lanes, lanes), "float32", scope="local")
+                b = T.sblock_alloc_buffer((lanes, lanes), "float32", scope="local")
+                for i in T.unroll(lanes):
+                    row = T.meta_var(T.min(task.first + group * lanes + i, task.last - 1))
+                    for j in T.vectorized(lanes):
+                        a[i, j] = q.at(row, block * lanes + j) * T.float32(scale)
+                transpose(a, b)
+                done = T.meta_var(b if swapped else a)
+                for i in T.unroll(lanes):
+                    for j in T.vectorized(lanes):
+                        task.panel[block * lanes + i, group * lanes + j] = done[i, j]
+        for d, j in T.grid(head_dim - whole, queries):
+            task.panel[whole + d, j] = q.at(T.min(task.first + j, task.last - 1), whole + d) * T.float32(scale)
 
     return load_queries
 
 
-def _load_bias(tiles: CpuTiles, max_length: int) -> Macro:
-    """`load_bias(diagonal, bias, first, end, head)`: the bias of query lane i, key j at [end - 1 - j + i].
+def _load_bias(queries: int, max_length: int) -> Macro:
+    """`load_bias(task, bias, head)`: the bias of query lane i, key j goes to diagonal[keys - 1 - j + i].
 
     Reversed on the way in, so that the lanes of a score tile read it forwards. Lanes past the sequence may lie before
     the table: they read its first element.
     """
 
     @T.inline
-    def load_bias(diagonal, bias, first, begin, end, head):
-        for i in range(end - begin + tiles.query_tile - 1):
-            diagonal[i] = T.max(
-                bias[head, T.max(max_length - 1 + (end - 1 - first) - i, 0)] * T.float32(math.log2(math.e)),
-                T.float32(_LOWEST),
-            )
+    def load_bias(task, bias, head):
+        for i in range(task.keys + queries - 1):
+            column = T.meta_var(T.max(max_length - 1 + (task.end - 1 - task.first) - i, 0))
+            task.diagonal[i] = T.max(bias[head, column] * T.float32(math.log2(math.e)), T.float32(_LOWEST))
 
     return load_bias
 
 
-def _scores(k: _Operand, v: _Operand, width: int, key_tile: int, leftover: int, position_bias: bool) -> Macro:
-    """`scores(panel, weights, peak, k, v, diagonal, begin, end, head, last, rows)`: step 2 for `width` queries.
+def _scores(width: int, key_tile: int, leftover: int, position_bias: bool) -> Macro:
+    """`scores(task, k, v)`: step 2 for `width` queries: scores into weights[key, query], their maximum into peak."""
 
-    Fills weights[key, query] with the scores and peak[query] with their maximum.
-    """
-
-    def key_of(key: Expr, length: Expr, whole: bool) -> Expr:
-        return key if whole else T.min(key, length - 1)
-
-    def initial(diagonal: tvm.tirx.Buffer, index: Expr) -> Expr:
-        return diagonal[index] if position_bias else T.float32(0)
+    def initial(task: _Task, key: Expr, lane: Expr) -> Expr:
+        return task.diagonal[task.keys - 1 - key + lane] if position_bias else T.float32(0)
 
     @T.inline
-    def prefetch_next(k_in, v_in, row, head, keys, rows):
-        for i in range(keys):
-            for line in T.unroll(k.cache_lines):
-                T.evaluate(k.prefetch(k_in, T.min(row + i, rows - 1), head, line))
-                T.evaluate(v.prefetch(v_in, T.min(row + i, rows - 1), head, line))
+    def prefetch_next(task, k, v, key, keys):
+        if task.last == task.end:
+            for i in range(keys):
+                for line in T.unroll(k.cache_lines):
+                    k.prefetch(task.end + key + i, line)
+                    v.prefetch(task.end + key + i, line)
 
     @T.inline
-    def tile(panel, weights, peak, k_in, diagonal, begin, length, head, key, keys, whole):
+    def tile(task, k, first, keys, key_of):
         with T.sblock("scores"):
             T.reads()
             T.writes()
             acc = T.sblock_alloc_buffer((keys, width), "float32", scope="local")
             for i in T.unroll(keys):
                 for j in T.vectorized(width):
-                    acc[i, j] = initial(diagonal, length - 1 - key_of(key + i, length, whole) + j)
+                    acc[i, j] = initial(task, key_of(task, first + i), j)
             for d in range(k.head_dim):
                 for i in T.unroll(keys):
                     for j in T.vectorized(width):
-                        acc[i, j] = (
-                            acc[i, j]
-                            + k.at(k_in, begin + key_of(key + i, length, whole), head, d) * panel[d, j]
-                        )
+                        acc[i, j] += k.at(task.begin + key_of(task, first + i), d) * task.panel[d, j]
             for i in T.unroll(keys):
                 for j in T.vectorized(width):
-                    weights[key + i, j] = acc[i, j]
+                    task.weights[first + i, j] = acc[i, j]
             for i in T.unroll(keys):
                 for j in T.vectorized(width):
-                    peak[j] = T.max(peak[j], acc[i, j])
+                    task.peak[j] = T.max(task.peak[j], acc[i, j])
+
+    def same(task: _Task, key: Expr) -> Expr:
+        return key
+
+    def last_repeated(task: _Task, key: Expr) -> Expr:
+        return T.min(key, task.keys - 1)
 
     @T.inline
-    def scores(panel, weights, peak, k_in, v_in, diagonal, begin, end, head, last, rows):
-        whole: T.let = (end - begin) // key_tile
+    def scores(task, k, v):
         for j in T.vectorized(width):
-            peak[j] = T.float32(3 * _LOWEST)
-        for i in range(whole):
-            if last == end:
-                prefetch_next(k_in, v_in, end + i * key_tile, head, key_tile, rows)
-            tile(panel, weights, peak, k_in, diagonal, begin, end - begin, head, i * key_tile, key_tile, True)
-        for i in range(((end - begin) % key_tile + leftover - 1) // leftover):
-            key: T.let = whole * key_tile + i * leftover
-            if last == end:
-                prefetch_next(k_in, v_in, end + key, head, leftover, rows)
-            tile(panel, weights, peak, k_in, diagonal, begin, end - begin, head, key, leftover, False)
+            task.peak[j] = T.float32(3 * _LOWEST)
+        for i in range(task.keys // key_tile):
+            prefetch_next(task, k, v, i * key_tile, key_tile)
+            tile(task, k, i * key_tile, key_tile, same)
+        for i in range((task.keys % key_tile + leftover - 1) // leftover):
+            key: T.let = task.keys // key_tile * key_tile + i * leftover
+            prefetch_next(task, k, v, key, leftover)
+            tile(task, k, key, leftover, last_repeated)
 
     return scores
 
 
 def _softmax(width: int) -> Macro:
-    """`softmax(weights, peak, inverse, length)`: step 3. weights become 2^(score - peak); inverse is 1 / their sum."""
+    """`softmax(task)`: step 3: weights become 2^(score - peak), inverse 1 / their sum."""
 
     @T.inline
-    def row(weights, peak, inverse, key):
+    def row(task, key):
         for j in T.vectorized(width):
-            weights[key, j] = _exp2(weights[key, j] - peak[j])
+            task.weights[key, j] = _exp2(task.weights[key, j] - task.peak[j])
         for j in T.vectorized(width):
-            inverse[j] = inverse[j] + weights[key, j]
+            task.inverse[j] += task.weights[key, j]
 
     @T.inline
-    def softmax(weights, peak, inverse, length):
+    def softmax(task):
         for j in T.vectorized(width):
-            inverse[j] = T.float32(0)
-        for block in range(length // 4):
+            task.inverse[j] = T.float32(0)
+        for block in range(task.keys // 4):
             for i in T.unroll(4):
-                row(weights, peak, inverse, block * 4 + i)
-        for i in range(length % 4):
-            row(weights, peak, inverse, length // 4 * 4 + i)
+                row(task, block * 4 + i)
+        for i in range(task.keys % 4):
+            row(task, task.keys // 4 * 4 + i)
         for j in T.vectorized(width):
-            inverse[j] = T.float32(1) / inverse[j]
+            task.inverse[j] = T.float32(1) / task.inverse[j]
 
     return softmax
 
 
-def _weigh(tiles: CpuTiles, v: _Operand, out: _Operand) -> Macro:
-    """`weigh(weights, inverse, v, out, first, last, begin, end, head)`: step 4, over all columns of the head."""
-    group = 8 if tiles.row_tile >= 8 else 4
-    whole = v.head_dim // tiles.col_tile
+def _weigh(group: int, col_tile: int, head_dim: int) -> Macro:
+    """`weigh(task, v, out)`: step 4, in tiles of `group` queries by `col_tile` columns, or a half of it, a quarter ..."""
 
     @T.inline
-    def columns(weights, inverse, v_in, out_buffer, first, last, begin, end, head, column, width):
-        for g in range((last - first + group - 1) // group):
+    def columns(task, v, out, column, width):
+        for block in range((task.queries + group - 1) // group):
             with T.sblock("weigh"):
                 T.reads()
                 T.writes()
@@ -277,39 +294,28 @@ def _weigh(tiles: CpuTiles, v: _Operand, out: _Operand) -> Macro:
                 for i in T.unroll(group):
                     for j in T.vectorized(width):
                         acc[i, j] = T.float32(0)
-                for key in range(end - begin):
+                for key in range(task.keys):
                     for i in T.unroll(group):
                         for j in T.vectorized(width):
-                            acc[i, j] = acc[i, j] + weights[key, g * group + i] * v.at(
-                                v_in, begin + key, head, column + j
-                            )
+                            acc[i, j] += task.weights[key, block * group + i] * v.at(task.begin + key, column + j)
                 for i in T.unroll(group):
-                    if first + g * group + i < last:
+                    row = T.meta_var(task.first + block * group + i)
+                    if row < task.last:
                         for j in T.vectorized(width):
-                            out_buffer[
-                                (first + g * group + i) // tiles.row_tile,
-                                (first + g * group + i) % tiles.row_tile,
-                                head * out.head_dim + column + j,
-                            ] = acc[i, j] * inverse[g * group + i]
+                            out.buffer[out.index(row, column + j)] = acc[i, j] * task.inverse[block * group + i]
 
     @T.inline
-    def rest(weights, inverse, v_in, out_buffer, first, last, begin, end, head, width, again):
-        if v.head_dim % (width * 2) >= width:
-            columns(
-                weights, inverse, v_in, out_buffer, first, last, begin, end, head,
-                v.head_dim // (width * 2) * (width * 2), width,
-            )  # fmt: skip
+    def rest(task, v, out, width, again):
+        if head_dim & width > 0:
+            columns(task, v, out, head_dim // (2 * width) * (2 * width), width)
         if width > 1:
-            again(weights, inverse, v_in, out_buffer, first, last, begin, end, head, width // 2, again)
+            again(task, v, out, width // 2, again)
 
     @T.inline
-    def weigh(weights, inverse, v_in, out_buffer, first, last, begin, end, head):
-        for block in range(whole):
-            columns(
-                weights, inverse, v_in, out_buffer, first, last, begin, end, head,
-                block * tiles.col_tile, tiles.col_tile,
-            )  # fmt: skip
-        rest(weights, inverse, v_in, out_buffer, first, last, begin, end, head, tiles.col_tile // 2, rest)
+    def weigh(task, v, out):
+        for block in range(head_dim // col_tile):
+            columns(task, v, out, block * col_tile, col_tile)
+        rest(task, v, out, col_tile // 2, rest)
 
     return weigh
 
@@ -333,21 +339,21 @@ def attention(
     position_bias: fp32 `(heads, 2 * max_length - 1)`, added for query i, key j at column j - i + max_length - 1.
     """
     lanes, queries, row_tile = tiles.lanes, tiles.query_tile, tiles.row_tile
-    (q_width, q_offset), (k_width, k_offset), (v_width, v_offset) = q, k, v
-    q_head, k_head, v_head, out_head = (
-        _Operand(tiles, head_dim, offset) for offset in (q_offset, k_offset, v_offset, 0)
-    )
-    load_queries = _load_queries(tiles, q_head, out_head, scale * math.log2(math.e))
-    load_bias = _load_bias(tiles, max_length)
-    narrow_scores = _scores(k_head, v_head, lanes, _NARROW_KEYS, _NARROW_KEYS, position_bias)
-    wide_scores = _scores(k_head, v_head, queries, row_tile, _LEFTOVER_KEYS, position_bias)
+    (q_width, q_column), (k_width, k_column), (v_width, v_column) = q, k, v
+    load_queries = _load_queries(lanes, queries, head_dim, scale * math.log2(math.e))
+    load_bias = _load_bias(queries, max_length)
+    narrow_scores = _scores(lanes, _NARROW_KEYS, _NARROW_KEYS, position_bias)
+    wide_scores = _scores(queries, row_tile, _LEFTOVER_KEYS, position_bias)
     narrow_softmax, wide_softmax = _softmax(lanes), _softmax(queries)
-    weigh = _weigh(tiles, v_head, out_head)
+    weigh = _weigh(8 if row_tile >= 8 else 4, tiles.col_tile, head_dim)
     scratch_keys = max_length + _NARROW_KEYS  # a leftover tile ends less than its height past the last key
     diagonal_size = max_length + queries if position_bias else 1
 
+    def of_head(buffer: tvm.tirx.Buffer, head: Expr, column: int = 0) -> _Rows:
+        return _Rows(buffer, column + head * head_dim, head_dim)
+
     @T.inline
-    def attend(q_in, k_in, v_in, bias, out, first, last, begin, end, head, rows):
+    def attend(q_rows, k_rows, v_rows, out_rows, bias, head, first, last, begin, end):
         with T.sblock("attend"):
             T.reads()
             T.writes()
@@ -356,16 +362,17 @@ def attention(
             diagonal = T.sblock_alloc_buffer((diagonal_size,), "float32")
             peak = T.sblock_alloc_buffer((queries,), "float32", scope="local")
             inverse = T.sblock_alloc_buffer((queries,), "float32", scope="local")
-            load_queries(panel, q_in, out, first, last, head, rows)
+            task = T.meta_var(_Task(first, last, begin, end, panel, weights, diagonal, peak, inverse))
+            load_queries(task, q_rows, out_rows)
             if position_bias:
-                load_bias(diagonal, bias, first, begin, end, head)
+                load_bias(task, bias, head)
             if last - first <= lanes:
-                narrow_scores(panel, weights, peak, k_in, v_in, diagonal, begin, end, head, last, rows)
-                narrow_softmax(weights, peak, inverse, end - begin)
+                narrow_scores(task, k_rows, v_rows)
+                narrow_softmax(task)
             else:
-                wide_scores(panel, weights, peak, k_in, v_in, diagonal, begin, end, head, last, rows)
-                wide_softmax(weights, peak, inverse, end - begin)
-            weigh(weights, inverse, v_in, out, first, last, begin, end, head)
+                wide_scores(task, k_rows, v_rows)
+                wide_softmax(task)
+            weigh(task, v_rows, out_rows)
 
     @T.prim_func(private=True, s_tir=True)
     def kernel(
@@ -397,6 +404,18 @@ def attention(
                     begin: T.let = T.cast(query_tiles[task % nq, 1], "int64")
                     end: T.let = T.cast(query_tiles[task % nq, 2], "int64")
                     last: T.let = T.min(end, first + queries)
-                    attend(q_in, k_in, v_in, bias, out, first, last, begin, end, task // nq, t * row_tile)
+                    head: T.let = task // nq
+                    attend(
+                        of_head(q_in, head, q_column),
+                        of_head(k_in, head, k_column),
+                        of_head(v_in, head, v_column),
+                        of_head(out, head),
+                        bias,
+                        head,
+                        first,
+                        last,
+                        begin,
+                        end,
+                    )
 
     return kernel if position_bias else without_parameters(kernel, ["bias"])

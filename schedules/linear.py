@@ -1,30 +1,35 @@
-"""The matrix kernel on the CPU: `norm(activation(x @ W + bias) + residual)` in one call, and the packing of W.
+"""The matrix kernel on the CPU, `norm(activation(x @ W + bias) + residual)` in one call; packing W.
 
-Shapes (all fp32): x `(t, R, k)`, weight `(P, k, C)`, bias `(P * C,)`, residual and out `(t, R, n)`, gamma and beta
-`(n,)`. t is symbolic; R = `tiles.row_tile`, C = `tiles.col_tile`, P = `tiles.panels(n)`. A panel is C columns of W,
-one row of it per k; the last panel and the bias are padded with zeros.
+Shapes, all fp32: x `(t, R, k)`, weight `(P, k, C)`, bias `(P * C,)`, residual and out `(t, R, n)`, gamma and
+beta `(n,)`. t is symbolic; R = `tiles.row_tile`, C = `tiles.col_tile`, P = `tiles.panels(n)`. A panel is C
+columns of W, one row of them per k; the last panel and the bias are padded with zeros.
 
 Strategy
-1. A task is one R x C tile of the output: R * C accumulators in registers, rows unrolled, columns vectorised, one
-   pass over k, and per k one load of C weights and R broadcasts of x (24 FMAs for 12 x 32 on AVX-512).
-2. Tasks are numbered row block, panel, tile within the block. The thread pool hands out contiguous runs of numbers,
-   so the load is even to one tile: a large batch splits by rows, a small one by panels. Within a row block of about
-   `_BLOCK_ROWS` rows a panel stays in L2 while the tiles pass over it, and the block's x stays in L2 from one panel
-   to the next. Splitting whole row blocks or whole panels was rejected: 11 tiles on 2 threads come out as 8 + 3.
-3. Each step of k prefetches the weights `_AHEAD_FLOATS` further on. Panels lie one after another, so this runs on
-   into the next one. The hardware's prefetchers stop at every 4 KB page: without it a single tile, which is bound by
-   memory, reads at half the speed. The lines to be written are asked for before the k loop.
-4. Bias, activation and residual apply to the tile in registers. If n is no multiple of C, the columns of the last
-   panel that exist are copied one by one.
+1. A task is one R x C tile of the output: R * C accumulators in registers, rows unrolled, columns
+   vectorised, one pass over k, and per k one load of C weights and R broadcasts of x (24 FMAs for 12 x 32 on
+   AVX-512).
+2. Tasks are numbered row block, panel, tile within the block, and the thread pool hands out contiguous runs
+   of numbers: the load is even to one tile, a large batch splits by rows, a small one by panels. In a row
+   block of about `_BLOCK_ROWS` rows a panel stays in L2 while the tiles pass over it, and the block's x
+   stays there from panel to panel. Splitting whole row blocks was rejected: 11 tiles on 2 threads come out
+   as 8 + 3.
+3. Each step of k prefetches the weights `_AHEAD_FLOATS` further on. Panels lie one after another, so this
+   runs on into the next one. The hardware's prefetchers stop at every 4 KB page: without this a single tile,
+   which is bound by memory, reads at two thirds of the speed. The lines to be written are asked for before
+   the k loop.
+4. Bias, activation and residual apply to the tile in registers. If n is no multiple of C, those columns of
+   the last panel that exist are copied one by one.
 5. The norm needs whole rows: a second parallel loop normalises `out` in place.
 
-The accumulators are two buffers, because TVM keeps "global" buffers below 1 KB, and no others, on the stack (a call
-to the workspace pool costs 50 ns); `T.let` below because a plain assignment makes such a call as well. Rejected after measuring (Zen 5): blocking of k (slower), unrolling k by 2 or 4, row blocks
-of 48 and 192 rows, prefetching x (all equal); 6 x 64 (equal, but slower where memory-bound) and 14 x 32 (1 % faster,
-but rounds short requests up further).
+The accumulators are two buffers, because TVM keeps "global" buffers below 1 KB, and no others, on the stack:
+a call to the workspace pool costs 50 ns. `T.let`, because a plain assignment in TVMScript makes such a call
+as well.
 
-Method: Goto, van de Geijn, "Anatomy of High-Performance Matrix Multiplication" (2008), with W packed beforehand and
-x, which has few columns, left as it is.
+Rejected after measuring (Zen 5): unrolling k by 2 or 4, row blocks of 48 and 192 rows, prefetching x or the
+residual (no gain); 6 x 64 (slower where bound by memory); 14 x 32 (1 % faster, but rounds short requests up further).
+
+Method: Goto, van de Geijn, "Anatomy of High-Performance Matrix Multiplication" (2008), with W packed
+beforehand, and neither k blocked nor x packed: x has so few columns that a block of its rows fits L2.
 """
 
 from __future__ import annotations
@@ -58,7 +63,7 @@ def linear(
     residual: bool = False,
     norm_eps: float | None = None,
 ) -> tvm.tirx.PrimFunc:
-    """`(x, weight, bias, [residual,] [gamma, beta,] out)`: see the module. The norm is there if `norm_eps` is."""
+    """`(x, weight, bias, [residual,] [gamma, beta,] out)`; gamma, beta and the norm if `norm_eps` is given."""
     rows, columns, panels = tiles.row_tile, tiles.col_tile, tiles.panels(n)
     half, block_tiles, lines = rows // 2, max(1, _BLOCK_ROWS // rows), max(1, columns // CACHE_LINE_FLOATS)
     whole_panels, tail_columns, has_tail = n // columns, n % columns, n % columns != 0
@@ -113,9 +118,7 @@ def linear(
                     prefetch_write(out, (tile * rows + r) * n + panel * columns + line * CACHE_LINE_FLOATS)
             for i in range(k):
                 for line in T.unroll(lines):
-                    prefetch_read(
-                        weight, (panel * k + i) * columns + line * CACHE_LINE_FLOATS + _AHEAD_FLOATS
-                    )
+                    prefetch_read(weight, (panel * k + i) * columns + line * CACHE_LINE_FLOATS + _AHEAD_FLOATS)
                 step(upper, x, weight, tile, 0, panel, i)
                 step(lower, x, weight, tile, half, panel, i)
             if has_tail:
@@ -154,7 +157,9 @@ def linear(
                 compute_tile(x, weight, bias, residual_rows, out, tile, panel)
         if normalized:
             for task in T.parallel(t * rows):
-                normalize(out, task // rows, task % rows, row_of(task // rows, task % rows, out), gamma, beta)
+                row_tile: T.let = task // rows
+                row: T.let = task % rows
+                normalize(out, row_tile, row, row_of(row_tile, row, out), gamma, beta)
 
     absent = [] if residual else ["residual_rows"]
     return without_parameters(kernel, absent if normalized else [*absent, "gamma", "beta"])
@@ -163,8 +168,8 @@ def linear(
 def pack_weight(tiles: CpuTiles, *, k: int, n: int) -> tvm.tirx.PrimFunc:
     """`(w, packed)`: fp32 `(n, k)`, PyTorch's layout, to `(P, k, C)` with zeros for the columns beyond n.
 
-    One task per panel and `_PACK_ROWS` of its rows: the C x _PACK_ROWS block is read along w's rows, a cache line
-    each, and the lines it scatters to are all in L1.
+    One task per panel and `_PACK_ROWS` of its rows: the block is read along the rows of w, a cache line each,
+    and the lines that it scatters to all fit L1.
     """
     columns, panels = tiles.col_tile, tiles.panels(n)
     blocks = -(-k // _PACK_ROWS)

@@ -3,15 +3,15 @@
 Layout: activations `(t, R, n)`, R = `tiles.row_tile`, t symbolic; `gamma`, `beta`: `(n,)`. Any n.
 
 Strategy
-1. One task per row, all rows in one parallel loop: a row is a few KB, so its sweeps after the first read L1.
-2. A sweep walks the row in groups of `_CHAINS` vectors, each with an accumulator of its own, so that additions
-   do not wait for each other; then the vectors left over, then the scalars (n % lanes).
-3. Layer norm is the corrected two-pass algorithm: the sum, hence the mean; the sum of x - mean, which repairs the
-   rounding of the mean; the sum of squares of x - mean; the result. E[x^2] - E[x]^2 in one pass was rejected:
-   with |mean| >> std it cancels to noise.
+1. One task per row, all rows in one parallel loop: a row is a few KB, its sweeps after the first read L1.
+2. A sweep walks the row in groups of `_CHAINS` vectors, each with an accumulator of its own, so that
+   additions do not wait for each other; then the vectors left over, then the scalars (n % lanes).
+3. Layer norm is the corrected two-pass algorithm: the sum, hence the mean; the sum of x - mean, which
+   repairs the rounding of the mean; the sum of squares of x - mean; the result. E[x^2] - E[x]^2 in one pass
+   was rejected: with |mean| >> std it cancels to noise.
 4. The residual is added anew in each sweep: two loads from L1 cost less than to store the sum and load it.
-5. `partial` is a "global" buffer below 1 KB: TVM keeps no others on the stack, and a call to its workspace pool
-   costs as much as half a row. Scalars are `T.let`, because a plain assignment allocates as well.
+5. `partial` is a "global" buffer below 1 KB: TVM keeps no others on the stack, and a call to its workspace
+   pool costs as much as half a row. Scalars are `T.let`, because a plain assignment allocates as well.
 
 Method: Chan, Golub, LeVeque, "Algorithms for computing the sample variance" (1983), equation 1.7.
 """
@@ -58,9 +58,7 @@ def _row_sum(lanes: int, n: int) -> Macro:
         for block in range(n // group):
             for chain in T.unroll(_CHAINS):
                 for lane in T.vectorized(lanes):
-                    partial[chain, lane] = partial[chain, lane] + element(
-                        block * group + chain * lanes + lane
-                    )
+                    partial[chain, lane] = partial[chain, lane] + element(block * group + chain * lanes + lane)
         for chain in T.unroll((vectors - grouped) // lanes):
             for lane in T.vectorized(lanes):
                 partial[chain, lane] = partial[chain, lane] + element(grouped + chain * lanes + lane)
@@ -104,7 +102,7 @@ def _affine(x: Row, gamma: tvm.tirx.Buffer, beta: tvm.tirx.Buffer) -> Row:
 def normalize_row(lanes: int, n: int, eps: float) -> Macro:
     """`normalize(out, tile, row, x, gamma, beta)`: layer norm of the row `x`, be it that of `out` itself.
 
-    Every division by n is exact in a row whose elements are equal, which therefore gives beta to the last bit.
+    Every division by n is exact in a row of equal elements, which therefore gives beta to the last bit.
     """
     row_sum, row_store = _row_sum(lanes, n), _row_store(lanes, n)
 
@@ -121,15 +119,13 @@ def normalize_row(lanes: int, n: int, eps: float) -> Macro:
             row_sum(partial, _squared(_centred(x, mean)))
             variance: T.let = T.max(_lane_sum(partial) / T.float32(n) - drift * drift, T.float32(0))
             scale: T.let = T.float32(1) / T.sqrt(variance + T.float32(eps))
-            row_store(
-                out, tile, row, _affine(_scaled(_centred(_centred(x, mean), drift), scale), gamma, beta)
-            )
+            row_store(out, tile, row, _affine(_scaled(_centred(_centred(x, mean), drift), scale), gamma, beta))
 
     return normalize
 
 
 def layer_norm(tiles: CpuTiles, *, n: int, eps: float, residual: bool = False) -> tvm.tirx.PrimFunc:
-    """`(x, [residual,] gamma, beta, out)`: (v - mean v) / sqrt(var v + eps) * gamma + beta of v = x [+ residual].
+    """`(x, [residual,] gamma, beta, out)`: (v - mean v) / sqrt(var v + eps) * gamma + beta, v = x + residual.
 
     x, residual, out: fp32 `(t, R, n)`. gamma, beta: fp32 `(n,)`. The variance divides by n.
     """

@@ -10,8 +10,8 @@ from tvm.script import tirx as T
 
 CACHE_LINE_FLOATS = 16
 
-# TVM has no prefetch that reaches LLVM's intrinsic, which is overloaded on a pointer type. The memory attribute
-# says that no variable changes: without it LLVM stores a tile's accumulators after each prefetch.
+# TVM cannot call LLVM's intrinsic, which is overloaded on a pointer type. The memory attribute says that no
+# variable changes: without it LLVM stores a tile's accumulators after each prefetch.
 PREFETCH_LLVM = """
 declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
 

@@ -1,18 +1,25 @@
 """turbo_tvm: compile transformer encoders with Apache TVM and serve ragged requests without padding.
 
-    import turbo_tvm
+import turbo_tvm
 
-    fast = turbo_tvm.compile(model)                  # a torch.nn.Module or a model folder
-    vectors = fast.run([ids_a, ids_b, ids_c])        # any lengths, no padding
-    fast.save("model.turbo")
-    fast = turbo_tvm.load("model.turbo")             # no torch, no compiler
+fast = turbo_tvm.compile(model)                  # a torch.nn.Module or a model folder
+vectors = fast.run([ids_a, ids_b, ids_c])        # any lengths, no padding
+fast.save("model.turbo")
+fast = turbo_tvm.load("model.turbo")             # no torch, no compiler
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from turbo_tvm.errors import ArtifactError, CompileError, InputError, TargetError, TurboError, UnsupportedModelError
+from turbo_tvm.errors import (
+    ArtifactError,
+    CompileError,
+    InputError,
+    TargetError,
+    TurboError,
+    UnsupportedModelError,
+)
 
 if TYPE_CHECKING:
     from turbo_tvm.compiler import compile
@@ -34,7 +41,11 @@ __all__ = [
     "load",
 ]
 
-_LAZY = {"compile": "turbo_tvm.compiler", "load": "turbo_tvm.loader", "CompiledModel": "turbo_tvm.runtime.model"}
+_LAZY = {
+    "compile": "turbo_tvm.compiler",
+    "load": "turbo_tvm.loader",
+    "CompiledModel": "turbo_tvm.runtime.model",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -53,9 +53,7 @@ PADDING, PADDING_ID = struct.Struct("<HHH"), 0xD935
 SAFETENSORS_DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "int64": "I64", "int32": "I32"}
 SAFETENSORS_DTYPES |= {"int8": "I8", "uint8": "U8", "bool": "BOOL"}
 
-Span = tuple[
-    int, int
-]  # the first byte of a member's data and the one after its last, from the start of the file
+Span = tuple[int, int]  # the first byte of a member's data and the one after its last, from the start of the file
 
 _DAMAGED = "it is damaged, or turbo_tvm did not write it: copy it again or compile the model again"
 _ELSEWHERE = "choose a directory that you can write to"
@@ -112,9 +110,7 @@ def write(
         os.replace(temporary, target)
     except OSError as error:
         advice = _ADVICE.get(error.errno or 0, "save elsewhere")
-        raise ArtifactError(
-            f"cannot save the artifact to {str(path)!r} ({error.strerror}): {advice}"
-        ) from error
+        raise ArtifactError(f"cannot save the artifact to {str(path)!r} ({error.strerror}): {advice}") from error
     finally:
         # Renamed, or never made, or its directory is gone: then there is nothing to remove.
         with contextlib.suppress(OSError):
@@ -137,9 +133,7 @@ def read(path: str | os.PathLike[str]) -> Artifact:
         tokenizer = data[slice(*spans[TOKENIZER])].decode() if TOKENIZER in spans else None
         return Artifact(manifest, data[slice(*spans[LIBRARY])], weights, tokenizer, Path(path))
     except UnicodeDecodeError as error:
-        raise ArtifactError(
-            f"cannot use {str(path)!r}: {TOKENIZER} is not UTF-8 ({error}); {_DAMAGED}"
-        ) from error
+        raise ArtifactError(f"cannot use {str(path)!r}: {TOKENIZER} is not UTF-8 ({error}); {_DAMAGED}") from error
     except ArtifactError as error:
         raise ArtifactError(f"cannot use {str(path)!r}: {error}") from error
 
@@ -156,9 +150,7 @@ def _check_weights(manifest: Manifest, weights: Mapping[str, np.ndarray]) -> Non
         found = weights[name]
         if found.shape != spec.shape or found.dtype != np.dtype(spec.dtype):
             wanted = f"{spec.dtype}{list(spec.shape)}"
-            raise ArtifactError(
-                f"weight {name!r} is {found.dtype}{list(found.shape)}, the manifest has {wanted}"
-            )
+            raise ArtifactError(f"weight {name!r} is {found.dtype}{list(found.shape)}, the manifest has {wanted}")
 
 
 def _utf8(tokenizer: str) -> bytes:
@@ -173,9 +165,7 @@ def _resolved(path: str | os.PathLike[str]) -> Path:
     try:
         return Path(os.path.realpath(path))
     except ValueError as error:
-        raise ArtifactError(
-            f"cannot save the artifact to {str(path)!r} ({error}): choose another name"
-        ) from error
+        raise ArtifactError(f"cannot save the artifact to {str(path)!r} ({error}): choose another name") from error
 
 
 def _write_members(
@@ -246,9 +236,7 @@ def _safetensors_header(parameters: Iterable[ParameterSpec]) -> bytes:
     offset = 0
     for spec in parameters:
         if spec.name.startswith("__"):
-            raise ArtifactError(
-                f"weight {spec.name!r}: names with two leading underscores are safetensors' own"
-            )
+            raise ArtifactError(f"weight {spec.name!r}: names with two leading underscores are safetensors' own")
         end, padded = offset + _exact_bytes(spec), offset + _padded_bytes(spec)
         dtype = SAFETENSORS_DTYPES[spec.dtype]
         entries[spec.name] = {"dtype": dtype, "shape": spec.shape, "data_offsets": [offset, end]}
@@ -306,11 +294,7 @@ def _spans(file: IO[bytes], data: mmap.mmap) -> dict[str, Span]:
         name = info.orig_filename
         if name in spans:
             raise ArtifactError(f"it has the member {name!r} twice; {_DAMAGED}")
-        if (
-            info.compress_type != zipfile.ZIP_STORED
-            or info.compress_size != info.file_size
-            or info.flag_bits & 1
-        ):
+        if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size or info.flag_bits & 1:
             raise ArtifactError(f"its member {name!r} is compressed or encrypted; {_DAMAGED}")
         spans[name] = _span(data, info, position)
         position = spans[name][1]
@@ -330,15 +314,9 @@ def _span(data: mmap.mmap, info: zipfile.ZipInfo, position: int) -> Span:
         name = data[first : first + name_bytes]
         start = first + name_bytes + extra_bytes
         stop = start + info.file_size
-        if (
-            signature == b"PK\3\4"
-            and name == info.orig_filename.encode(errors="replace")
-            and stop <= len(data)
-        ):
+        if signature == b"PK\3\4" and name == info.orig_filename.encode(errors="replace") and stop <= len(data):
             return start, stop
-    raise ArtifactError(
-        f"its member {info.orig_filename!r} is not where the zip's directory says; {_DAMAGED}"
-    )
+    raise ArtifactError(f"its member {info.orig_filename!r} is not where the zip's directory says; {_DAMAGED}")
 
 
 def _seal(data: mmap.mmap, spans: dict[str, Span]) -> bytes:
@@ -368,9 +346,7 @@ def _check_members(data: mmap.mmap, spans: dict[str, Span], manifest: Manifest) 
         with memoryview(data) as view, view[start:stop] as part:
             found = hashlib.sha256(part).hexdigest()
         if (stop - start, found) != (member.bytes, member.sha256):
-            raise ArtifactError(
-                f"its member {name!r} has not the size and sha256 in the manifest; {_DAMAGED}"
-            )
+            raise ArtifactError(f"its member {name!r} has not the size and sha256 in the manifest; {_DAMAGED}")
 
 
 def _views(data: mmap.mmap, span: Span, parameters: tuple[ParameterSpec, ...]) -> dict[str, np.ndarray]:

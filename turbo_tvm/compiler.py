@@ -89,7 +89,9 @@ def _import_path(path: Path, name: str | None, max_length: int | None, tokenizer
     if not path.exists():
         raise UnsupportedModelError(f"there is no model at {path}")
     if not path.is_dir():
-        raise UnsupportedModelError(f"{path} is a file; a model folder with config.json and model.safetensors is needed")
+        raise UnsupportedModelError(
+            f"{path} is a file; a model folder with config.json and model.safetensors is needed"
+        )
     _need_torch()
     from turbo_tvm.frontends.model_folder import load_folder
     from turbo_tvm.frontends.torch_module import import_module
@@ -103,7 +105,9 @@ def _need_torch() -> None:
         import torch  # noqa: F401
         import transformers  # noqa: F401
     except ImportError as error:
-        raise CompileError(f"compiling needs PyTorch and transformers ({error}): pip install 'turbo-tvm[torch]'") from error
+        raise CompileError(
+            f"compiling needs PyTorch and transformers ({error}): pip install 'turbo-tvm[torch]'"
+        ) from error
 
 
 def _read_tokenizer(path: str | PathLike[str] | None) -> str | None:

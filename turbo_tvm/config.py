@@ -7,6 +7,7 @@ TURBO_TVM_NUM_THREADS   threads per model when the caller names none; the defaul
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 from turbo_tvm.errors import TurboError
@@ -44,3 +45,17 @@ def _core_of(cpu: int) -> str:
         return Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text().strip()
     except OSError:
         return str(cpu)
+
+
+def runtime_only() -> None:
+    """For a process that only runs artifacts, before TVM is imported: neither TVM's compiler nor PyTorch is loaded.
+
+    TVM imports PyTorch where it is installed, to exchange tensors with it, which takes seconds.
+    """
+    os.environ["TVM_USE_RUNTIME_LIB"] = "1"
+    sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
+
+
+def quiet_model_loading() -> None:
+    """For a process with progress of its own, before transformers is imported: no progress bars from there."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from tvm import ir, relax, tirx
+from tvm import ir, relax, s_tir, tirx
 
 from turbo_tvm.passes import composite
 from turbo_tvm.passes.composite import Composite
@@ -29,7 +29,7 @@ class CpuKernels:
         """The kernel's name, unique for its parameters, and its PrimFunc."""
         name = kernel_name(fused, out)
         if name not in self._built:
-            self._built[name] = getattr(self, "_" + fused.name)(fused, dims_of(out))
+            self._built[name] = _rooted(getattr(self, "_" + fused.name)(fused, dims_of(out)))
         return name, self._built[name]
 
     def _linear(self, fused: Composite, out: list) -> tirx.PrimFunc:
@@ -67,6 +67,14 @@ class CpuKernels:
 
     def _untile_rows(self, fused: Composite, out: list) -> tirx.PrimFunc:
         return rows.untile_rows(self.tiles, columns=int(out[-1]))
+
+
+def _rooted(func: tirx.PrimFunc) -> tirx.PrimFunc:
+    """The function inside a root block, which TVM's analyses expect of every function that a graph calls."""
+    if isinstance(func.body, s_tir.SBlockRealize):
+        return func
+    root = s_tir.SBlockRealize([], True, s_tir.SBlock([], [], [], "root", func.body))
+    return tirx.PrimFunc(func.params, root, func.ret_type, func.attrs)
 
 
 def kernel_name(fused: Composite, out: relax.TensorType) -> str:
@@ -131,7 +139,10 @@ def _describe(name: str, fused: Composite, out: relax.TensorType) -> KernelSpec:
         per_pair = 4.0 * fused.attrs["heads"] * fused.attrs["head_dim"]
         text = f"{fused.attrs['heads']} heads x {fused.attrs['head_dim']}"
     elif fused.name == "embedding":
-        per_token, text = float(columns * fused.attrs["tables"]), f"{fused.attrs['tables']} tables x {columns}"
+        per_token, text = (
+            float(columns * fused.attrs["tables"]),
+            f"{fused.attrs['tables']} tables x {columns}",
+        )
     elif fused.name == "norm":
         per_token = 8.0 * columns
     return KernelSpec(name, fused.name, 0, text, per_token, per_pair, weight_bytes)

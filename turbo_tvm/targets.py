@@ -24,10 +24,14 @@ def resolve(name: str) -> tvm.target.Target:
     if kind == "cuda":
         raise TargetError(f"target {name!r}: CUDA targets are not supported by this version; use a cpu target")
     if kind != "cpu" or name.endswith(":"):
-        raise TargetError(f"unknown target {name!r}; use 'cpu' for this machine, or 'cpu:<name>' such as 'cpu:x86-64-v3'")
+        raise TargetError(
+            f"unknown target {name!r}; use 'cpu' for this machine, or 'cpu:<name>' such as 'cpu:x86-64-v3'"
+        )
     triple = _TRIPLES.get(platform.machine())
     if triple is None:
-        raise TargetError(f"this machine's architecture {platform.machine()!r} is not supported (x86_64 and aarch64 are)")
+        raise TargetError(
+            f"this machine's architecture {platform.machine()!r} is not supported (x86_64 and aarch64 are)"
+        )
     cpu = cpu or codegen.llvm_get_system_cpu()
     target = {"kind": "llvm", "mtriple": triple, "mcpu": cpu}
     if not codegen.llvm_is_valid_cpu(cpu, triple):
@@ -40,7 +44,6 @@ def resolve(name: str) -> tvm.target.Target:
 
 def describe(name: str, target: tvm.target.Target) -> TargetSpec:
     """What the artifact records of its target: architecture, CPU and the features that loading it checks."""
-    features = cpu_features.checkable(str(f) for f in codegen.llvm_get_cpu_features(target))
-    return TargetSpec(
-        name=name, triple_arch=str(target.attrs["mtriple"]).split("-")[0], mcpu=str(target.attrs["mcpu"]), features=features
-    )
+    arch = str(target.attrs["mtriple"]).split("-")[0]
+    features = cpu_features.checkable([str(f) for f in codegen.llvm_get_cpu_features(target)], arch)
+    return TargetSpec(name, arch, str(target.attrs["mcpu"]), features)  # type: ignore[arg-type]

@@ -77,7 +77,9 @@ def _pooling(config: dict[str, Any], folder: Path) -> str:
     if "pooling_mode" in config:  # the newer spelling
         modes = [config["pooling_mode"]] if isinstance(config["pooling_mode"], str) else list(config["pooling_mode"])
     else:
-        modes = [key.removeprefix("pooling_mode_") for key, on in config.items() if key.startswith("pooling_mode_") and on]
+        modes = [
+            key.removeprefix("pooling_mode_") for key, on in config.items() if key.startswith("pooling_mode_") and on
+        ]
     names = {"mean_tokens": "mean", "cls_token": "cls", "mean": "mean", "cls": "cls"}
     if len(modes) != 1 or modes[0] not in names:
         raise UnsupportedModelError(f"{folder}: pooling {modes} is not supported; mean and cls are")
@@ -88,7 +90,9 @@ def _tokenizer(folder: Path) -> str | None:
     path = folder / "tokenizer.json"
     if path.exists():
         return path.read_text()
-    if not any((folder / name).exists() for name in ("vocab.txt", "vocab.json", "sentencepiece.bpe.model", "spiece.model")):
+    if not any(
+        (folder / name).exists() for name in ("vocab.txt", "vocab.json", "sentencepiece.bpe.model", "spiece.model")
+    ):
         return None
     import transformers
 

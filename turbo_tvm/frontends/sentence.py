@@ -5,6 +5,7 @@ The pooling of sentence-transformers folders (`modules.json`), in plain PyTorch,
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -34,6 +35,11 @@ class SentenceEncoder(nn.Module):
     def config(self) -> Any:
         """The encoder's configuration."""
         return self.encoder.config
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """The inputs that `forward` takes: the encoder's."""
+        return tuple(inspect.signature(self.encoder.forward).parameters)
 
     def get_input_embeddings(self) -> nn.Module:
         """The encoder's token embedding."""

@@ -85,7 +85,11 @@ class _Wrapper(nn.Module):
 
     def example(self, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Inputs for these token ids, all of them real."""
-        given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+        given = {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "token_type_ids": torch.zeros_like(ids),
+        }
         if "position_ids" in self.names:
             rows = [position_ids(self.positions, row) for row in ids.numpy()]
             given["position_ids"] = torch.from_numpy(np.stack(rows).astype(np.int64))
@@ -134,8 +138,9 @@ def _check_module(model: Any) -> None:
         )
 
 
-def _parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(model.forward).parameters
+def _parameters(model: nn.Module) -> tuple[str, ...]:
+    """The names of the model's inputs; a module with **kwargs says them in `input_names`."""
+    return getattr(model, "input_names", None) or tuple(inspect.signature(model.forward).parameters)
 
 
 def _config(model: nn.Module) -> Any:
@@ -216,7 +221,9 @@ def _max_length(model: nn.Module, positions: PositionRule, asked: int | None) ->
     if asked is None:
         return limit or DEFAULT_MAX_LENGTH
     if asked < 1 or (limit is not None and asked > limit):
-        raise UnsupportedModelError(f"max_length={asked} is not possible: the model has positions for 1 to {limit} tokens")
+        raise UnsupportedModelError(
+            f"max_length={asked} is not possible: the model has positions for 1 to {limit} tokens"
+        )
     return asked
 
 

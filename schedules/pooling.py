@@ -1,0 +1,110 @@
+"""Pooling on the CPU: one row per sequence of a packed ragged batch, its first row or the mean of its rows. fp32.
+
+Layout: x `(t, R, hidden)`, out `(bt, R, hidden)` with bt = ceil(b / R), R = `tiles.row_tile`; t, b and bt symbolic.
+Row r of either is [r // R, r % R]. `cu_seqlens`: int32 `(b + 1,)`. Surplus rows of out become zero. Any hidden.
+
+Strategy
+1. One parallel task per pooled row.
+2. The mean adds the rows of its sequence into the output row in whole vectors, `_ROWS` rows per sweep, and scales it
+   last: x streams through once, in the order of its addresses, while the output row stays in L1. Walking down the
+   rows one column block at a time (sums in registers) was rejected: it touches a new page every row or two.
+
+Method: pooling by cu_seqlens instead of a mask, after ByteTransformer (arXiv 2210.03052).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import tvm
+from tvm.ir import Expr
+from tvm.script import tirx as T
+
+from turbo_tvm.schedules.script import tree_sum
+from turbo_tvm.schedules.tiles import CpuTiles
+
+MODES = ("first", "mean")
+_ROWS = 4
+
+Macro = Callable[..., None]
+
+
+def _for_each_column(lanes: int, hidden: int) -> Macro:
+    """`assign(out, row, value)`: out[row, c] = value(c) for every column c."""
+    whole = hidden // lanes * lanes
+
+    @T.inline
+    def assign(out, row, value):
+        for block in range(hidden // lanes):
+            for lane in T.vectorized(lanes):
+                out[row // out.shape[1], row % out.shape[1], block * lanes + lane] = value(block * lanes + lane)
+        for rest in range(hidden - whole):
+            out[row // out.shape[1], row % out.shape[1], whole + rest] = value(whole + rest)
+
+    return assign
+
+
+def _sum_of_rows(buffer: tvm.tirx.Buffer, rows: list[Expr]) -> Callable[[Expr], Expr]:
+    tile = buffer.shape[1]
+    return lambda column: tree_sum([buffer[row // tile, row % tile, column] for row in rows])
+
+
+def _added(buffer: tvm.tirx.Buffer, row: Expr, value: Callable[[Expr], Expr]) -> Callable[[Expr], Expr]:
+    current = _sum_of_rows(buffer, [row])
+    return lambda column: current(column) + value(column)
+
+
+def _scaled(value: Callable[[Expr], Expr], factor: Expr) -> Callable[[Expr], Expr]:
+    return lambda column: value(column) * factor
+
+
+def _zero(column: Expr) -> Expr:
+    return T.float32(0)
+
+
+def pool(tiles: CpuTiles, *, hidden: int, mode: str) -> tvm.tirx.PrimFunc:
+    """`(x, cu_seqlens, out)`: out row i = the first row of sequence i, or the mean of its rows.
+
+    x: fp32 `(t, R, hidden)`. cu_seqlens: int32 `(b + 1,)`, ascending from 0: every sequence has a row.
+    out: fp32 `(bt, R, hidden)`; its rows from b on become zero.
+    """
+    if mode not in MODES:
+        raise ValueError(f"unknown pooling mode {mode!r}: use one of {', '.join(MODES)}")
+    row_tile = tiles.row_tile
+    assign = _for_each_column(tiles.lanes, hidden)
+
+    @T.inline
+    def mean(x, out, row, begin, length):
+        assign(out, row, _zero)
+        for group in range(length // _ROWS):
+            first: T.let = begin + group * _ROWS
+            assign(out, row, _added(out, row, _sum_of_rows(x, [first + i for i in range(_ROWS)])))
+        for i in range(length % _ROWS):
+            last: T.let = begin + length - 1 - i
+            assign(out, row, _added(out, row, _sum_of_rows(x, [last])))
+        assign(out, row, _scaled(_sum_of_rows(out, [row]), T.float32(1) / T.cast(length, "float32")))
+
+    @T.prim_func(private=True, s_tir=True)
+    def kernel(x_arg: T.handle, cu_seqlens_arg: T.handle, out_arg: T.handle):
+        T.func_attr({"tirx.noalias": True})
+        t = T.int64()
+        bounds = T.int64()
+        bt = T.int64()
+        x = T.match_buffer(x_arg, (t, row_tile, hidden), "float32")
+        cu_seqlens = T.match_buffer(cu_seqlens_arg, (bounds,), "int32")
+        out = T.match_buffer(out_arg, (bt, row_tile, hidden), "float32")
+        for row in T.parallel(bt * row_tile):
+            with T.sblock("row"):
+                T.reads()
+                T.writes()
+                if row < bounds - 1:
+                    begin: T.let = T.cast(cu_seqlens[row], "int64")
+                    length: T.let = T.cast(cu_seqlens[row + 1], "int64") - begin
+                    if mode == "mean":
+                        mean(x, out, row, begin, length)
+                    else:
+                        assign(out, row, _sum_of_rows(x, [begin]))
+                else:
+                    assign(out, row, _zero)
+
+    return kernel

@@ -1,0 +1,64 @@
+"""Embedding against float64: one to three tables, with and without the layer norm."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from turbo_tvm.schedules.embedding import embedding
+from turbo_tvm.schedules.tiles import NEON, cpu_tiles
+
+
+@pytest.fixture(params=["host_target", "avx2_target"])
+def target(request):
+    return request.getfixturevalue(request.param)
+
+
+def inputs(tiles, hidden: int, table_rows, tiles_count: int):
+    rng = np.random.default_rng(0)
+    ids = [rng.integers(0, rows, (tiles_count, tiles.row_tile), dtype="int32") for rows in table_rows]
+    tables = [rng.standard_normal((rows, hidden), dtype="float32") for rows in table_rows]
+    return ids, tables
+
+
+def layer_norm(x: np.ndarray, gamma: np.ndarray, beta: np.ndarray, eps: float) -> np.ndarray:
+    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + eps) * gamma + beta
+
+
+@pytest.mark.parametrize("norm_eps", [None, 1e-12])
+@pytest.mark.parametrize(
+    ("hidden", "table_rows", "tiles_count"),
+    [(768, (1000, 512, 2), 7), (100, (50, 3), 1), (64, (5,), 2), (5, (9, 4, 1), 33)],
+)
+def test_matches_float64(hidden, table_rows, tiles_count, norm_eps, target, run_kernel):
+    tiles = cpu_tiles(target)
+    ids, tables = inputs(tiles, hidden, table_rows, tiles_count)
+    gamma, beta = np.random.default_rng(1).standard_normal((2, hidden)).astype("float32")
+    expected = sum(table.astype("float64")[i] for i, table in zip(ids, tables, strict=True))
+    arguments = [*ids, *tables]
+    if norm_eps is not None:
+        expected = layer_norm(expected, gamma, beta, norm_eps)
+        arguments += [gamma, beta]
+    kernel = embedding(tiles, hidden=hidden, tables=len(tables), norm_eps=norm_eps)
+    out = run_kernel(kernel, arguments, (tiles_count, tiles.row_tile, hidden), target)
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_first_and_last_row_of_a_table(host_target, run_kernel):
+    tiles = cpu_tiles(host_target)
+    table = np.arange(3 * 16, dtype="float32").reshape(3, 16)
+    ids = np.full((1, tiles.row_tile), 2, "int32")
+    ids[0, 0] = 0
+    out = run_kernel(embedding(tiles, hidden=16, tables=1), [ids, table], (1, tiles.row_tile, 16))
+    np.testing.assert_array_equal(out[0], table[ids[0]])
+
+
+@pytest.mark.parametrize("tables", [0, 4])
+def test_a_wrong_number_of_tables_is_refused(tables):
+    with pytest.raises(ValueError, match=f"tables = {tables}: an embedding sums 1 to 3 tables"):
+        embedding(NEON, hidden=64, tables=tables)
+
+
+def test_compiles_for_neon(assembly, neon_target):
+    text = assembly(embedding(NEON, hidden=64, tables=3, norm_eps=1e-5), neon_target)
+    assert "fadd\tv" in text

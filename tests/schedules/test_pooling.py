@@ -1,0 +1,61 @@
+"""Pooling against float64 over ragged batches."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from turbo_tvm.schedules.pooling import MODES, pool
+from turbo_tvm.schedules.tiles import NEON, cpu_tiles
+
+RAGGED = (1, 2, 3, 4, 5, 7, 11, 12, 13, 31, 32, 33, 128, 511, 512)
+
+
+@pytest.fixture(params=["host_target", "avx2_target"])
+def target(request):
+    return request.getfixturevalue(request.param)
+
+
+def pooled(run_kernel, target, x: np.ndarray, lengths, mode: str) -> np.ndarray:
+    """All rows of the output, as a matrix."""
+    rows, hidden = cpu_tiles(target).row_tile, x.shape[1]
+    cu_seqlens = np.concatenate([[0], np.cumsum(lengths)]).astype("int32")
+    x = np.pad(x, ((0, -len(x) % rows), (0, 0)), constant_values=1e30).reshape(-1, rows, hidden)
+    shape = (-(-len(lengths) // rows), rows, hidden)
+    kernel = pool(cpu_tiles(target), hidden=hidden, mode=mode)
+    return run_kernel(kernel, [x, cu_seqlens], shape, target).reshape(-1, hidden)
+
+
+def expected(x: np.ndarray, lengths, mode: str) -> np.ndarray:
+    parts = np.split(x.astype("float64"), np.cumsum(lengths)[:-1])
+    return np.stack([part[0] if mode == "first" else part.mean(0) for part in parts])
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("hidden", "lengths"), [(768, RAGGED), (100, (1,)), (5, (512,)), (384, (3,) * 12), (20, (1,) * 33)]
+)
+def test_matches_float64(hidden, lengths, mode, target, run_kernel):
+    x = np.random.default_rng(0).standard_normal((sum(lengths), hidden), dtype="float32")
+    out = pooled(run_kernel, target, x, lengths, mode)
+    np.testing.assert_allclose(out[: len(lengths)], expected(x, lengths, mode), rtol=1e-5, atol=1e-5)
+    assert (out[len(lengths) :] == 0).all()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_other_sequences_do_not_leak(mode, host_target, run_kernel):
+    lengths = (6, 9, 4)
+    x = np.full((sum(lengths), 40), np.nan, "float32")
+    x[6:15] = np.random.default_rng(0).standard_normal((9, 40))
+    out = pooled(run_kernel, host_target, x, lengths, mode)
+    np.testing.assert_allclose(out[1], expected(x, lengths, mode)[1], rtol=1e-5, atol=1e-6)
+    assert np.isnan(out[[0, 2]]).all()
+
+
+def test_an_unknown_mode_is_refused():
+    with pytest.raises(ValueError, match="unknown pooling mode 'max': use one of first, mean"):
+        pool(NEON, hidden=64, mode="max")
+
+
+def test_compiles_for_neon(assembly, neon_target):
+    assert "fadd\tv" in assembly(pool(NEON, hidden=64, mode="mean"), neon_target)

@@ -1,0 +1,106 @@
+"""`turbo-tvm compile`: from a model folder to an artifact."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from turbo_tvm.cli.options import Failure, debug_option
+
+if TYPE_CHECKING:
+    from turbo_tvm.runtime.manifest import Manifest
+
+
+@click.command("compile")
+@click.argument("model", metavar="MODEL", type=click.Path(path_type=Path))
+@click.option(
+    "-o", "--output", metavar="FILE", type=click.Path(path_type=Path), required=True, help="Artifact to write."
+)
+@click.option(
+    "--target", metavar="NAME", default="cpu", show_default=True, help="'cpu' is this machine; 'cpu:x86-64-v3' another."
+)
+@click.option("--precision", metavar="NAME", default="fp32", show_default=True, help="Number format of the arithmetic.")
+@click.option(
+    "--max-length", metavar="N", type=click.IntRange(1), help="Longest sequence in tokens.  [default: the model's]"
+)
+@click.option("--name", metavar="NAME", help="What the artifact calls the model.  [default: the folder's name]")
+@click.option(
+    "--tokenizer",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="A tokenizer.json to carry.  [default: the folder's own]",
+)
+@click.option("-q", "--quiet", is_flag=True, help="No progress and no summary.")
+@debug_option
+def compile_command(
+    model: Path,
+    output: Path,
+    target: str,
+    precision: str,
+    max_length: int | None,
+    name: str | None,
+    tokenizer: Path | None,
+    quiet: bool,
+) -> None:
+    """Compile a model folder into one file.
+
+    MODEL is a folder with config.json, model.safetensors and, for text input, a tokenizer, as Hugging Face and
+    sentence-transformers write them. The file serves every batch size and length up to --max-length.
+
+    Compiling needs PyTorch, transformers and a C++ compiler; running the file needs none of them.
+
+    \b
+    Examples:
+      turbo-tvm compile path/to/minilm -o minilm.turbo
+      turbo-tvm compile path/to/bert -o bert.turbo --max-length 128
+      turbo-tvm compile path/to/bert -o bert.turbo --target cpu:x86-64-v3
+    """
+    _check_output(output)
+    from turbo_tvm import artifact, config
+
+    config.quiet_model_loading()
+    from turbo_tvm.compiler import compile
+
+    compiled = compile(
+        model,
+        target=target,
+        precision=precision,
+        name=name,
+        max_length=max_length,
+        tokenizer=tokenizer,
+        progress=not quiet,
+    )
+    compiled.save(output)
+    if not quiet:
+        click.echo(_summary(output, artifact.read(output).manifest))
+
+
+def _check_output(output: Path) -> None:
+    # Before the work of a minute, not after it.
+    if output.is_dir():
+        raise Failure(f"{output} is a directory; -o needs the path of a file, such as {output / 'model.turbo'}")
+    if not output.resolve().parent.is_dir():
+        raise Failure(f"cannot write {output}: there is no directory {output.resolve().parent}; create it first")
+
+
+def _summary(output: Path, manifest: Manifest) -> str:
+    from turbo_tvm.cli.numbers import size, why_padded
+
+    kernels = f"{len(manifest.kernels)} kernels, {sum(k.calls for k in manifest.kernels)} calls"
+    lines = [
+        f"{output}  {size(output.stat().st_size)}",
+        f"  model      {manifest.name} ({manifest.model_type}), {manifest.source_parameters / 1e6:.1f} M parameters",
+        f"  target     {manifest.target.name} ({manifest.target.mcpu}), {manifest.precision}",
+        f"  layout     {manifest.layout}{why_padded(manifest)}",
+        f"  code       {kernels}",
+        f"next: {_next_command(output, manifest)}",
+    ]
+    return "\n".join(lines)
+
+
+def _next_command(output: Path, manifest: Manifest) -> str:
+    request = '--text "any text"' if "tokenizer.json" in manifest.members else "--ids 1,2,3"
+    return f"turbo-tvm run {shlex.quote(str(output))} {request}"

@@ -1,0 +1,47 @@
+"""Tables for a terminal, and for a pipe, where nothing may be cut to the width of a screen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from rich import box
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+_PIPE_COLUMNS = 200
+
+
+def console(stderr: bool = False) -> Console:
+    """A console on stdout or stderr."""
+    out = Console(stderr=stderr, highlight=False, soft_wrap=False)
+    return out if out.is_terminal else Console(stderr=stderr, highlight=False, width=_PIPE_COLUMNS)
+
+
+def table(title: str, columns: Sequence[str]) -> Table:
+    """An empty table; a column whose name ends in '>' is aligned to the right."""
+    made = Table(title=title, title_justify="left", title_style="bold", caption_justify="left", box=box.SIMPLE_HEAD)
+    for name in columns:
+        made.add_column(name.rstrip(">"), justify="right" if name.endswith(">") else "left", overflow="fold")
+    return made
+
+
+def add_row(rows: Table, *cells: str) -> None:
+    """Append a row of plain text: cells may come from a file, so neither markup nor control codes take effect."""
+    rows.add_row(*map(plain, cells))
+
+
+def print_fields(out: Console, fields: Mapping[str, str]) -> None:
+    """Names and values in two columns, and an empty line."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for name, value in fields.items():
+        add_row(grid, name, value)
+    out.print(Padding(grid, (0, 0, 1, 0)))
+
+
+def plain(text: str) -> Text:
+    """Text as it is, with what does not print shown as its escape."""
+    return Text("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text))

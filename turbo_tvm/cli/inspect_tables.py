@@ -1,0 +1,115 @@
+"""The tables of `turbo-tvm inspect`, for people."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from rich.table import Table
+
+from turbo_tvm.cli import numbers
+from turbo_tvm.cli.console import add_row, console, plain, print_fields, table
+from turbo_tvm.errors import TurboError
+from turbo_tvm.runtime import cpu_features
+from turbo_tvm.runtime.manifest import KernelSpec, Manifest, OutputSpec, ParameterSpec
+
+
+def show(file: Path, manifest: Manifest, lengths: list[int] | None) -> None:
+    """Print everything on stdout."""
+    out = console()
+    print_fields(out, _overview(file, manifest))
+    out.print(_kernels(manifest))
+    out.print(_memory(manifest))
+    out.print(_members(manifest))
+    out.print("[bold]Not fused[/]" if manifest.declined else "[bold]Not fused[/]  nothing")
+    for reason in manifest.declined:
+        out.print(plain(f"  {reason}"))
+    if lengths:
+        out.print()
+        print_fields(out, _batch(manifest, lengths))
+
+
+def _overview(file: Path, m: Manifest) -> dict[str, str]:
+    bounds = m.bounds
+    return {
+        "file": f"{file}, {numbers.size(file.stat().st_size)}",
+        "model": f"{m.name} ({m.model_type}), {m.source_parameters:,} parameters",
+        "written by": f"turbo_tvm {m.turbo_version} with TVM {m.tvm_version}, format {m.format_version}",
+        "target": f"{m.target.name} ({m.target.triple_arch} {m.target.mcpu})",
+        "CPU features": ", ".join(m.target.features) or "none beyond the architecture's own",
+        "this machine": _verdict(m),
+        "precision": m.precision,
+        "layout": f"{m.layout}{numbers.why_padded(m)}, {m.row_tile} rows per tile",
+        "inputs": ", ".join(f"{i.name} {i.dtype}" for i in m.inputs),
+        "outputs": ", ".join(_output(o, m.primary) for o in m.outputs),
+        "bounds": f"up to {bounds.max_length} tokens per sequence, vocabulary {bounds.vocab_size:,}, "
+        f"token types {bounds.type_vocab_size}",
+        "positions": m.positions.kind,
+        "weights": _weights(m.parameters),
+    }
+
+
+def _verdict(manifest: Manifest) -> str:
+    try:
+        cpu_features.check_host(manifest.target)
+    except TurboError as error:
+        return f"cannot run it: {error}"
+    return "can run it"
+
+
+def _output(spec: OutputSpec, primary: str | None) -> str:
+    shape = f"per {spec.kind}" if spec.squeeze else f"{spec.columns} per {spec.kind}"
+    return f"{spec.name} {spec.dtype} ({shape}{', returned by default' if spec.name == primary else ''})"
+
+
+def _weights(parameters: tuple[ParameterSpec, ...]) -> str:
+    total = sum(int(np.prod(p.shape, dtype=np.int64)) * np.dtype(p.dtype).itemsize for p in parameters)
+    return f"{len(parameters)} arrays, {numbers.size(total)}"
+
+
+def _kernels(manifest: Manifest) -> Table:
+    rows = table("Kernels", ["family", "name", "shape", "calls>", "FLOP/token>", "FLOP/pair>", "weights>"])
+    rows.caption = "FLOP and weights: all calls together; a pair is a query and a key of one sequence"
+    for kernel in manifest.kernels:
+        add_row(rows, kernel.family, kernel.name, kernel.shapes, str(kernel.calls), *_costs([kernel]))
+    rows.add_section()
+    add_row(rows, "total", "", "", str(sum(k.calls for k in manifest.kernels)), *_costs(list(manifest.kernels)))
+    return rows
+
+
+def _costs(kernels: list[KernelSpec]) -> list[str]:
+    weights = sum(k.calls * k.bytes_weights for k in kernels)
+    per_token, per_pair = numbers.flops_per_token(kernels), numbers.flops_per_pair(kernels)
+    return [_count(per_token), _count(per_pair), numbers.size(weights) if weights else ""]
+
+
+def _count(flops: float) -> str:
+    return numbers.flops(flops).removesuffix("FLOP").strip() if flops else ""
+
+
+def _memory(manifest: Manifest) -> Table:
+    rows = table("Buffers", ["name", "slot>", "row", "columns>", "dtype", "bytes/row>"])
+    for b in manifest.buffers:
+        add_row(rows, b.name, str(b.slot), b.kind, str(b.columns or 1), b.dtype, f"{numbers.row_bytes(b):,}")
+    rows.add_section()
+    for kind in ("token", "sequence"):
+        add_row(rows, f"memory per {kind}", "", "", "", "", f"{numbers.slot_bytes(manifest.buffers, kind):,}")
+    return rows
+
+
+def _members(manifest: Manifest) -> Table:
+    rows = table("Members", ["name", "size>", "sha256"])
+    for name, member in manifest.members.items():
+        add_row(rows, name, numbers.size(member.bytes), member.sha256[:16])
+    return rows
+
+
+def _batch(manifest: Manifest, lengths: list[int]) -> dict[str, str]:
+    cost = numbers.batch_cost(manifest, lengths)
+    share = f"{cost.flops_padded / cost.flops:.2f} x" if cost.flops else "the same"
+    return {
+        "batch": f"{cost.sequences} sequences, {cost.tokens:,} tokens",
+        "arithmetic": f"{numbers.flops(cost.flops)}; padded to the longest it is {share}",
+        "weights read": numbers.size(cost.bytes_weights),
+        "buffers": numbers.size(cost.bytes_buffers),
+    }

@@ -1,0 +1,102 @@
+"""Numbers as people read them, and what a batch of given lengths costs a compiled model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from turbo_tvm.runtime.manifest import BufferSpec, KernelSpec, Manifest
+
+_ITEM_BYTES = {"float64": 8, "int64": 8, "float32": 4, "int32": 4, "float16": 2, "int8": 1, "uint8": 1, "bool": 1}
+
+
+@dataclass(frozen=True)
+class BatchCost:
+    """What the listed kernels do for one batch. flops_padded: the same with every sequence as long as the longest."""
+
+    sequences: int
+    tokens: int
+    flops: float
+    flops_padded: float
+    bytes_weights: int
+    bytes_buffers: int
+
+
+def size(count: float) -> str:
+    """12345678 --> '12.3 MB'."""
+    return _scaled(count, "B")
+
+
+def flops(count: float) -> str:
+    """12345678 --> '12.3 MFLOP'."""
+    return _scaled(count, "FLOP")
+
+
+def why_padded(manifest: Manifest) -> str:
+    """' (why)' for a layout that is not packed."""
+    return f" ({'; '.join(manifest.declined)})" if manifest.layout != "packed" and manifest.declined else ""
+
+
+def flops_per_token(kernels: Sequence[KernelSpec]) -> float:
+    """FLOPs per token of one run, without attention's share, which grows with the length."""
+    return sum(k.calls * k.flops_per_token for k in kernels)
+
+
+def flops_per_pair(kernels: Sequence[KernelSpec]) -> float:
+    """FLOPs of one run per pair of a query and a key."""
+    return sum(k.calls * k.flops_per_pair for k in kernels)
+
+
+def batch_cost(manifest: Manifest, lengths: Sequence[int]) -> BatchCost:
+    """The cost of a batch of sequences of these lengths, in the artifact's own layout."""
+    widest = [max(lengths)] * len(lengths)
+    padded = _flops(manifest, widest)
+    return BatchCost(
+        sequences=len(lengths),
+        tokens=sum(lengths),
+        flops=_flops(manifest, lengths) if manifest.layout == "packed" else padded,
+        flops_padded=padded,
+        bytes_weights=sum(k.calls * k.bytes_weights for k in manifest.kernels),
+        bytes_buffers=_buffer_bytes(manifest, sum(lengths), len(lengths)),
+    )
+
+
+def row_bytes(buffer: BufferSpec) -> int:
+    """Bytes of one row, which is a token or a sequence."""
+    return max(buffer.columns, 1) * _ITEM_BYTES[buffer.dtype]
+
+
+def slot_bytes(buffers: Sequence[BufferSpec], kind: str) -> int:
+    """Bytes per row of all memory that holds rows of this kind: buffers of one slot share it."""
+    slots: dict[int, int] = {}
+    for buffer in buffers:
+        if buffer.kind == kind:
+            slots[buffer.slot] = max(slots.get(buffer.slot, 0), row_bytes(buffer))
+    return sum(slots.values())
+
+
+def _flops(manifest: Manifest, lengths: Sequence[int]) -> float:
+    pairs = sum(n * n for n in lengths)
+    return flops_per_token(manifest.kernels) * sum(lengths) + flops_per_pair(manifest.kernels) * pairs
+
+
+def _buffer_bytes(manifest: Manifest, tokens: int, sequences: int) -> int:
+    rows = {"token": _whole_tiles(tokens, manifest.row_tile), "sequence": _whole_tiles(sequences, manifest.row_tile)}
+    slots: dict[int, int] = {}
+    for buffer in manifest.buffers:
+        slots[buffer.slot] = max(slots.get(buffer.slot, 0), rows[buffer.kind] * row_bytes(buffer))
+    return sum(slots.values())
+
+
+def _whole_tiles(count: int, tile: int) -> int:
+    return -(-count // tile) * tile
+
+
+def _scaled(count: float, unit: str) -> str:
+    for prefix in ("", "k", "M", "G"):
+        if count < 999.5:
+            return f"{count:.3g} {prefix}{unit}"
+        count /= 1000
+    return f"{count:.3g} T{unit}"
