@@ -282,7 +282,7 @@ def _softmax(width: int) -> Macro:
 
 
 def _weigh(group: int, col_tile: int, head_dim: int) -> Macro:
-    """`weigh(task, v, out)`: step 4, in tiles of `group` queries by `col_tile` columns, or a half of it, a quarter ..."""
+    """`weigh(task, v, out)`: step 4, in tiles of `group` queries by `col_tile` columns, a half of it, a quarter ..."""
 
     @T.inline
     def columns(task, v, out, column, width):

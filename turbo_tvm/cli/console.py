@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 
 from rich import box
 from rich.console import Console
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -39,7 +38,8 @@ def print_fields(out: Console, fields: Mapping[str, str]) -> None:
     grid.add_column(overflow="fold")
     for name, value in fields.items():
         add_row(grid, name, value)
-    out.print(Padding(grid, (0, 0, 1, 0)))
+    out.print(grid)
+    out.print()
 
 
 def plain(text: str) -> Text:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
+from typing import IO
 
 import click
 
@@ -36,8 +37,8 @@ def run_command(
     file: Path,
     texts: tuple[str, ...],
     ids: tuple[str, ...],
-    text_file: click.utils.LazyFile | None,
-    ids_file: click.utils.LazyFile | None,
+    text_file: IO[bytes] | None,
+    ids_file: IO[bytes] | None,
     output: str | None,
     save: Path | None,
     form: str | None,
@@ -66,6 +67,8 @@ def run_command(
     from turbo_tvm import config
 
     config.runtime_only()
+    import tvm.runtime.vm  # noqa: F401  TVM without its compiler does not import it by itself
+
     import turbo_tvm
 
     model = turbo_tvm.load(file, threads=threads)

@@ -1,0 +1,147 @@
+"""Attention in both spellings, with masks and biases of many kinds: what is fused, and what must be left alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import tvm
+from tvm import relax, tirx
+
+from turbo_tvm.passes import composite
+from turbo_tvm.passes.fuse_attention import fuse_attention
+from turbo_tvm.passes.normalize import normalize
+
+HEADS, HEAD_DIM = 2, 4
+Emit = Callable[[relax.Expr], relax.Var]
+
+
+def build(bias: Callable, *, eager: bool, scale: float = 0.5) -> tvm.IRModule:
+    """One attention whose bias is `bias(emit, mask, weight, (b, s))`."""
+    b, s = tirx.Var("b", "int64"), tirx.Var("s", "int64")
+    width = HEADS * HEAD_DIM
+    x = relax.Var("x", relax.TensorType((b, s, width), "float32"))
+    ids = relax.Var("input_ids", relax.TensorType((b, s), "int64"))
+    mask = relax.Var("attention_mask", relax.TensorType((b, s), "int64"))
+    weight = relax.Var("weight", relax.TensorType((64, HEADS), "float32"))
+    bb = relax.BlockBuilder()
+    with bb.function("main", [x, ids, mask, weight], attrs={"num_input": 3}):
+        with bb.dataflow():
+            heads = [bb.emit(relax.op.reshape(x, (b, s, HEADS, HEAD_DIM))) for _ in range(3)]
+            added = bias(bb.emit, mask, weight, (b, s), ids)
+            attend = _eager if eager else _sdpa
+            out4 = attend(bb.emit, heads, added, scale)
+            out = bb.emit_output(relax.op.reshape(out4, (b, s, width)))
+        bb.emit_func_output(out)
+    return normalize(bb.finalize())
+
+
+def _sdpa(emit: Emit, heads: list[relax.Var], bias: relax.Expr, scale: float) -> relax.Expr:
+    return emit(relax.op.nn.attention(*heads, bias, scale=tirx.FloatImm("float32", scale)))
+
+
+def _eager(emit: Emit, heads: list[relax.Var], bias: relax.Expr, scale: float) -> relax.Expr:
+    q, k, v = (emit(relax.op.permute_dims(h, [0, 2, 1, 3])) for h in heads)
+    scores = emit(relax.op.matmul(q, emit(relax.op.permute_dims(k, [0, 1, 3, 2]))))
+    scaled = emit(relax.op.multiply(scores, relax.const(scale, "float32")))
+    weights = emit(relax.op.nn.softmax(emit(relax.op.add(scaled, bias)), axis=-1))
+    return emit(relax.op.permute_dims(emit(relax.op.matmul(weights, v)), [0, 2, 1, 3]))
+
+
+def key_mask(emit, mask, weight, tokens, ids):
+    inverted = emit(relax.op.subtract(relax.const(1.0, "float32"), emit(relax.op.astype(mask, "float32"))))
+    wide = emit(relax.op.expand_dims(inverted, [1, 2]))
+    return emit(relax.op.multiply(wide, relax.const(-1e9, "float32")))
+
+
+def key_mask_by_where(emit, mask, weight, tokens, ids):
+    b, s = tokens
+    keep = emit(relax.op.reshape(emit(relax.op.astype(mask, "bool")), (b, 1, 1, s)))
+    return emit(relax.op.where(keep, relax.const(0.0, "float32"), relax.const(-np.inf, "float32")))
+
+
+def weak_mask(emit, mask, weight, tokens, ids):
+    return emit(relax.op.multiply(key_mask(emit, mask, weight, tokens, ids), relax.const(1e-8, "float32")))
+
+
+def inverted_mask(emit, mask, weight, tokens, ids):
+    wide = emit(relax.op.expand_dims(emit(relax.op.astype(mask, "float32")), [1, 2]))
+    return emit(relax.op.multiply(wide, relax.const(-1e9, "float32")))
+
+
+def causal_mask(emit, mask, weight, tokens, ids):
+    _, s = tokens
+    i = emit(relax.op.arange(0, s, 1, "int64"))
+    later = emit(relax.op.less(emit(relax.op.expand_dims(i, [1])), emit(relax.op.expand_dims(i, [0]))))
+    causal = emit(relax.op.multiply(emit(relax.op.astype(later, "float32")), relax.const(-1e9, "float32")))
+    return emit(relax.op.add(key_mask(emit, mask, weight, tokens, ids), emit(relax.op.expand_dims(causal, [0, 1]))))
+
+
+def relative_bias(emit, mask, weight, tokens, ids):
+    """weight[clip(j - i + 32)] per head, plus the key mask: what T5 and MPNet do."""
+    _, s = tokens
+    i = emit(relax.op.arange(0, s, 1, "int64"))
+    distance = emit(relax.op.subtract(emit(relax.op.expand_dims(i, [0])), emit(relax.op.expand_dims(i, [1]))))
+    bucket = emit(relax.op.clip(emit(relax.op.add(distance, relax.const(32, "int64"))), 0, 63))
+    rows = emit(relax.op.take(weight, emit(relax.op.reshape(bucket, (s * s,))), axis=0))
+    bias = emit(relax.op.permute_dims(emit(relax.op.reshape(rows, (s, s, HEADS))), [2, 0, 1]))
+    return emit(
+        relax.op.add(emit(relax.op.expand_dims(bias, [0])), key_mask(emit, mask, weight, tokens, ids)),
+    )
+
+
+def absolute_bias(emit, mask, weight, tokens, ids):
+    """A bias that depends on the key's position, not on its distance."""
+    b, s = tokens
+    ramp = emit(relax.op.astype(emit(relax.op.arange(0, s, 1, "int64")), "float32"))
+    wide = emit(relax.op.reshape(ramp, (1, 1, 1, s)))
+    return emit(relax.op.add(key_mask(emit, mask, weight, tokens, ids), wide))
+
+
+def token_bias(emit, mask, weight, tokens, ids):
+    """A bias that depends on the token ids."""
+    wide = emit(relax.op.expand_dims(emit(relax.op.astype(ids, "float32")), [1, 2]))
+    return emit(relax.op.add(key_mask(emit, mask, weight, tokens, ids), wide))
+
+
+def fused_in(mod: tvm.IRModule) -> list[composite.Composite]:
+    found = [composite.match(b.value, "attention") for block in mod["main"].body.blocks for b in block.bindings]
+    return [f for f in found if f is not None]
+
+
+@pytest.mark.parametrize("eager", [False, True], ids=["sdpa", "eager"])
+@pytest.mark.parametrize("bias", [key_mask, key_mask_by_where])
+def test_key_mask_is_fused_and_its_arithmetic_disappears(bias, eager):
+    mod = fuse_attention(build(bias, eager=eager), max_length=64)
+    (attention,) = fused_in(mod)
+    assert [t.name for t in attention.tensors[3:]] == ["attention_mask"]
+    assert attention.attrs["scale"] == pytest.approx(0.5)
+    assert (attention.attrs["heads"], attention.attrs["head_dim"]) == (HEADS, HEAD_DIM)
+    calls = [b for b in mod["main"].body.blocks[0].bindings if isinstance(b.value, relax.Call)]
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("eager", [False, True], ids=["sdpa", "eager"])
+def test_relative_bias_becomes_a_table_over_weights(eager):
+    mod = fuse_attention(build(relative_bias, eager=eager), max_length=64)
+    (attention,) = fused_in(mod)
+    table = attention.tensors[4]
+    assert [int(d) for d in table.ty.shape.values] == [HEADS, 127]
+
+
+@pytest.mark.parametrize("eager", [False, True], ids=["sdpa", "eager"])
+@pytest.mark.parametrize("bias", [weak_mask, inverted_mask, causal_mask, absolute_bias, token_bias])
+def test_any_other_bias_is_left_alone(bias, eager):
+    before = build(bias, eager=eager)
+    after = fuse_attention(before, max_length=64)
+    assert fused_in(after) == []
+
+
+def test_attention_without_a_mask_is_left_alone():
+    # Padding takes part in such a softmax: packing would change the answer.
+    def none(emit, mask, weight, tokens, ids):
+        return emit(relax.op.zeros((1, 1, 1, 1), "float32"))
+
+    mod = build(none, eager=True)
+    assert fused_in(fuse_attention(mod, max_length=64)) == []

@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+from typing import TypeVar
+
+import tvm
+from tvm.script import ir as I
+from tvm.script import relax as R
+
+from turbo_tvm.passes.normalize import normalize
+
+b = TypeVar("b")
+s = TypeVar("s")
+
+
+def test_permutes_that_cancel_disappear():
+    @I.ir_module
+    class Before:
+        @R.function
+        def main(x: R.Tensor((b, s, 3, 4), "float32")):
+            R.func_attr({"num_input": 1})
+            with R.dataflow():
+                heads = R.permute_dims(x, axes=[0, 2, 1, 3])
+                back = R.permute_dims(heads, axes=[0, 2, 1, 3])
+                out = R.nn.relu(back)
+                R.output(out)
+            return out
+
+    @I.ir_module
+    class Expected:
+        @R.function
+        def main(x: R.Tensor((b, s, 3, 4), "float32")):
+            R.func_attr({"num_input": 1})
+            with R.dataflow():
+                out = R.nn.relu(x)
+                R.output(out)
+            return out
+
+    tvm.ir.assert_structural_equal(normalize(Before), Expected)
+
+
+def test_permutes_that_do_not_cancel_become_one():
+    @I.ir_module
+    class Before:
+        @R.function
+        def main(x: R.Tensor((b, s, 3, 4), "float32")):
+            R.func_attr({"num_input": 1})
+            with R.dataflow():
+                heads = R.permute_dims(x, axes=[0, 2, 1, 3])
+                keys = R.permute_dims(heads, axes=[0, 1, 3, 2])
+                R.output(keys)
+            return keys
+
+    @I.ir_module
+    class Expected:
+        @R.function
+        def main(x: R.Tensor((b, s, 3, 4), "float32")):
+            R.func_attr({"num_input": 1})
+            with R.dataflow():
+                keys = R.permute_dims(x, axes=[0, 2, 3, 1])
+                R.output(keys)
+            return keys
+
+    tvm.ir.assert_structural_equal(normalize(Before), Expected)
+
+
+def test_flattened_embedding_becomes_one_look_up():
+    @I.ir_module
+    class Before:
+        @R.function
+        def main(ids: R.Tensor((b, s), "int32"), table: R.Tensor((50, 8), "float32")):
+            R.func_attr({"num_input": 1})
+            with R.dataflow():
+                flat = R.reshape(ids, R.shape([b * s]))
+                rows = R.take(table, flat, axis=0)
+                out = R.reshape(rows, R.shape([b, s, 8]))
+                R.output(out)
+            return out
+
+    @I.ir_module
+    class Expected:
+        @R.function
+        def main(ids: R.Tensor((b, s), "int32"), table: R.Tensor((50, 8), "float32")):
+            R.func_attr({"num_input": 1})
+            with R.dataflow():
+                out = R.take(table, ids, axis=0)
+                R.output(out)
+            return out
+
+    tvm.ir.assert_structural_equal(normalize(Before), Expected)
+
+
+def test_reshapes_casts_and_broadcasts_that_change_nothing_disappear():
+    @I.ir_module
+    class Before:
+        @R.function
+        def main(x: R.Tensor((b, s, 8), "float32")):
+            R.func_attr({"num_input": 1})
+            with R.dataflow():
+                cast = R.astype(x, "float32")
+                wide = R.broadcast_to(cast, R.shape([b, s, 8]))
+                split = R.reshape(wide, R.shape([b, s, 2, 4]))
+                whole = R.reshape(split, R.shape([b, s, 8]))
+                out = R.nn.relu(whole)
+                R.output(out)
+            return out
+
+    @I.ir_module
+    class Expected:
+        @R.function
+        def main(x: R.Tensor((b, s, 8), "float32")):
+            R.func_attr({"num_input": 1})
+            with R.dataflow():
+                out = R.nn.relu(x)
+                R.output(out)
+            return out
+
+    tvm.ir.assert_structural_equal(normalize(Before), Expected)
+
+
+def _gelu(cubic: float):
+    @I.ir_module
+    class Module:
+        @R.function
+        def main(x: R.Tensor((b, s, 8), "float32")):
+            R.func_attr({"num_input": 1})
+            with R.dataflow():
+                half = R.multiply(x, R.const(0.5, "float32"))
+                cube = R.power(x, R.const(3.0, "float32"))
+                scaled = R.multiply(cube, R.const(cubic, "float32"))
+                total = R.add(x, scaled)
+                inner = R.multiply(total, R.const(0.7978845608, "float32"))
+                tanh = R.tanh(inner)
+                one = R.add(tanh, R.const(1.0, "float32"))
+                out = R.multiply(half, one)
+                R.output(out)
+            return out
+
+    return Module
+
+
+def test_spelt_out_gelu_becomes_gelu_tanh():
+    @I.ir_module
+    class Expected:
+        @R.function
+        def main(x: R.Tensor((b, s, 8), "float32")):
+            R.func_attr({"num_input": 1})
+            with R.dataflow():
+                out = R.nn.gelu_tanh(x)
+                R.output(out)
+            return out
+
+    tvm.ir.assert_structural_equal(normalize(_gelu(0.044715)), Expected)
+
+
+def test_another_cubic_factor_is_left_alone():
+    before = _gelu(0.05)
+    tvm.ir.assert_structural_equal(normalize(before), before)
