@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from tvm import ir, relax
 
-from turbo_tvm.passes.rewriter import builder_without_main, is_tensor, substitute
+from turbo_tvm.passes.rewriter import builder_without_main, is_tensor, substitute, tidy
 
 TRANSFORM = "transform_weights"
 
@@ -55,7 +55,7 @@ class _HoistWeights:
                 new = self._emit(builder, rest, dict(prepared))
                 out = builder.emit_output(substitute(self.func.body.body, new))
             builder.emit_func_output(out)
-        return relax.transform.DeadCodeElimination(["main", TRANSFORM])(builder.finalize())
+        return tidy(builder.finalize())
 
     def _needed(self) -> list[relax.Var]:
         """The prepared weights that `main` still reads, in order of first use."""

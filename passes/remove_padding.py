@@ -20,7 +20,7 @@ from collections.abc import Callable
 from tvm import ir, relax, tirx
 
 from turbo_tvm.passes import composite
-from turbo_tvm.passes.rewriter import builder_without_main, is_tensor, shape_of, substitute
+from turbo_tvm.passes.rewriter import builder_without_main, is_tensor, shape_of, substitute, tidy
 
 ELEMENTWISE = frozenset(
     [
@@ -88,7 +88,7 @@ class _RemovePadding:
                         self._visit(binding.var, binding.value)
                 outputs = self.builder.emit_output(self._outputs())
             self.builder.emit_func_output(outputs)
-        return relax.transform.DeadCodeElimination(["main"])(self.builder.finalize())
+        return tidy(self.builder.finalize())
 
     def _inputs(self) -> list[relax.Var]:
         packed = []

@@ -63,7 +63,7 @@ class Rewriter:
                         self._visit(binding)
                 outputs = self.builder.emit_output(substitute(body.body, self._new))
             self.builder.emit_func_output(outputs)
-        return relax.transform.DeadCodeElimination(["main"])(self.builder.finalize())
+        return tidy(self.builder.finalize())
 
     def _visit(self, binding: relax.Binding) -> None:
         if not isinstance(binding, relax.VarBinding):
@@ -84,6 +84,12 @@ class Rewriter:
             if replaced is not None:
                 return replaced
         return call
+
+
+def tidy(mod: ir.IRModule) -> ir.IRModule:
+    """Remove bindings that nothing reads and plain copies."""
+    roots = [var.name_hint for var, func in mod.functions_items() if isinstance(func, relax.Function)]
+    return relax.transform.CanonicalizeBindings()(relax.transform.DeadCodeElimination(roots)(mod))
 
 
 def builder_without_main(mod: ir.IRModule) -> relax.BlockBuilder:

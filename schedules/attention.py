@@ -20,9 +20,9 @@ follow those of this one, so steps 1 and 2 prefetch them. Without it short seque
 head lie a full activation row apart, on other pages, where no hardware prefetcher follows. The parallel loop
 runs over chunks of tasks because TVM allocates scratch (each register tile too) once per parallel iteration.
 
-Rejected by measurement (Zen 5): all heads of a tile in turn (up to 40 % slower below 64 tokens, and unbalanced); the
+Rejected by measurement (Zen 5): all heads of a tile in turn (10-25 % slower at 8-32 tokens, and unbalanced); the
 probabilities in cache-sized key blocks (0-3 % slower at 512 keys); weighting tiles of 6 x 64 (3 % slower) and 16 x 16
-(6 %); `vector_math.exp` (4 % slower at 512: softmax needs only 2^x, x <= 0).
+(5 %); `vector_math.exp` (4 % slower at 512: softmax needs only 2^x, x <= 0).
 
 Method: packed batches and per-sequence attention after ByteTransformer (arXiv 2210.03052), deferred division
 after FlashAttention (arXiv 2205.14135), exp2 polynomial after Cephes.
@@ -380,7 +380,7 @@ def attention(
         k_arg: T.handle,
         v_arg: T.handle,
         query_tiles_arg: T.handle,
-        bias: T.Buffer((heads, 2 * max_length - 1), "float32"),
+        bias_arg: T.handle,
         out_arg: T.handle,
     ):
         T.func_attr({"tirx.noalias": True})
@@ -390,6 +390,7 @@ def attention(
         k_in = T.match_buffer(k_arg, (t, row_tile, k_width), "float32")
         v_in = T.match_buffer(v_arg, (t, row_tile, v_width), "float32")
         query_tiles = T.match_buffer(query_tiles_arg, (nq, 3), "int32")
+        bias = T.match_buffer(bias_arg, (heads, 2 * max_length - 1), "float32")
         out = T.match_buffer(out_arg, (t, row_tile, heads * head_dim), "float32")
         for chunk in T.parallel(T.min(heads * nq, _CHUNKS)):
             with T.sblock("chunk"):

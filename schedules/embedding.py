@@ -64,8 +64,8 @@ def embedding(tiles: CpuTiles, *, hidden: int, tables: int, norm_eps: float | No
         table_0_arg: T.handle,
         table_1_arg: T.handle,
         table_2_arg: T.handle,
-        gamma: T.Buffer((hidden,), "float32"),
-        beta: T.Buffer((hidden,), "float32"),
+        gamma_arg: T.handle,
+        beta_arg: T.handle,
         out_arg: T.handle,
     ):
         T.func_attr({"tirx.noalias": True})
@@ -79,6 +79,8 @@ def embedding(tiles: CpuTiles, *, hidden: int, tables: int, norm_eps: float | No
         table_0 = T.match_buffer(table_0_arg, (rows_0, hidden), "float32")
         table_1 = T.match_buffer(table_1_arg, (rows_1, hidden), "float32")
         table_2 = T.match_buffer(table_2_arg, (rows_2, hidden), "float32")
+        gamma = T.match_buffer(gamma_arg, (hidden,), "float32")
+        beta = T.match_buffer(beta_arg, (hidden,), "float32")
         out = T.match_buffer(out_arg, (t, rows, hidden), "float32")
         for tile in T.parallel(t):
             for row in range(rows):

@@ -14,7 +14,7 @@ from tvm import ir, relax
 import turbo_tvm
 from turbo_tvm import config, pipeline, targets
 from turbo_tvm.artifact import Artifact
-from turbo_tvm.errors import CompileError, TargetError, TurboError, UnsupportedModelError
+from turbo_tvm.errors import CompileError, TargetError, TurboError, UnsupportedModelError, summary
 from turbo_tvm.frontends.imported import Imported
 from turbo_tvm.loader import open_model
 from turbo_tvm.passes.rewriter import dims_of
@@ -133,8 +133,7 @@ def _build(optimized: pipeline.Optimized, imported: Imported, machine: Any, tile
     except TurboError:
         raise
     except Exception as error:  # whatever TVM's lowering raises for a graph that it cannot compile
-        text = str(error).strip().splitlines()
-        raise CompileError(f"TVM cannot compile {imported.name}: {text[-1] if text else error!r}") from error
+        raise CompileError(f"TVM cannot compile {imported.name}: {summary(error)}") from error
 
 
 def _link(executable: relax.VMExecutable) -> bytes:
@@ -144,7 +143,7 @@ def _link(executable: relax.VMExecutable) -> bytes:
             executable.export_library(str(path))
             return path.read_bytes()
         except (OSError, RuntimeError) as error:
-            raise CompileError(f"linking the code failed: {error}") from error
+            raise CompileError(f"linking the code failed: {summary(error)}") from error
 
 
 def _manifest(

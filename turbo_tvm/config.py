@@ -19,6 +19,16 @@ def dump_ir_directory() -> Path | None:
     return Path(value) if value else None
 
 
+def let_tvm_use_every_core() -> None:
+    """Lift TVM's own limits, which are fixed when a thread first runs a kernel: call this before.
+
+    By itself TVM starts half as many threads as there are logical CPUs, and pins them, two models to the same cores.
+    How many of them a model uses is set per calling thread by the executor. What the user has set stays.
+    """
+    os.environ.setdefault("TVM_NUM_THREADS", str(os.cpu_count() or 1))
+    os.environ.setdefault("TVM_BIND_THREADS", "0")
+
+
 def num_threads(asked: int | None = None) -> int:
     """Threads to run a model on: what was asked, else TURBO_TVM_NUM_THREADS, else the physical cores we may use."""
     value = asked if asked is not None else os.environ.get("TURBO_TVM_NUM_THREADS")
@@ -28,8 +38,9 @@ def num_threads(asked: int | None = None) -> int:
         count = int(value)
     except ValueError:
         count = 0
-    if count < 1:
-        raise TurboError(f"the number of threads must be a whole number of at least 1, not {value!r}")
+    limit = int(os.environ.get("TVM_NUM_THREADS", os.cpu_count() or 1))
+    if not 1 <= count <= limit:
+        raise TurboError(f"the number of threads must be a whole number from 1 to {limit}, not {value!r}")
     return count
 
 

@@ -4,6 +4,12 @@ A message says what was wrong, with the value, and what to do about it.
 """
 
 
+def summary(error: BaseException) -> str:
+    """The first line of a library's error that says something, for the end of one of ours."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__
+
+
 class TurboError(Exception):
     """The root of every exception that turbo_tvm raises on purpose."""
 

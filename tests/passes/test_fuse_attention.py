@@ -123,15 +123,16 @@ def test_key_mask_is_fused_and_its_arithmetic_disappears(bias, eager):
 
 
 @pytest.mark.parametrize("eager", [False, True], ids=["sdpa", "eager"])
-def test_relative_bias_becomes_a_table_over_weights(eager):
-    mod = fuse_attention(build(relative_bias, eager=eager), max_length=64)
+@pytest.mark.parametrize("bias", [relative_bias, causal_mask])
+def test_bias_over_distances_becomes_a_table(bias, eager):
+    mod = fuse_attention(build(bias, eager=eager), max_length=64)
     (attention,) = fused_in(mod)
     table = attention.tensors[4]
     assert [int(d) for d in table.ty.shape.values] == [HEADS, 127]
 
 
 @pytest.mark.parametrize("eager", [False, True], ids=["sdpa", "eager"])
-@pytest.mark.parametrize("bias", [weak_mask, inverted_mask, causal_mask, absolute_bias, token_bias])
+@pytest.mark.parametrize("bias", [weak_mask, inverted_mask, absolute_bias, token_bias])
 def test_any_other_bias_is_left_alone(bias, eager):
     before = build(bias, eager=eager)
     after = fuse_attention(before, max_length=64)

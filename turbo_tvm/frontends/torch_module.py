@@ -19,7 +19,7 @@ from torch import nn
 from tvm import ir, relax
 from tvm.relax.frontend.torch import from_exported_program
 
-from turbo_tvm.errors import UnsupportedModelError
+from turbo_tvm.errors import UnsupportedModelError, summary
 from turbo_tvm.frontends.imported import Imported
 from turbo_tvm.passes.rewriter import builder_without_main, substitute
 from turbo_tvm.runtime.batch import position_ids
@@ -235,7 +235,7 @@ def _to_relax(wrapper: _Wrapper, max_length: int) -> tuple[ir.IRModule, list[tvm
         )
     except Exception as error:
         raise UnsupportedModelError(
-            f"{type(wrapper.model).__name__} cannot be imported: {_first_line(error)}"
+            f"{type(wrapper.model).__name__} cannot be imported: {summary(error)}"
         ) from error
     mod, params = relax.frontend.detach_params(mod)
     return _name_inputs(mod, wrapper.names), list(params["main"])
@@ -270,8 +270,3 @@ def _name_inputs(mod: ir.IRModule, names: tuple[str, ...]) -> ir.IRModule:
             out = builder.emit_output(substitute(func.body.body, new))
         builder.emit_func_output(out)
     return builder.finalize()
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1][:300] if lines else type(error).__name__
