@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import tvm
-from tvm import ir, relax
+from tvm import ir, relax, tirx
 
 from turbo_tvm import config
 from turbo_tvm.kernels import CpuKernels, inventory
@@ -156,9 +156,24 @@ def _lowering(layout: str, buffers: list[Buffer]) -> tvm.transform.Pass:
             t.LowerRuntimeBuiltin(),
             t.ComputePrimValue(),
             t.VMShapeLower(),
+            _no_alias,
             t.AttachGlobalSymbol(),
         ]
     )
+
+
+@tvm.transform.module_pass(opt_level=0, name="turbo_tvm.no_alias")
+def _no_alias(mod: ir.IRModule, _ctx) -> ir.IRModule:
+    """Mark every PrimFunc as free of aliases.
+
+    TVM 0.27 compiles a whole module by the mark of the function it declared last. Its own shape function has none, and
+    attention then runs five times slower. It has a single buffer, and every other function is given distinct outputs.
+    """
+    functions = {
+        var: func.with_attr("tirx.noalias", True) if isinstance(func, tirx.PrimFunc) else func
+        for var, func in mod.functions_items()
+    }
+    return ir.IRModule(functions, attrs=mod.attrs)
 
 
 def _output_types(func: relax.Function) -> tuple[relax.TensorType, ...]:

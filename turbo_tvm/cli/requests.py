@@ -52,9 +52,9 @@ def _lines(file: IO[bytes] | None) -> list[str]:
     try:
         text = file.read().decode()
     except UnicodeDecodeError as error:
-        raise InputError(f"{file.name} is not UTF-8 text: {error}") from error
+        raise InputError(f"the input is not UTF-8 text: {error}") from error
     except OSError as error:
-        raise InputError(f"{file.name} cannot be read: {error.strerror}") from error
+        raise InputError(f"the input cannot be read: {error.strerror or error}") from error
     lines = text.split("\n")  # and not at the other characters that str.splitlines takes for line ends
     return [line.removesuffix("\r") for line in (lines if lines[-1] else lines[:-1])]
 
