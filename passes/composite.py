@@ -1,8 +1,8 @@
 """Composites: the fused operators that the passes build and the pipeline lowers to kernels.
 
 A composite is a Relax call `R.call_dps_packed("turbo.<name>", (tensors..., R.str(json attributes)), out_ty)`. Relax
-functions with a `Composite` attribute, TVM's other idiom, need a body in Relax operators, and ragged attention has none:
-its sequence bounds are data. A call prints, parses and compares structurally like any other expression.
+functions with a `Composite` attribute, TVM's other idiom, need a body in Relax operators, and ragged attention has
+none: its sequence bounds are data. A call prints, parses and compares structurally like any other expression.
 
 Vocabulary (T = packed rows `(tiles, row_tile, columns)`; before padding is removed, `(batch, length, columns)`):
 
@@ -12,8 +12,9 @@ Vocabulary (T = packed rows `(tiles, row_tile, columns)`; before padding is remo
     norm(x, [residual], gamma, beta)                 eps, residual
     normalize(x)                                     eps: rows divided by their Euclidean length
     embedding(ids..., tables..., [gamma, beta])      tables, norm_eps
-    toeplitz(bias)                                   a (1, heads, L, L) bias that depends on j - i only, as (heads, 2L - 1)
+    toeplitz(bias)                                   from (1, heads, L, L), over j - i only, to (heads, 2L - 1)
     pack_weight(w), pack_bias(b)                     the kernels' weight layout
+    tile_rows(x), untile_rows(x)                     (rows, columns) to T and back, for graphs that stay padded
 
 `bounds` is the attention mask while the graph is padded, afterwards `cu_seqlens` (pool) or `query_tiles` (attention).
 """

@@ -45,8 +45,8 @@ def cut(rewriter: Rewriter, expr: relax.Expr) -> tuple[list[relax.Var], list[tup
     return params, bindings
 
 
-def concrete(rewriter: Rewriter, expr: relax.Expr, dims: Mapping[tirx.Var, int]) -> relax.Function | None:
-    """`expr` as a function of the parameters it depends on, with symbolic dimensions fixed; None if TVM cannot."""
+def concrete(rewriter: Rewriter, expr: relax.Expr, dims: Mapping[tirx.Var, int]) -> relax.Function:
+    """`expr` as a function of the parameters it depends on, with symbolic dimensions fixed."""
     params, bindings = cut(rewriter, expr)
     builder = relax.BlockBuilder()
     with builder.function("part", params):
@@ -69,7 +69,7 @@ def evaluate(
 ) -> np.ndarray | None:
     """The value of `expr` when `value_of` gives its parameters' values; None if one has none or TVM cannot run it."""
     func = concrete(rewriter, expr, dims)
-    if func is None or relax.analysis.free_symbolic_vars(func):
+    if relax.analysis.free_symbolic_vars(func):
         return None
     values = [value_of(param) for param in cut(rewriter, expr)[0]]
     if any(value is None for value in values):

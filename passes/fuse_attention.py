@@ -4,10 +4,10 @@
     reshape(permute(softmax(q k^T * scale + bias) v))                           eager
         --> turbo.attention(q, k, v, mask, [position_bias])
 
-The bias is evaluated (see `evaluate.py`): it must be zero, or a function of j - i alone, where the mask is 1 and at most
--1e4 below that where the mask is 0. Then it is the key mask, plus a relative position bias that becomes one weight of
-`2 * max_length - 1` columns per head. Anything else is left alone: per-pair masks, causal masks, biases that look at the
-token ids.
+The bias is evaluated (see `evaluate.py`): where the mask is 1 it must be zero, or a function of j - i alone; where the
+mask is 0, at most -1e4 below that. Then it is the key mask, plus a relative position bias that becomes one weight of
+`2 * max_length - 1` columns per head (a causal mask is such a bias as well). Anything else is left alone: per-pair
+masks, biases of absolute positions or of token ids.
 """
 
 from __future__ import annotations
@@ -58,8 +58,10 @@ class _FuseAttention(Rewriter):
         if not is_call(call, "reshape") or len(call.args[1].values) != 3 or "attention_mask" not in self.inputs:
             return None
         found = self._sdpa(call.args[0]) or self._eager(call.args[0])
-        operands = found and [self._tokens(x) for x in (found.q, found.k, found.v)]
-        if not operands or any(x is None for x in operands):
+        if found is None:
+            return None
+        operands = [self._tokens(x) for x in (found.q, found.k, found.v)]
+        if any(x is None for x in operands):
             return None
         batch, length, heads, head_dim = shape_of(found.q)
         bias = self._bias(found.biases, (batch, length), int(heads))
@@ -96,7 +98,9 @@ class _FuseAttention(Rewriter):
 
     def _eager(self, out: relax.Expr) -> _Attention | None:
         product = self._unpermuted(out, [0, 2, 1, 3], "matmul")
-        softmax = self.call_of(product.args[0], "nn.softmax") if product is not None else None
+        if product is None:
+            return None
+        softmax = self.call_of(product.args[0], "nn.softmax")
         if softmax is None or int(softmax.attrs.axis) not in (-1, 3):
             return None
         v = self._permuted(product.args[1], [0, 2, 1, 3])
@@ -122,11 +126,10 @@ class _FuseAttention(Rewriter):
 
     def _unscaled(self, x: relax.Expr) -> tuple[relax.Expr, float]:
         value = self.definition(x)
-        if is_call(value, "multiply") and scalar(value.args[1]) is not None:
-            return value.args[0], scalar(value.args[1])
-        if is_call(value, "divide") and scalar(value.args[1]) is not None:
-            return value.args[0], 1.0 / scalar(value.args[1])
-        return x, 1.0
+        factor = scalar(value.args[1]) if is_call(value, "multiply") or is_call(value, "divide") else None
+        if factor is None:
+            return x, 1.0
+        return value.args[0], factor if is_call(value, "multiply") else 1.0 / factor
 
     def _split_scores(self, x: relax.Expr) -> tuple[relax.Call | None, list[relax.Expr], float]:
         """softmax's argument as (q k^T, biases, scale)."""
@@ -159,10 +162,9 @@ class _FuseAttention(Rewriter):
         total = biases[0]
         for other in biases[1:]:
             total = self.emit(relax.op.add(total, other))
-        tables = [self._measure(total, tokens, heads, length) for length in (9, 40)]
-        if any(table is None for table in tables):
+        small, large = (self._measure(total, tokens, heads, length) for length in (9, 40))
+        if small is None or large is None:
             return False
-        small, large = tables
         middle = slice(40 - 9, 40 + 8)
         if not np.array_equal(small, large[:, middle]):
             return False
@@ -172,8 +174,8 @@ class _FuseAttention(Rewriter):
         """The bias as a table (heads, 2 * length - 1) over j - i, or None if it is anything else."""
         full = np.ones((3, length), "int64")
         ragged = np.arange(length)[None, :] < np.array([[length], [length // 2], [1]])
-        values = [self._run(bias, tokens, mask) for mask in (full, ragged.astype("int64"))]
-        if any(v is None or v.ndim != 4 for v in values):
+        values = [v for mask in (full, ragged.astype("int64")) if (v := self._run(bias, tokens, mask)) is not None]
+        if [v.ndim for v in values] != [4, 4]:
             return None
         shape = (3, heads, length, length)
         unmasked, masked = (np.broadcast_to(v, shape) for v in values)

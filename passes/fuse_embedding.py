@@ -3,8 +3,8 @@
     norm(take(word, ids) + take(type, type_ids) + take(position, position_ids), gamma, beta)
         --> turbo.embedding(ids, type_ids, position_ids, word, type, position, gamma, beta)
 
-A single look-up is fused as well. Sums that hold anything else than look-ups are left alone. Runs after `fuse_norm`, which
-may have taken the last sum as a residual.
+A single look-up is fused as well. Sums that hold anything else than look-ups are left alone. Runs after `fuse_norm`,
+which may have taken the last sum as a residual.
 """
 
 from __future__ import annotations
@@ -42,8 +42,9 @@ class _FuseEmbedding(Rewriter):
 
     def _merge(self, terms: list[relax.Expr], out: relax.Type) -> relax.Expr | None:
         """One composite for the sum of several, none of them normalised or read elsewhere."""
-        parts = [composite.match(self.definition(term), "embedding") for term in terms]
-        if any(p is None or p.attrs["norm_eps"] is not None for p in parts):
+        found = [composite.match(self.definition(term), "embedding") for term in terms]
+        parts = [p for p in found if p is not None and p.attrs["norm_eps"] is None]
+        if len(parts) < len(terms):
             return None
         if not all(self.used_once(term) for term in terms):
             return None

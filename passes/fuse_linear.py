@@ -2,8 +2,8 @@
 
     matmul(x, permute_dims(w)) + b, then gelu | gelu_tanh | relu | tanh       --> turbo.linear(x, w, b)
 
-`w` is stored as PyTorch stores it, `(out, in)`. A product without bias gets a zero one. A product of two activations, or
-with a weight of other rank, is left alone. An activation whose product has other readers keeps its own operator.
+`w` is stored as PyTorch stores it, `(out, in)`. A product without bias gets a zero one. A product of two activations,
+or with a weight of other rank, is left alone. An activation whose product has other readers keeps its own operator.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ class _FuseLinear(Rewriter):
     def _product(self, call: relax.Call) -> relax.Expr | None:
         if not is_call(call, "matmul"):
             return None
-        x, (k, n, *rest) = call.args[0], [*shape_of(call.args[1]), None]
-        if rest != [None] or not self._is_weight(call.args[1]) or self._is_weight(x) or str(x.ty.dtype) != "float32":
+        x, shape = call.args[0], shape_of(call.args[1])
+        if len(shape) != 2 or not self._is_weight(call.args[1]) or self._is_weight(x) or str(x.ty.dtype) != "float32":
             return None
         stored = self.call_of(call.args[1], "permute_dims")
         weight = stored.args[0] if stored is not None else self.emit(relax.op.permute_dims(call.args[1]))
+        n = shape[1]
         zero = relax.const(np.zeros(n, "float32"))
         return composite.make("linear", [x, weight, zero], _like(x, n), activation=None, residual=False, norm_eps=None)
 

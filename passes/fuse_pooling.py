@@ -89,9 +89,8 @@ class _FusePooling(Rewriter):
     def _clamped(self, expr: relax.Expr) -> tuple[relax.Expr | None, float]:
         if is_call(expr, "clip"):
             return expr.args[0], float(expr.args[1].value)
-        if is_call(expr, "maximum") and scalar(expr.args[1]) is not None:
-            return expr.args[0], scalar(expr.args[1])
-        return None, 0.0
+        floor = scalar(expr.args[1]) if is_call(expr, "maximum") else None
+        return (expr.args[0], floor) if floor is not None else (None, 0.0)
 
     def _is_row_norm(self, norm: relax.Expr, x: relax.Expr) -> bool:
         root = self.call_of(norm, "sqrt")

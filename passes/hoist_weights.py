@@ -4,8 +4,8 @@
         --> main(x, p)            { linear(x, p) }
             transform_weights(w)  { (pack_weight(concat(w, w)),) }
 
-TVM's LiftTransformParams does nearly this, but leaves expressions of constants behind and renames what it lifts; here the
-packed weights keep the name of the first weight they were made from.
+TVM's LiftTransformParams does nearly this, but leaves expressions of constants behind and renames what it lifts; here
+the packed weights keep the name of the first weight they were made from.
 """
 
 from __future__ import annotations

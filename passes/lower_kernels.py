@@ -1,6 +1,7 @@
 """Lower every composite to a call of a kernel.
 
-    R.call_dps_packed("turbo.linear", (x, w, b, R.str(attributes)), out)   --> R.call_tir(linear_768x3072_gelu, (x, w, b), out)
+    R.call_dps_packed("turbo.linear", (x, w, b, R.str(attributes)), out)
+        --> R.call_tir(linear_768x3072_gelu, (x, w, b), out)
 
 Kernels are shared: a composite with the same attributes and column counts is the same kernel in every layer. Which
 schedule that is belongs to the pipeline, which passes it in: passes know nothing of schedules.

@@ -33,8 +33,9 @@ class _MergeQkv(Rewriter):
         if attention is None:
             return None
         operands = attention.tensors[:3]
-        linears = [composite.match(self.definition(x), "linear") for x in operands]
-        if not all(self._mergeable(x, linear) for x, linear in zip(operands, linears, strict=True)):
+        found = [self._mergeable(x) for x in operands]
+        linears = [linear for linear in found if linear is not None]
+        if len(linears) < 3:
             return None
         rows = linears[0].tensors[0]
         if not all(linear.tensors[0].same_as(rows) for linear in linears):
@@ -54,6 +55,8 @@ class _MergeQkv(Rewriter):
             self._merged[parts] = self.emit(relax.op.concat(list(parts), axis=0))
         return self._merged[parts]
 
-    def _mergeable(self, x: relax.Expr, linear: composite.Composite | None) -> bool:
+    def _mergeable(self, x: relax.Expr) -> composite.Composite | None:
+        """The product that `x` is, if nothing is fused into it and nothing else reads it."""
+        linear = composite.match(self.definition(x), "linear")
         plain = {"activation": None, "residual": False, "norm_eps": None}
-        return linear is not None and linear.attrs == plain and self.used_once(x)
+        return linear if linear is not None and linear.attrs == plain and self.used_once(x) else None

@@ -53,7 +53,7 @@ class _Normalize(Rewriter):
             return None
         take = self.call_of(call.args[0], "take")
         flat = self.call_of(take.args[1], "reshape") if take is not None else None
-        if flat is None or int(take.attrs.axis) != 0 or len(shape_of(take.args[1])) != 1:
+        if take is None or flat is None or int(take.attrs.axis) != 0 or len(shape_of(take.args[1])) != 1:
             return None
         table, ids = take.args[0], flat.args[0]
         if not same_shape([*shape_of(ids), *shape_of(table)[1:]], list(call.args[1].values)):

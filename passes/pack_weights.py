@@ -1,6 +1,7 @@
 """Pack the weights of every product into the kernels' panels.
 
-    linear(x, w (n, k), b (n,))  --> linear(x, turbo.pack_weight(w) (panels, k, col_tile), turbo.pack_bias(b) (panels * col_tile,))
+    linear(x, w (n, k), b (n,))
+        --> linear(x, turbo.pack_weight(w) (panels, k, col_tile), turbo.pack_bias(b) (panels * col_tile,))
 
 Layers that share a weight share its packed form. `hoist_weights` then moves the packing out of `main`.
 """

@@ -1,6 +1,7 @@
 """Let the executor supply every intermediate and output tensor of `main`.
 
-    t = R.builtin.alloc_tensor((tiles, 12, 768)); kernel(x, t)        --> main(..., buffer_0_768, ...) { kernel(x, buffer_0_768) }
+    main(...) { t = R.builtin.alloc_tensor((tiles, 12, 768)); kernel(x, t) }
+        --> main(..., buffer_0_768) { kernel(x, buffer_0_768) }
 
 Runs on the lowered, ordered function, after CallTIRRewrite. Tensors of packed rows differ in nothing but their column
 count, so their lifetimes are known here and their sizes are `rows x columns`. Each is given a slot: one piece of memory

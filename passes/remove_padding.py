@@ -5,7 +5,8 @@
     turbo.attention(q, k, v, mask)                                        turbo.attention(q, k, v, query_tiles)
     turbo.pool(h, mask) -> (b, 768)                                       turbo.pool(h, cu_seqlens) -> (p, R, 768)
 
-Row-wise operators never mix tokens, so they carry over unchanged once their batch and length dimensions are read as tile
+Row-wise operators never mix tokens, so they carry over unchanged once their batch and length dimensions are read as
+tile
 and row of the tile. Pooled rows are packed into tiles in the same way. Everything computed from the mask or from the
 padded length alone disappears.
 
@@ -16,6 +17,7 @@ compiles the padded graph instead.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from tvm import ir, relax, tirx
 
@@ -208,7 +210,7 @@ class _RemovePadding:
 Rule = Callable[[relax.Call, list[relax.Expr], int], relax.Expr | None]
 
 
-def _axis_is_last(axis: object, rank: int) -> bool:
+def _axis_is_last(axis: Any, rank: int) -> bool:
     return axis is not None and int(axis) % rank == rank - 1
 
 

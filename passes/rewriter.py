@@ -1,7 +1,7 @@
 """A small base for passes: rebuild `main` binding by binding, looking back at what was built.
 
-After import the model is one straight line of bindings in one dataflow block. A pass subclasses `Rewriter` and lists its
-rules; a rule returns a new expression for a binding, or None to leave it alone. What became unused is removed.
+After import the model is one straight line of bindings in one dataflow block. A pass subclasses `Rewriter` and lists
+its rules; a rule returns a new expression for a binding, or None to leave it alone. What became unused is removed.
 """
 
 from __future__ import annotations

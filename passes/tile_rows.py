@@ -10,6 +10,7 @@ Composites that are not row-wise do not occur in such a graph.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from tvm import ir, relax
 
@@ -54,10 +55,10 @@ class _TileRows(Rewriter):
             return {0}
         return {0, 3} if fused.name == "linear" else {0, 1}
 
-    def _tiles(self, rows: object, columns: int) -> relax.TensorType:
+    def _tiles(self, rows: Any, columns: int) -> relax.TensorType:
         return relax.TensorType(((rows + self.row_tile - 1) // self.row_tile, self.row_tile, columns), "float32")
 
-    def _tile(self, x: relax.Expr, rows: object) -> relax.Var:
+    def _tile(self, x: relax.Expr, rows: Any) -> relax.Var:
         columns = shape_of(x)[-1]
         flat = self.emit(relax.op.reshape(x, (rows, columns)))
         return self.emit(composite.make("tile_rows", [flat], self._tiles(rows, columns)))

@@ -1,13 +1,14 @@
 """Packing: from a list of requests to the inputs of a packed model. Pure functions over NumPy arrays.
 
-A batch of sequences is one matrix with a row per token, rounded up once to whole row tiles; `cu_seqlens` says where each
-sequence begins; `query_tiles` lists the attention's tasks. (Method: ByteTransformer, EnergonAI.)
+A batch of sequences is one matrix with a row per token, rounded up once to whole row tiles; `cu_seqlens` says where
+each sequence begins; `query_tiles` lists the attention's tasks. (Method: ByteTransformer, EnergonAI.)
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -168,7 +169,7 @@ def _matrix(values: object, what: str) -> np.ndarray:
     return array
 
 
-def _mask(given: object, input_ids: object) -> np.ndarray:
+def _mask(given: Any, input_ids: Any) -> np.ndarray:
     shape = np.shape(input_ids)
     if given is None:
         return np.ones(shape, bool)

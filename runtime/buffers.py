@@ -1,4 +1,5 @@
-"""The memory of a packed model's intermediates: one piece per slot, kept between calls and grown when a batch needs more."""
+"""The memory of a packed model's intermediates: one piece per slot, kept between calls, grown when a batch needs
+more."""
 
 from __future__ import annotations
 

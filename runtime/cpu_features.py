@@ -69,9 +69,7 @@ _SAME_NAME = {
     "aes vaes vpclmulqdq gfni avx512f avx512bw avx512cd avx512dq avx512vl avx512ifma avx512vbmi",
     "aarch64": "aes sha2 sha3 sve sve2 bf16 i8mm sme sme2 frintts",
 }
-_TABLE = {
-    arch: renamed | {name: name for name in _SAME_NAME[arch].split()} for arch, renamed in _RENAMED.items()
-}
+_TABLE = {arch: renamed | {name: name for name in _SAME_NAME[arch].split()} for arch, renamed in _RENAMED.items()}
 
 
 def host_arch() -> str:

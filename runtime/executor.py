@@ -83,7 +83,9 @@ class Executor:
         }
         results = self._call([arrays[spec.kind]() for spec in self.manifest.inputs], [])
         return {
-            spec.name: [row[:n].copy() if spec.kind == "token" else row.copy() for row, n in zip(result, lengths)]
+            spec.name: [
+                row[:n].copy() if spec.kind == "token" else row.copy() for row, n in zip(result, lengths, strict=True)
+            ]
             for spec, result in zip(self.manifest.outputs, results, strict=True)
         }
 

@@ -45,9 +45,7 @@ Positive = Annotated[int, 1]
 
 Dtype = Literal["float64", "float32", "float16", "int64", "int32", "int8", "uint8", "bool"]
 RowKind = Literal["token", "sequence"]
-InputKind = Literal[
-    "token_ids", "token_type_ids", "position_ids", "cu_seqlens", "query_tiles", "attention_mask"
-]
+InputKind = Literal["token_ids", "token_type_ids", "position_ids", "cu_seqlens", "query_tiles", "attention_mask"]
 
 
 @dataclass(frozen=True)
@@ -161,8 +159,8 @@ class Manifest:
 
     name: the model's. primary: the name of the main output, None for all of them. row_tile: rows (tokens) per
     matrix tile; query_tile: query rows per attention task. relative_positions: attention looks at distances between
-    tokens; pools_first: an output is made from a sequence's first token. parameters: in call order. declined: what was not
-    fused, and why. source_parameters: the parameter count of the model before packing. members: every member
+    tokens; pools_first: an output is made from a sequence's first token. parameters: in call order. declined: what
+    was not fused, and why. source_parameters: the parameter count of the model before packing. members: every member
     of the file but the manifest itself; filled when the artifact is saved.
     """
 

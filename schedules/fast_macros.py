@@ -1,6 +1,7 @@
 """Make TVMScript's macros quick to expand.
 
-To find the parser that is running, TVM 0.27 asks `inspect.getouterframes` for every frame's source text, at every use of a
+To find the parser that is running, TVM 0.27 asks `inspect.getouterframes` for every frame's source text, at every use
+of a
 macro, and reads one global of each frame. That is 80 % of the time that a model's kernels take to build. The frames
 alone say the same. Drop this once TVM does so itself.
 """

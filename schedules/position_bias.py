@@ -8,9 +8,14 @@ from __future__ import annotations
 from tvm import tirx
 from tvm.script import tirx as T
 
+from turbo_tvm.schedules.tiles import CpuTiles
 
-def toeplitz(*, heads: int, length: int) -> tirx.PrimFunc:
-    """bias (1, heads, length, length) f32 -> table (heads, 2 * length - 1) f32, table[h, j - i + length - 1] = bias[0, h, i, j]."""
+
+def toeplitz(tiles: CpuTiles, *, heads: int, length: int) -> tirx.PrimFunc:
+    """bias (1, heads, length, length) f32 -> table (heads, 2 * length - 1) f32.
+
+    table[h, j - i + length - 1] = bias[0, h, i, j]; the tiles do not matter.
+    """
     last = length - 1
 
     @T.prim_func(private=True, s_tir=True)

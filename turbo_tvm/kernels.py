@@ -6,7 +6,9 @@ The passes know composites, the schedules know loops; the pipeline hands `CpuKer
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+from typing import Any
 
 from tvm import ir, relax, s_tir, tirx
 
@@ -17,56 +19,62 @@ from turbo_tvm.runtime.manifest import KernelSpec
 from turbo_tvm.schedules import attention, embedding, linear, normalization, pooling, position_bias, rows
 from turbo_tvm.schedules.tiles import CpuTiles
 
+Recipe = tuple[Callable[..., tirx.PrimFunc], dict[str, Any]]  # a schedule and its parameters
+
 
 class CpuKernels:
     """Builds the CPU kernel of a composite; calling it is the `schedule` argument of `lower_kernels`."""
 
     def __init__(self, tiles: CpuTiles):
         self.tiles = tiles
-        self._built: dict[str, tirx.PrimFunc] = {}
 
     def __call__(self, fused: Composite, out: relax.TensorType) -> tuple[str, tirx.PrimFunc]:
         """The kernel's name, unique for its parameters, and its PrimFunc."""
-        name = kernel_name(fused, out)
-        if name not in self._built:
-            self._built[name] = _rooted(getattr(self, "_" + fused.name)(fused, dims_of(out)))
-        return name, self._built[name]
+        factory, options = getattr(self, "_" + fused.name)(fused, dims_of(out))
+        return kernel_name(fused, out), _build(factory, self.tiles, tuple(sorted(options.items())))
 
-    def _linear(self, fused: Composite, out: list) -> tirx.PrimFunc:
-        k = int(shape_of(fused.tensors[1])[1])
-        return linear.linear(self.tiles, k=k, n=int(out[-1]), **fused.attrs)
+    def _linear(self, fused: Composite, out: list) -> Recipe:
+        return linear.linear, {"k": int(shape_of(fused.tensors[1])[1]), "n": int(out[-1]), **fused.attrs}
 
-    def _pack_weight(self, fused: Composite, out: list) -> tirx.PrimFunc:
-        return linear.pack_weight(self.tiles, **fused.attrs)
+    def _pack_weight(self, fused: Composite, out: list) -> Recipe:
+        return linear.pack_weight, fused.attrs
 
-    def _pack_bias(self, fused: Composite, out: list) -> tirx.PrimFunc:
-        return linear.pack_bias(self.tiles, **fused.attrs)
+    def _pack_bias(self, fused: Composite, out: list) -> Recipe:
+        return linear.pack_bias, fused.attrs
 
-    def _attention(self, fused: Composite, out: list) -> tirx.PrimFunc:
-        attrs = dict(fused.attrs)
-        q, k, v = (tuple(c) for c in attrs.pop("columns"))
-        return attention.attention(self.tiles, q=q, k=k, v=v, position_bias=len(fused.tensors) > 4, **attrs)
+    def _attention(self, fused: Composite, out: list) -> Recipe:
+        options = {key: value for key, value in fused.attrs.items() if key != "columns"}
+        options |= dict(zip("qkv", map(tuple, fused.attrs["columns"]), strict=True))
+        return attention.attention, options | {"position_bias": len(fused.tensors) > 4}
 
-    def _norm(self, fused: Composite, out: list) -> tirx.PrimFunc:
-        return normalization.layer_norm(self.tiles, n=int(out[-1]), **fused.attrs)
+    def _norm(self, fused: Composite, out: list) -> Recipe:
+        return normalization.layer_norm, {"n": int(out[-1]), **fused.attrs}
 
-    def _normalize(self, fused: Composite, out: list) -> tirx.PrimFunc:
-        return normalization.l2_normalize(self.tiles, n=int(out[-1]), **fused.attrs)
+    def _normalize(self, fused: Composite, out: list) -> Recipe:
+        return normalization.l2_normalize, {"n": int(out[-1]), **fused.attrs}
 
-    def _embedding(self, fused: Composite, out: list) -> tirx.PrimFunc:
-        return embedding.embedding(self.tiles, hidden=int(out[-1]), **fused.attrs)
+    def _embedding(self, fused: Composite, out: list) -> Recipe:
+        return embedding.embedding, {"hidden": int(out[-1]), **fused.attrs}
 
-    def _pool(self, fused: Composite, out: list) -> tirx.PrimFunc:
-        return pooling.pool(self.tiles, hidden=int(out[-1]), **fused.attrs)
+    def _pool(self, fused: Composite, out: list) -> Recipe:
+        return pooling.pool, {"hidden": int(out[-1]), **fused.attrs}
 
-    def _toeplitz(self, fused: Composite, out: list) -> tirx.PrimFunc:
-        return position_bias.toeplitz(heads=int(out[0]), length=(int(out[1]) + 1) // 2)
+    def _toeplitz(self, fused: Composite, out: list) -> Recipe:
+        return position_bias.toeplitz, {"heads": int(out[0]), "length": (int(out[1]) + 1) // 2}
 
-    def _tile_rows(self, fused: Composite, out: list) -> tirx.PrimFunc:
-        return rows.tile_rows(self.tiles, columns=int(out[-1]))
+    def _tile_rows(self, fused: Composite, out: list) -> Recipe:
+        return rows.tile_rows, {"columns": int(out[-1])}
 
-    def _untile_rows(self, fused: Composite, out: list) -> tirx.PrimFunc:
-        return rows.untile_rows(self.tiles, columns=int(out[-1]))
+    def _untile_rows(self, fused: Composite, out: list) -> Recipe:
+        return rows.untile_rows, {"columns": int(out[-1])}
+
+
+@lru_cache(maxsize=512)
+def _build(
+    factory: Callable[..., tirx.PrimFunc], tiles: CpuTiles, options: tuple[tuple[str, Any], ...]
+) -> tirx.PrimFunc:
+    """A schedule for these parameters; parsing TVMScript takes up to a second, so models of one process share them."""
+    return _rooted(factory(tiles, **dict(options)))
 
 
 def _rooted(func: tirx.PrimFunc) -> tirx.PrimFunc:
@@ -95,7 +103,7 @@ def _shape(fused: Composite, out: relax.TensorType) -> str:
     return str(columns)
 
 
-def _option(key: str, value: object) -> str:
+def _option(key: str, value: Any) -> str:
     if value is None or value is False:
         return ""
     if isinstance(value, str):

@@ -93,7 +93,7 @@ def relative_bias(emit, mask, weight, tokens, ids):
 
 def absolute_bias(emit, mask, weight, tokens, ids):
     """A bias that depends on the key's position, not on its distance."""
-    b, s = tokens
+    _, s = tokens
     ramp = emit(relax.op.astype(emit(relax.op.arange(0, s, 1, "int64")), "float32"))
     wide = emit(relax.op.reshape(ramp, (1, 1, 1, s)))
     return emit(relax.op.add(key_mask(emit, mask, weight, tokens, ids), wide))

@@ -9,9 +9,7 @@ from turbo_tvm.runtime import cpu_features
 from turbo_tvm.runtime.cpu_features import check_host, checkable, host_arch, host_features, missing
 from turbo_tvm.runtime.manifest import TargetSpec
 
-V3_FLAGS = (
-    "cmov cx8 cx16 mmx sse sse2 pni ssse3 sse4_1 sse4_2 lahf_lm popcnt abm movbe bmi1 bmi2 avx f16c avx2 fma"
-)
+V3_FLAGS = "cmov cx8 cx16 mmx sse sse2 pni ssse3 sse4_1 sse4_2 lahf_lm popcnt abm movbe bmi1 bmi2 avx f16c avx2 fma"
 V4_FLAGS = f"{V3_FLAGS} avx512f avx512dq avx512cd avx512bw avx512vl"
 ZEN4 = f"""processor\t: 0
 vendor_id\t: AuthenticAMD
@@ -50,9 +48,7 @@ def _spec(arch="x86_64", features=V3):
 
 def test_x86_names():
     found = host_features(ZEN4, "x86_64")
-    assert (
-        set(V3) | {"sse3", "sse4.1", "pclmul", "sha", "avx512vnni", "avx512bf16", "avx512vpopcntdq"} <= found
-    )
+    assert set(V3) | {"sse3", "sse4.1", "pclmul", "sha", "avx512vnni", "avx512bf16", "avx512vpopcntdq"} <= found
     assert {"pni", "abm", "avx512_vnni", "xsave", "pku"}.isdisjoint(found)
     assert host_features("flags : avx_vnni avx512_fp16 amx_tile amx_bf16 amx_int8", "x86_64") == {
         "avxvnni",
@@ -134,9 +130,7 @@ def test_unknown_features_are_a_target_error(monkeypatch, tmp_path):
     check_host(_spec(features=[]), arch="x86_64")  # nothing required, nothing to look up
 
 
-@pytest.mark.parametrize(
-    ("machine", "arch"), [("AMD64", "x86_64"), ("arm64", "aarch64"), ("riscv64", "riscv64")]
-)
+@pytest.mark.parametrize(("machine", "arch"), [("AMD64", "x86_64"), ("arm64", "aarch64"), ("riscv64", "riscv64")])
 def test_architecture_names(monkeypatch, machine, arch):
     monkeypatch.setattr(platform, "machine", lambda: machine)
     assert host_arch() == arch
@@ -152,8 +146,6 @@ def test_the_table_covers_what_llvm_may_use():
 
     target = tvm.target.Target({"kind": "llvm", "mcpu": "x86-64-v4", "mtriple": "x86_64-linux-gnu"})
     features = tvm.target.codegen.llvm_get_cpu_features(target)
-    assert {*V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"} <= set(
-        checkable(features, "x86_64")
-    )
+    assert {*V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"} <= set(checkable(features, "x86_64"))
     left = set(features) - set(checkable(features, "x86_64"))
     assert not [name for name in left if name.startswith(("avx", "sse", "amx", "bmi"))]

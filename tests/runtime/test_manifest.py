@@ -137,9 +137,7 @@ def test_missing_field_is_named(path):
         Manifest.from_json(json.dumps(plain))
 
 
-@pytest.mark.parametrize(
-    "text", [b"", b"{", b"\xff\xfe\xfa", b"[" * 100_000, b"[]", b"null", b"3", b"9" * 5000, b"{}"]
-)
+@pytest.mark.parametrize("text", [b"", b"{", b"\xff\xfe\xfa", b"[" * 100_000, b"[]", b"null", b"3", b"9" * 5000, b"{}"])
 def test_not_a_manifest(text):
     with pytest.raises(ArtifactError, match="manifest"):
         Manifest.from_json(text)
@@ -157,9 +155,7 @@ def test_not_a_manifest(text):
 def test_other_format_versions_are_named(version, advice):
     # A later format has fields of its own: the version is what the message must be about.
     plain = {"format_version": version, "turbo_version": "9.9.9", "shards": 4}
-    with pytest.raises(
-        ArtifactError, match=f"format version {version!r}.*9.9.9.*reads version 1.*use {advice}"
-    ):
+    with pytest.raises(ArtifactError, match=f"format version {version!r}.*9.9.9.*reads version 1.*use {advice}"):
         Manifest.from_json(json.dumps(plain))
 
 

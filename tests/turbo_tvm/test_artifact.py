@@ -262,9 +262,7 @@ def test_disk_full(occupied, monkeypatch, whole, room):
         return _FullDisk(open(*how), room)
 
     monkeypatch.setattr(artifact, "open", full, raising=False)
-    with pytest.raises(
-        ArtifactError, match=r"occupied.turbo' \(No space left on device\): the disk is full: free"
-    ):
+    with pytest.raises(ArtifactError, match=r"occupied.turbo' \(No space left on device\): the disk is full: free"):
         _save(occupied, seed=1)
 
 
@@ -460,9 +458,7 @@ def test_missing_member(crafted, name):
     crafted(drop, f"{name}'? is missing|it has no {name}")
 
 
-@pytest.mark.parametrize(
-    "name", ["extra.txt", "../../etc/passwd", "/library.so", "LIBRARY.SO", "x" * 60_000, "ü"]
-)
+@pytest.mark.parametrize("name", ["extra.txt", "../../etc/passwd", "/library.so", "LIBRARY.SO", "x" * 60_000, "ü"])
 def test_unexpected_member(crafted, name):
     def add(parts, plain):
         plain["members"][name] = {"sha256": hashlib.sha256(b"hello").hexdigest(), "bytes": 5}
@@ -492,17 +488,13 @@ def test_compressed_member(crafted):
 def test_other_format_version(crafted, version):
     # Other versions may have other fields and members.
     def change(parts, plain):
-        return _with_manifest(
-            {**parts, "costs.json": b"{}"}, {"format_version": version, "turbo_version": "9.9"}
-        )
+        return _with_manifest({**parts, "costs.json": b"{}"}, {"format_version": version, "turbo_version": "9.9"})
 
     crafted(change, f"format version {version} .*9.9.*reads version {FORMAT_VERSION}")
 
 
 def test_wrong_field(crafted):
-    crafted(
-        lambda parts, plain: _with_manifest(parts, plain | {"row_tile": -1}), "row_tile must be at least 1"
-    )
+    crafted(lambda parts, plain: _with_manifest(parts, plain | {"row_tile": -1}), "row_tile must be at least 1")
 
 
 @pytest.mark.parametrize("change", [{"bytes": 1}, {"sha256": "0" * 64}])
@@ -618,9 +610,7 @@ def test_random_directories_never_crash(tmp_path_factory, whole, data):
     start = whole.find(b"PK\1\2")
     damaged = bytearray(whole)
     for _ in range(data.draw(st.integers(1, 6))):
-        damaged[data.draw(st.integers(start, len(whole) - artifact.SEAL_BYTES - 1))] = data.draw(
-            st.integers(0, 255)
-        )
+        damaged[data.draw(st.integers(start, len(whole) - artifact.SEAL_BYTES - 1))] = data.draw(st.integers(0, 255))
     path.write_bytes(damaged)
     _reseal(path)
     try:

@@ -92,7 +92,7 @@ def _arrays(answers: list[Answer]) -> dict[str, np.ndarray]:
 
 
 def _table(request: Request, answers: list[Answer]) -> Table:
-    rows = table("", ["#>", "request", "output", "shape", "norm>", "first values"])
+    rows = table("", ["#>", "request", "output", "shape", "norm>", "first values"], "request")
     rows.title = None
     for i, (label, answer) in enumerate(zip(request.labels, answers, strict=True)):
         for name, value in answer.items():

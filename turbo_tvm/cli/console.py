@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 from rich import box
 from rich.console import Console
@@ -18,11 +19,15 @@ def console(stderr: bool = False) -> Console:
     return out if out.is_terminal else Console(stderr=stderr, highlight=False, width=_PIPE_COLUMNS)
 
 
-def table(title: str, columns: Sequence[str]) -> Table:
-    """An empty table; a column whose name ends in '>' is aligned to the right."""
+def table(title: str, columns: Sequence[str], elastic: str) -> Table:
+    """An empty table; a column whose name ends in '>' is aligned to the right.
+
+    elastic: the column that gives way where the terminal is narrow; the others keep to one line.
+    """
     made = Table(title=title, title_justify="left", title_style="bold", caption_justify="left", box=box.SIMPLE_HEAD)
     for name in columns:
-        made.add_column(name.rstrip(">"), justify="right" if name.endswith(">") else "left", overflow="fold")
+        justify: Literal["right", "left"] = "right" if name.endswith(">") else "left"
+        made.add_column(name.rstrip(">"), justify=justify, overflow="fold", no_wrap=name != elastic)
     return made
 
 

@@ -68,7 +68,7 @@ def _weights(parameters: tuple[ParameterSpec, ...]) -> str:
 
 
 def _kernels(manifest: Manifest) -> Table:
-    rows = table("Kernels", ["family", "name", "shape", "calls>", "FLOP/token>", "FLOP/pair>", "weights>"])
+    rows = table("Kernels", ["family", "name", "shape", "calls>", "FLOP/token>", "FLOP/pair>", "weights>"], "name")
     rows.caption = "FLOP and weights: all calls together; a pair is a query and a key of one sequence"
     for kernel in manifest.kernels:
         add_row(rows, kernel.family, kernel.name, kernel.shapes, str(kernel.calls), *_costs([kernel]))
@@ -88,7 +88,7 @@ def _count(flops: float) -> str:
 
 
 def _memory(manifest: Manifest) -> Table:
-    rows = table("Buffers", ["name", "slot>", "row", "columns>", "dtype", "bytes/row>"])
+    rows = table("Buffers", ["name", "slot>", "row", "columns>", "dtype", "bytes/row>"], "name")
     for b in manifest.buffers:
         add_row(rows, b.name, str(b.slot), b.kind, str(b.columns or 1), b.dtype, f"{numbers.row_bytes(b):,}")
     rows.add_section()
@@ -98,7 +98,7 @@ def _memory(manifest: Manifest) -> Table:
 
 
 def _members(manifest: Manifest) -> Table:
-    rows = table("Members", ["name", "size>", "sha256"])
+    rows = table("Members", ["name", "size>", "sha256"], "name")
     for name, member in manifest.members.items():
         add_row(rows, name, numbers.size(member.bytes), member.sha256[:16])
     return rows

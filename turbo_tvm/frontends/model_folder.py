@@ -1,4 +1,4 @@
-"""Model folders: `config.json`, `model.safetensors` and a tokenizer, as Hugging Face and sentence-transformers write them."""
+"""Model folders, as Hugging Face and sentence-transformers write them: configuration, weights and tokenizer."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ class SentenceEncoder(nn.Module):
 
     def get_input_embeddings(self) -> nn.Module:
         """The encoder's token embedding."""
-        return self.encoder.get_input_embeddings()
+        return self.encoder.get_input_embeddings()  # type: ignore[operator]
 
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **options: torch.Tensor
