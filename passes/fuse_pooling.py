@@ -39,6 +39,8 @@ class _FusePooling(Rewriter):
     def _first(self, call: relax.Call) -> relax.Expr | None:
         if not is_call(call, "take") or len(shape_of(call.args[0])) != 3:
             return None
+        if isinstance(shape_of(call.args[0])[1], int):  # not tokens: the head axis of a 4-D mask, say
+            return None
         axis, index = call.attrs.axis, scalar(call.args[1])
         return self._pool(call.args[0], "first") if axis is not None and int(axis) == 1 and index == 0 else None
 
@@ -93,11 +95,19 @@ class _FusePooling(Rewriter):
         return (expr.args[0], floor) if floor is not None else (None, 0.0)
 
     def _is_row_norm(self, norm: relax.Expr, x: relax.Expr) -> bool:
-        root = self.call_of(norm, "sqrt")
-        total = self.call_of(root.args[0], "sum") if root is not None else None
+        root = self.definition(norm)
+        if not (is_call(root, "sqrt") or self._is_power(root, 0.5)):
+            return False
+        total = self.call_of(root.args[0], "sum")
         if total is None or [int(a) % 2 for a in total.attrs.axis or []] != [1] or not total.attrs.keepdims:
             return False
         square = self.definition(total.args[0])
         if is_call(square, "multiply"):
             return all(arg.same_as(x) for arg in square.args)
-        return is_call(square, "power") and square.args[0].same_as(x) and scalar(square.args[1]) == 2.0
+        if not self._is_power(square, 2.0):
+            return False
+        size = self.call_of(square.args[0], "abs")  # torch's decomposition of a vector norm takes it
+        return (square.args[0] if size is None else size.args[0]).same_as(x)
+
+    def _is_power(self, expr: relax.Expr, exponent: float) -> bool:
+        return is_call(expr, "power") and scalar(expr.args[1]) == exponent

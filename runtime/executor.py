@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import tvm
+from tvm.runtime.vm import VirtualMachine
 
 from turbo_tvm.errors import TurboError
 from turbo_tvm.runtime import batch as packing
@@ -27,7 +28,7 @@ class Executor:
         """weights: 64-byte aligned arrays by name; they are used in place and must outlive the executor."""
         self.manifest = manifest
         self.threads = threads
-        self._main = tvm.runtime.vm.VirtualMachine(module, tvm.cpu())["main"]
+        self._main = VirtualMachine(module, tvm.cpu())["main"]
         self._weights = [tvm.runtime.from_dlpack(weights[p.name]) for p in manifest.parameters]
         self.buffers = Buffers(manifest.buffers, manifest.row_tile)
         self._lock = threading.Lock()

@@ -31,4 +31,4 @@ class InputError(TurboError, ValueError):
 
 
 class ArtifactError(TurboError):
-    """An artifact cannot be written, or cannot be trusted or used here: damaged, of another version, for another CPU."""
+    """An artifact cannot be written, or cannot be used here: damaged, of another version, for another CPU."""

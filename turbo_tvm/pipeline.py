@@ -1,8 +1,8 @@
 """The pipeline: from an imported model to an executable, one page, top to bottom.
 
-`packed` and `padded` list the passes in the order in which they run. A model that any pass of `packed` declines is compiled
-by `padded`: right for every graph that TVM can compile, without the project's speed. Set `TURBO_TVM_DUMP_IR=directory` to
-get the module after every phase as text.
+`packed` and `padded` list the passes in the order in which they run. A model that any pass of `packed` declines is
+compiled by `padded`: right for every graph that TVM can compile, without the project's speed. Set
+`TURBO_TVM_DUMP_IR=directory` to get the module after every pass as text.
 """
 
 from __future__ import annotations

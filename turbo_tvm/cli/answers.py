@@ -92,16 +92,21 @@ def _arrays(answers: list[Answer]) -> dict[str, np.ndarray]:
 
 
 def _table(request: Request, answers: list[Answer]) -> Table:
-    rows = table("", ["#>", "request", "output", "shape", "norm>", "first values"], "request")
-    rows.title = None
+    names = list(answers[0])
+    several = len(names) > 1
+    columns = ["#>", "request", *(["output"] if several else []), "shape", "norm>", "first values"]
+    rows = table("" if several else names[0], columns, "request")
     for i, (label, answer) in enumerate(zip(request.labels, answers, strict=True)):
         for name, value in answer.items():
-            array = np.asarray(value)
-            first = " ".join(f"{v:+.4f}" for v in array.reshape(-1)[:_SHOWN_VALUES])
-            more = " ..." if array.size > _SHOWN_VALUES else ""
-            shape = " x ".join(map(str, array.shape)) or "1"
-            add_row(rows, str(i), _short(label), name, shape, f"{np.linalg.norm(array):.4f}", first + more)
+            add_row(rows, str(i), _short(label), *([name] if several else []), *_figures(np.asarray(value)))
     return rows
+
+
+def _figures(array: np.ndarray) -> tuple[str, str, str]:
+    """Shape, Euclidean norm and the first values."""
+    first = " ".join(f"{value:+.4f}" for value in array.reshape(-1)[:_SHOWN_VALUES])
+    more = " ..." if array.size > _SHOWN_VALUES else ""
+    return " x ".join(map(str, array.shape)) or "1", f"{np.linalg.norm(array):.4f}", first + more
 
 
 def _short(label: str) -> str:

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 _PIPE_COLUMNS = 200
+_LEAST_COLUMNS = 16
 
 
 def console(stderr: bool = False) -> Console:
@@ -24,10 +25,14 @@ def table(title: str, columns: Sequence[str], elastic: str) -> Table:
 
     elastic: the column that gives way where the terminal is narrow; the others keep to one line.
     """
-    made = Table(title=title, title_justify="left", title_style="bold", caption_justify="left", box=box.SIMPLE_HEAD)
+    made = Table(
+        title=title or None, title_justify="left", title_style="bold", caption_justify="left", box=box.SIMPLE_HEAD
+    )
     for name in columns:
         justify: Literal["right", "left"] = "right" if name.endswith(">") else "left"
-        made.add_column(name.rstrip(">"), justify=justify, overflow="fold", no_wrap=name != elastic)
+        fixed = name != elastic
+        width = None if fixed else _LEAST_COLUMNS
+        made.add_column(name.rstrip(">"), justify=justify, overflow="fold", no_wrap=fixed, min_width=width)
     return made
 
 

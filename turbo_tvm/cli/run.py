@@ -67,7 +67,6 @@ def run_command(
     from turbo_tvm import config
 
     config.runtime_only()
-    import tvm.runtime.vm  # noqa: F401  TVM without its compiler does not import it by itself
 
     import turbo_tvm
 

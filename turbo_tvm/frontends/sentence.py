@@ -5,9 +5,6 @@ The pooling of sentence-transformers folders (`modules.json`), in plain PyTorch,
 
 from __future__ import annotations
 
-import inspect
-from typing import Any
-
 import torch
 from torch import nn
 
@@ -17,7 +14,7 @@ POOLING = ("mean", "cls")
 
 
 class SentenceEncoder(nn.Module):
-    """One vector per sequence: `forward(input_ids, attention_mask (batch, length), ...)` gives (batch, hidden) fp32.
+    """One vector per sequence: `forward(input_ids, attention_mask)`, both (batch, length), gives (batch, hidden) fp32.
 
     encoder: a Hugging Face encoder. pooling: "mean" over the tokens under the mask, or "cls", the first token.
     normalize: divide every vector by its Euclidean length.
@@ -31,24 +28,8 @@ class SentenceEncoder(nn.Module):
         self.pooling = pooling
         self.normalize = normalize
 
-    @property
-    def config(self) -> Any:
-        """The encoder's configuration."""
-        return self.encoder.config
-
-    @property
-    def input_names(self) -> tuple[str, ...]:
-        """The inputs that `forward` takes: the encoder's."""
-        return tuple(inspect.signature(self.encoder.forward).parameters)
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The encoder's token embedding."""
-        return self.encoder.get_input_embeddings()  # type: ignore[operator]
-
-    def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **options: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
-        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **options)["last_hidden_state"]
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask)["last_hidden_state"]
         vectors = hidden[:, 0] if self.pooling == "cls" else _mean(hidden, attention_mask)
         if self.normalize:
             vectors = nn.functional.normalize(vectors, p=2, dim=1)
@@ -56,7 +37,5 @@ class SentenceEncoder(nn.Module):
 
 
 def _mean(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    if mask.dim() == 4:  # the additive form, 0 for real tokens
-        mask = (mask[:, 0, 0, :] == 0).to(torch.float32)
     weights = mask.unsqueeze(-1).to(torch.float32)
     return (hidden * weights).sum(1) / weights.sum(1).clamp(min=1e-9)

@@ -1,8 +1,9 @@
 """PyTorch modules: through `torch.export` to Relax, with symbolic batch and length.
 
-The module is exported behind a wrapper that fixes its inputs. Hugging Face encoders get their mask as the additive 4-D mask
-they accept as it is (so that none of their own mask building is traced) and their position ids explicitly. How a model
-derives position ids from token ids is found by trying: the rule whose explicit ids give the model's own outputs is its rule.
+The module is exported behind a wrapper that fixes its inputs. A Hugging Face encoder, the module itself or one inside
+it, gets through a hook what its own code would compute in ways that cannot be exported with symbolic shapes: its mask
+as the additive 4-D mask that it accepts as it is, its position ids and its token types. How it derives position ids from
+token ids is found by trying: the rule whose explicit ids give the model's own outputs is its rule.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 import tvm
 from torch import nn
 from tvm import ir, relax
@@ -46,9 +48,8 @@ def import_module(
     training = model.training
     model.eval()
     try:
-        wrapper = _Wrapper(model, _input_names(model), positions=PositionRule())
-        positions = _position_rule(model, wrapper)
-        wrapper = _Wrapper(model, _input_names(model, positions), positions)
+        positions = _position_rule(model)
+        wrapper = _Wrapper(model, positions)
         limit = _max_length(model, positions, max_length)
         mod, weights = _to_relax(wrapper, limit)
         return Imported(
@@ -69,27 +70,45 @@ def import_module(
 class _Wrapper(nn.Module):
     """Fixes a model's inputs to `names`, in order, and its outputs to a tuple of tensors."""
 
-    def __init__(self, model: nn.Module, names: tuple[str, ...], positions: PositionRule):
+    def __init__(self, model: nn.Module, positions: PositionRule):
         super().__init__()
         self.model = model
-        self.names = names
+        self.encoder = _encoder(model)
         self.positions = positions
-        self.additive_mask = _is_hugging_face(model)
+        self.names = _input_names(model, positions)
+        self._given: dict[str, torch.Tensor] = {}
 
     def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        kwargs = dict(zip(self.names, inputs, strict=True))
-        if self.additive_mask:
-            mask = kwargs["attention_mask"].to(torch.float32)
-            kwargs["attention_mask"] = (1.0 - mask)[:, None, None, :] * MASKED
-        return tuple(_tensors(self.model(**kwargs)).values())
+        return tuple(self.named(*inputs).values())
+
+    def named(self, *inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The model's outputs by name."""
+        self._given = dict(zip(self.names, inputs, strict=True))
+        accepted = {name: self._given[name] for name in self.names if name in _parameters(self.model)}
+        accepted.pop("position_ids", None)
+        if self.encoder is None:
+            return _tensors(self.model(**accepted))
+        handle = self.encoder.register_forward_pre_hook(self._complete, with_kwargs=True)
+        try:
+            return _tensors(self.model(**accepted))
+        finally:
+            handle.remove()
+
+    def _complete(self, encoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Give the encoder what it would otherwise compute itself."""
+        call = dict(inspect.signature(encoder.forward).bind(*args, **kwargs).arguments)
+        call.update(call.pop("kwargs", {}))
+        mask = call.get("attention_mask")
+        if mask is not None and mask.dim() == 2:
+            call["attention_mask"] = (1.0 - mask.to(torch.float32))[:, None, None, :] * MASKED
+        for name in ("token_type_ids", "position_ids"):
+            if call.get(name) is None and name in self._given:
+                call[name] = self._given[name]
+        return (), call
 
     def example(self, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Inputs for these token ids, all of them real."""
-        given = {
-            "input_ids": ids,
-            "attention_mask": torch.ones_like(ids),
-            "token_type_ids": torch.zeros_like(ids),
-        }
+        given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
         if "position_ids" in self.names:
             rows = [position_ids(self.positions, row) for row in ids.numpy()]
             given["position_ids"] = torch.from_numpy(np.stack(rows).astype(np.int64))
@@ -98,8 +117,7 @@ class _Wrapper(nn.Module):
     @torch.inference_mode()
     def output_names(self) -> tuple[str, ...]:
         """The names of the model's outputs, in order."""
-        inputs = self.example(_sample_ids(self.model))
-        return tuple(_tensors(self.model(**dict(zip(self.names, inputs, strict=True)))))
+        return tuple(self.named(*self.example(_sample_ids(self.model))))
 
 
 def _tensors(output: Any) -> dict[str, torch.Tensor]:
@@ -121,7 +139,7 @@ def _check_module(model: Any) -> None:
     odd = {str(p.dtype) for p in model.parameters() if p.is_floating_point() and p.dtype != torch.float32}
     if odd:
         raise UnsupportedModelError(
-            f"the model's weights are {', '.join(sorted(odd))}; only torch.float32 is supported: call model.float() first"
+            f"the model's weights are {', '.join(sorted(odd))}; only torch.float32 is supported: call model.float()"
         )
     if any(p.device.type != "cpu" for p in model.parameters()):
         raise UnsupportedModelError("the model's weights are not on the CPU: call model.cpu() first")
@@ -139,30 +157,32 @@ def _check_module(model: Any) -> None:
 
 
 def _parameters(model: nn.Module) -> tuple[str, ...]:
-    """The names of the model's inputs; a module with **kwargs says them in `input_names`."""
-    return getattr(model, "input_names", None) or tuple(inspect.signature(model.forward).parameters)
+    """The names of the model's inputs."""
+    return tuple(inspect.signature(model.forward).parameters)
+
+
+def _encoder(model: nn.Module) -> nn.Module | None:
+    """The Hugging Face model that this is, or the first one inside it."""
+    return next((m for m in model.modules() if isinstance(m, transformers.PreTrainedModel)), None)
 
 
 def _config(model: nn.Module) -> Any:
-    return getattr(model, "config", None)
+    """The configuration of the Hugging Face model that this is or holds."""
+    return getattr(_encoder(model), "config", None)
 
 
-def _is_hugging_face(model: nn.Module) -> bool:
-    """Whether the model follows Hugging Face's conventions for masks and positions (our own encoders do as well)."""
-    return hasattr(_config(model), "model_type") and hasattr(_config(model), "vocab_size")
-
-
-def _input_names(model: nn.Module, positions: PositionRule | None = None) -> tuple[str, ...]:
+def _input_names(model: nn.Module, positions: PositionRule) -> tuple[str, ...]:
     names = ["input_ids", "attention_mask"]
     if _type_vocab_size(model):
         names.append("token_type_ids")
-    if positions is not None and positions.kind != "none":
+    if positions.kind != "none":
         names.append("position_ids")
     return tuple(names)
 
 
 def _type_vocab_size(model: nn.Module) -> int:
-    takes = "token_type_ids" in _parameters(model)
+    encoder = _encoder(model)
+    takes = encoder is not None and "token_type_ids" in _parameters(encoder)
     return int(getattr(_config(model), "type_vocab_size", 0) or 0) if takes else 0
 
 
@@ -188,14 +208,16 @@ def _sample_ids(model: nn.Module) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def _position_rule(model: nn.Module, wrapper: _Wrapper) -> PositionRule:
+def _position_rule(model: nn.Module) -> PositionRule:
     """The rule whose explicit position ids reproduce what the model does without any."""
-    if not _is_hugging_face(model) or "position_ids" not in _parameters(model):
+    encoder = _encoder(model)
+    if encoder is None or "position_ids" not in _parameters(encoder):
         return PositionRule()
     ids = _sample_ids(model)
-    wanted = wrapper(*wrapper.example(ids))
+    plain = _Wrapper(model, PositionRule())
+    wanted = plain(*plain.example(ids))
     for rule in _candidate_rules(model):
-        attempt = _Wrapper(model, _input_names(model, rule), rule)
+        attempt = _Wrapper(model, rule)
         got = attempt(*attempt.example(ids))
         if all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(got, wanted, strict=True)):
             return rule
