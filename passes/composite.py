@@ -8,7 +8,7 @@ Vocabulary (T = packed rows `(tiles, row_tile, columns)`; before padding is remo
 
     attention(q, k, v, bounds..., [position_bias])   heads, head_dim, scale, columns [[width, offset] x 3], max_length
     pool(x, bounds)                                  mode "first" | "mean"
-    linear(x, weight, bias, [residual], [gamma, beta])   activation, residual, norm_eps
+    linear(x, weight, bias, [residual], [gamma, beta])   activation, residual, norm_eps; columns, if its rows are wider
     norm(x, [residual], gamma, beta)                 eps, residual
     normalize(x)                                     eps: rows divided by their Euclidean length
     embedding(ids..., tables..., [gamma, beta])      tables, norm_eps

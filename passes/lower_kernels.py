@@ -16,6 +16,7 @@ from tvm import ir, relax, tirx
 from turbo_tvm.passes import composite
 from turbo_tvm.passes.rewriter import substitute
 
+Kernels = dict[tirx.PrimFunc, ir.GlobalVar]
 Schedule = Callable[[composite.Composite, relax.Type], tuple[str, tirx.PrimFunc]]
 
 
@@ -25,7 +26,7 @@ def lower_kernels(mod: ir.IRModule, schedule: Schedule) -> ir.IRModule:
     schedule: gives a composite's kernel, as a unique name and a PrimFunc that takes the composite's tensors and output.
     """
     builder = relax.BlockBuilder(ir.IRModule(attrs=mod.attrs))
-    kernels: dict[str, ir.GlobalVar] = {}
+    kernels: Kernels = {}
     for var, func in mod.functions_items():
         if isinstance(func, relax.Function):
             _lower(builder, var.name_hint, func, schedule, kernels)
@@ -36,7 +37,7 @@ def lower_kernels(mod: ir.IRModule, schedule: Schedule) -> ir.IRModule:
     return lowered
 
 
-def _lower(builder, name: str, func: relax.Function, schedule: Schedule, kernels: dict[str, ir.GlobalVar]) -> None:
+def _lower(builder, name: str, func: relax.Function, schedule: Schedule, kernels: Kernels) -> None:
     new: dict[relax.Var, relax.Expr] = {}
     with builder.function(name, list(func.params), attrs=dict(func.attrs or {})):
         with builder.dataflow():
@@ -51,8 +52,8 @@ def _lower(builder, name: str, func: relax.Function, schedule: Schedule, kernels
         builder.emit_func_output(out)
 
 
-def _call(builder, fused: composite.Composite, out: relax.Type, schedule: Schedule, kernels: dict) -> relax.Call:
+def _call(builder, fused: composite.Composite, out: relax.Type, schedule: Schedule, kernels: Kernels) -> relax.Call:
     name, kernel = schedule(fused, out)
-    if name not in kernels:
-        kernels[name] = builder.add_func(kernel, name)
-    return relax.op.call_tir(kernels[name], list(fused.tensors), out_ty=out)
+    if kernel not in kernels:
+        kernels[kernel] = builder.add_func(kernel, name)  # the builder makes the name unique
+    return relax.op.call_tir(kernels[kernel], list(fused.tensors), out_ty=out)

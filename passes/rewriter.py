@@ -24,6 +24,7 @@ class Rewriter:
         self.func: relax.Function = mod["main"]
         self.builder = builder_without_main(mod)
         self.bound: dict[relax.Var, relax.Expr] = {}
+        self.current: relax.Var | None = None  # the old variable whose value the rules are looking at
         self._uses = _count_uses(self.func)
         self._origin: dict[relax.Var, relax.Var] = {}
         self._new: dict[relax.Var, relax.Expr] = {}
@@ -68,6 +69,7 @@ class Rewriter:
     def _visit(self, binding: relax.Binding) -> None:
         if not isinstance(binding, relax.VarBinding):
             raise ValueError(f"{type(binding).__name__} is not expected in an imported graph")
+        self.current = binding.var
         value = substitute(binding.value, self._new)
         if isinstance(value, relax.Call):
             value = self._apply_rules(value)

@@ -62,8 +62,14 @@ def linear(
     activation: str | None = None,
     residual: bool = False,
     norm_eps: float | None = None,
+    x_width: int | None = None,
+    out_width: int | None = None,
 ) -> tvm.tirx.PrimFunc:
-    """`(x, weight, bias, [residual,] [gamma, beta,] out)`; gamma, beta and the norm if `norm_eps` is given."""
+    """`(x, weight, bias, [residual,] [gamma, beta,] out)`; gamma, beta and the norm if `norm_eps` is given.
+
+    x_width, out_width: columns of the buffers that hold x and out, if they are wider than k and n. Not with a norm.
+    """
+    x_width, out_width = x_width or k, out_width or n
     rows, columns, panels = tiles.row_tile, tiles.col_tile, tiles.panels(n)
     half, block_tiles, lines = rows // 2, max(1, _BLOCK_ROWS // rows), max(1, columns // CACHE_LINE_FLOATS)
     whole_panels, tail_columns, has_tail = n // columns, n % columns, n % columns != 0
@@ -115,7 +121,7 @@ def linear(
             start(lower, bias, panel)
             for r in T.unroll(rows):
                 for line in T.unroll(lines):
-                    prefetch_write(out, (tile * rows + r) * n + panel * columns + line * CACHE_LINE_FLOATS)
+                    prefetch_write(out, (tile * rows + r) * out_width + panel * columns + line * CACHE_LINE_FLOATS)
             for i in range(k):
                 for line in T.unroll(lines):
                     prefetch_read(weight, (panel * k + i) * columns + line * CACHE_LINE_FLOATS + _AHEAD_FLOATS)
@@ -144,9 +150,9 @@ def linear(
     ):
         T.func_attr({"tirx.noalias": True})
         t = T.int64()
-        x = T.match_buffer(x_arg, (t, rows, k), "float32")
+        x = T.match_buffer(x_arg, (t, rows, x_width), "float32")
         residual_rows = T.match_buffer(residual_arg, (t, rows, n), "float32")
-        out = T.match_buffer(out_arg, (t, rows, n), "float32")
+        out = T.match_buffer(out_arg, (t, rows, out_width), "float32")
         with T.attr(T.int32(0), "pragma_import_llvm", PREFETCH_LLVM):
             for task in T.parallel(t * panels):
                 block: T.let = task // (block_tiles * panels)

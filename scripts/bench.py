@@ -93,8 +93,12 @@ def _onnx_session(model: torch.nn.Module, threads: int):
     import onnxruntime
 
     class Encoder(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
         def forward(self, input_ids, attention_mask):
-            return model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+            return self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
 
     example = torch.ones(2, 8, dtype=torch.int64)
     axes = {name: {0: "batch", 1: "length"} for name in ("input_ids", "attention_mask")}

@@ -5,6 +5,7 @@ The passes know composites, the schedules know loops; the pipeline hands `CpuKer
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import lru_cache
@@ -34,7 +35,9 @@ class CpuKernels:
         return kernel_name(fused, out), _build(factory, self.tiles, tuple(sorted(options.items())))
 
     def _linear(self, fused: Composite, out: list) -> Recipe:
-        return linear.linear, {"k": int(shape_of(fused.tensors[1])[1]), "n": int(out[-1]), **fused.attrs}
+        options = {key: value for key, value in fused.attrs.items() if key != "columns"}
+        options |= {"k": int(shape_of(fused.tensors[1])[1]), "n": int(fused.attrs.get("columns", out[-1]))}
+        return linear.linear, options | {"x_width": int(shape_of(fused.tensors[0])[-1]), "out_width": int(out[-1])}
 
     def _pack_weight(self, fused: Composite, out: list) -> Recipe:
         return linear.pack_weight, fused.attrs
@@ -88,19 +91,35 @@ def _rooted(func: tirx.PrimFunc) -> tirx.PrimFunc:
 def kernel_name(fused: Composite, out: relax.TensorType) -> str:
     """A readable name that says everything the kernel's code depends on: `linear_768x3072_gelu`."""
     shape = _shape(fused, out)
-    options = [_option(key, value) for key, value in sorted(fused.attrs.items()) if key not in ("k", "n")]
+    options = [_option(key, value) for key, value in sorted(fused.attrs.items()) if key not in _IN_SHAPE]
     extra = ["bias"] if fused.name == "attention" and len(fused.tensors) > 4 else []
     text = "_".join([fused.name, shape, *(o for o in options if o), *extra])
     return "".join(c if c.isalnum() or c == "_" else "_" for c in text)
 
 
+_IN_SHAPE = ("k", "n", "columns", "heads", "head_dim", "max_length", "scale")
+
+
 def _shape(fused: Composite, out: relax.TensorType) -> str:
     columns = dims_of(out)[-1]
     if fused.name == "linear":
-        return f"{shape_of(fused.tensors[1])[1]}x{columns}"
+        k, n = shape_of(fused.tensors[1])[1], fused.attrs.get("columns", columns)
+        wide_x, wide_out = shape_of(fused.tensors[0])[-1] > k, columns > n
+        return f"{k}x{n}" + ("_from_wide" if wide_x else "") + ("_to_wide" if wide_out else "")
     if fused.name in ("pack_weight", "pack_bias"):
         return "x".join(str(fused.attrs[key]) for key in ("k", "n") if key in fused.attrs)
+    if fused.name == "attention":
+        return _attention_shape(fused)
     return str(columns)
+
+
+def _attention_shape(fused: Composite) -> str:
+    a = fused.attrs
+    widths, offsets = zip(*a["columns"], strict=True)
+    merged = "merged" if len(set(widths)) == 1 and offsets[0] != offsets[1] else "separate"
+    plain_scale = math.isclose(a["scale"], a["head_dim"] ** -0.5, rel_tol=1e-5)
+    extra = "" if plain_scale else f"_scale{a['scale']:g}"
+    return f"{a['heads']}x{a['head_dim']}_{merged}_max{a['max_length']}{extra}"
 
 
 def _option(key: str, value: Any) -> str:
@@ -108,8 +127,6 @@ def _option(key: str, value: Any) -> str:
         return ""
     if isinstance(value, str):
         return value
-    if key == "columns":
-        return "_".join(f"{width}_{offset}" for width, offset in value)
     return key if value is True else f"{key}{value:g}"
 
 
@@ -136,7 +153,7 @@ def _composites(func: relax.Function) -> Iterable[tuple[Composite, relax.TensorT
 
 
 def _describe(name: str, fused: Composite, out: relax.TensorType) -> KernelSpec:
-    columns = int(dims_of(out)[-1])
+    columns = int(fused.attrs.get("columns", 0) if fused.name == "linear" else 0) or int(dims_of(out)[-1])
     weights = [shape_of(t) for t in fused.tensors]
     weight_bytes = sum(4 * _count(shape) for shape in weights if all(isinstance(d, int) for d in shape))
     per_token, per_pair, text = 0.0, 0.0, str(columns)

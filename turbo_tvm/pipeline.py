@@ -30,6 +30,7 @@ from turbo_tvm.passes.pack_weights import pack_weights
 from turbo_tvm.passes.plan_memory import Buffer, plan_memory
 from turbo_tvm.passes.remove_padding import Declined, remove_padding
 from turbo_tvm.passes.tile_rows import tile_rows
+from turbo_tvm.passes.widen_rows import widen_rows
 from turbo_tvm.runtime.manifest import KernelSpec
 from turbo_tvm.schedules.tiles import CpuTiles
 
@@ -70,6 +71,7 @@ def packed(tiles: CpuTiles, max_length: int) -> list[Pass]:
         merge_qkv,
         fuse_norm,
         fuse_embedding,
+        widen_rows,
         # Weights: into the kernels' layout, and out of the model's function.
         lambda mod: pack_weights(mod, tiles.col_tile),
         hoist_weights,

@@ -2,8 +2,8 @@
 
 The module is exported behind a wrapper that fixes its inputs. A Hugging Face encoder, the module itself or one inside
 it, gets through a hook what its own code would compute in ways that cannot be exported with symbolic shapes: its mask
-as the additive 4-D mask that it accepts as it is, its position ids and its token types. How it derives position ids from
-token ids is found by trying: the rule whose explicit ids give the model's own outputs is its rule.
+(as the additive 4-D mask that it accepts as it is), its position ids and its token types. How it derives position ids
+from token ids is found by trying: the rule whose explicit ids give the model's own outputs is its rule.
 """
 
 from __future__ import annotations
