@@ -2,6 +2,7 @@
 
     permute(permute(x))                                --> permute(x), or x
     reshape(reshape(x)); reshape, cast, broadcast to what x already is   --> reshape(x); x
+    take(table, ids, mode="fast")                          --> take(table, ids, mode="clip")
     reshape(take(table, reshape(ids, (n,))), (b, s, h))    --> take(table, ids)
     0.5 * x * (1 + tanh(0.79788 * (x + 0.044715 * x^3)))   --> gelu_tanh(x)
 
@@ -25,7 +26,7 @@ def normalize(mod: ir.IRModule) -> ir.IRModule:
 
 class _Normalize(Rewriter):
     def rules(self):
-        return self._permute, self._no_change, self._embedding, self._reshape, self._gelu_tanh
+        return self._permute, self._no_change, self._take, self._embedding, self._reshape, self._gelu_tanh
 
     def _permute(self, call: relax.Call) -> relax.Expr | None:
         if not is_call(call, "permute_dims"):
@@ -58,7 +59,14 @@ class _Normalize(Rewriter):
         table, ids = take.args[0], flat.args[0]
         if not same_shape([*shape_of(ids), *shape_of(table)[1:]], list(call.args[1].values)):
             return None
-        return relax.op.take(table, ids, axis=0, mode=take.attrs.mode)
+        return relax.op.take(table, ids, axis=0, mode="clip")
+
+    def _take(self, call: relax.Call) -> relax.Expr | None:
+        """Ids are checked before anything runs; "fast" is undefined for any other."""
+        if not is_call(call, "take") or call.attrs.mode != "fast":
+            return None
+        axis = call.attrs.axis
+        return relax.op.take(*call.args, axis=None if axis is None else int(axis), mode="clip")
 
     def _reshape(self, call: relax.Call) -> relax.Expr | None:
         inner = self.call_of(call.args[0], "reshape") if is_call(call, "reshape") else None

@@ -88,8 +88,13 @@ class _RemovePadding:
                 for block in self.func.body.blocks:
                     for binding in block.bindings:
                         self._visit(binding.var, binding.value)
-                outputs = self.builder.emit_output(self._outputs())
+                declined = self._why_not()
+                # TVM complains of a builder that is left half-way, so the function is finished in any case.
+                result = substitute(self.func.body.body, self.new) if declined is None else params[0]
+                outputs = self.builder.emit_output(result)
             self.builder.emit_func_output(outputs)
+        if declined is not None:
+            raise Declined(declined)
         return tidy(self.builder.finalize())
 
     def _inputs(self) -> list[relax.Var]:
@@ -197,14 +202,14 @@ class _RemovePadding:
             if any(not (isinstance(d, int) and d == 1) for d in shape_of(arg)[:-1]) or len(shape_of(arg)) > rank:
                 raise Declined(f"{call.op.name} adds a weight that differs from row to row")
 
-    def _outputs(self) -> relax.Expr:
-        out = self.func.body.body
-        for var in _variables(out):
+    def _why_not(self) -> str | None:
+        """Why the outputs have no packed form; None if they have."""
+        for var in _variables(self.func.body.body):
             if self.kind[var] == "unmapped":
-                raise Declined(self.reason[var])
+                return self.reason[var]
             if self.kind[var] in ("weight", "ids"):
-                raise Declined("an output does not depend on the tokens")
-        return substitute(out, self.new)
+                return "an output does not depend on the tokens"
+        return None
 
 
 Rule = Callable[[relax.Call, list[relax.Expr], int], relax.Expr | None]

@@ -6,15 +6,13 @@ ArtifactError that names the field, so that the rest of the runtime can trust ev
 
 import dataclasses
 import json
-import math
-import reprlib
-import types
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal
 
 from turbo_tvm.errors import ArtifactError
+from turbo_tvm.runtime.strict_json import AGAIN, record_of, show, wrong_field
 
 __all__ = [
     "FORMAT_VERSION",
@@ -31,13 +29,6 @@ __all__ = [
 ]
 
 FORMAT_VERSION = 1
-
-_AGAIN = "compile the model again"
-
-# Cuts long and deeply nested values short: what is shown may come from a hostile file.
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = 80
-_show = _SHORT.repr
 
 # An integer annotated with the least value it may have.
 Natural = Annotated[int, 0]
@@ -200,7 +191,7 @@ class Manifest:
         try:
             plain = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise ArtifactError(f"the manifest is not valid JSON ({error}): {_AGAIN}") from None
+            raise ArtifactError(f"the manifest is not valid JSON ({error}): {AGAIN}") from None
         return _from_plain(plain)
 
 
@@ -208,12 +199,12 @@ def _from_plain(plain: Any) -> Manifest:
     # The version comes first: the fields of another version are not ours to judge.
     if isinstance(plain, Mapping) and plain.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
         raise _other_version(plain)
-    manifest = _record(Manifest, plain, "")
+    manifest = record_of(Manifest, plain, "")
     for group in ("inputs", "outputs", "buffers", "parameters"):
         _refuse_duplicates(group, [item.name for item in getattr(manifest, group)])
     names = [output.name for output in manifest.outputs]
     if manifest.primary is not None and manifest.primary not in names:
-        raise _wrong("primary", f"one of the outputs {names}", manifest.primary)
+        raise wrong_field("primary", f"one of the outputs {names}", manifest.primary)
     return manifest
 
 
@@ -221,72 +212,12 @@ def _other_version(plain: Mapping) -> ArtifactError:
     found, writer = plain["format_version"], plain.get("turbo_version")
     age = "a newer" if isinstance(found, int) and found > FORMAT_VERSION else "another"
     return ArtifactError(
-        f"the artifact has format version {_show(found)} (written by turbo_tvm {_show(writer)}), but this "
-        f"turbo_tvm reads version {FORMAT_VERSION}: use {age} turbo_tvm, or {_AGAIN} with this one"
+        f"the artifact has format version {show(found)} (written by turbo_tvm {show(writer)}), but this "
+        f"turbo_tvm reads version {FORMAT_VERSION}: use {age} turbo_tvm, or {AGAIN} with this one"
     )
 
 
 def _refuse_duplicates(group: str, names: list[str]) -> None:
     for name, count in Counter(names).items():
         if count > 1:
-            raise ArtifactError(f"manifest field {group} has the name {_show(name)} {count} times: {_AGAIN}")
-
-
-def _wrong(where: str, wanted: str, value: Any) -> ArtifactError:
-    return ArtifactError(f"manifest field {where or '(all)'} must be {wanted}, is {_show(value)}: {_AGAIN}")
-
-
-def _record(kind: Any, value: Any, where: str) -> Any:
-    """The frozen dataclass `kind` from a mapping that has exactly its fields."""
-    if not isinstance(value, Mapping):
-        raise _wrong(where, "an object", value)
-    fields = {item.name: item.type for item in dataclasses.fields(kind)}
-    prefix = f"{where}." if where else ""
-    for name in fields:
-        if name not in value:
-            raise ArtifactError(f"manifest field {prefix}{name} is missing: {_AGAIN}")
-    for name in value:
-        if name not in fields:
-            raise ArtifactError(f"manifest field {prefix}{name} is unknown: {_AGAIN}")
-    return kind(**{name: _decode(fields[name], value[name], prefix + name) for name in fields})
-
-
-def _decode(kind: Any, value: Any, where: str) -> Any:
-    """`value` as the annotated type `kind`; `where` is the field's path, for the message."""
-    if dataclasses.is_dataclass(kind):
-        return _record(kind, value, where)
-    origin, args = get_origin(kind), get_args(kind)
-    if origin is Annotated:
-        number = _decode(args[0], value, where)
-        if number < args[1]:
-            raise _wrong(where, f"at least {args[1]}", value)
-        return number
-    if origin is Literal:
-        if not isinstance(value, str) or value not in args:
-            raise _wrong(where, "one of " + ", ".join(args), value)
-        return value
-    if origin in (Union, types.UnionType):
-        return None if value is None else _decode(args[0], value, where)
-    if origin is tuple:
-        if not isinstance(value, (list, tuple)):
-            raise _wrong(where, "a list", value)
-        return tuple(_decode(args[0], item, f"{where}[{index}]") for index, item in enumerate(value))
-    if origin is dict:
-        if not isinstance(value, Mapping):
-            raise _wrong(where, "an object", value)
-        return {name: _decode(args[1], item, f"{where}.{name}") for name, item in value.items()}
-    return _scalar(kind, value, where)
-
-
-def _scalar(kind: type, value: Any, where: str) -> Any:
-    if kind is int and (type(value) is not int or abs(value) >= 2**63):
-        raise _wrong(where, "a 64-bit integer", value)
-    if kind is float:
-        if type(value) is int:
-            return float(_scalar(int, value, where))
-        if not isinstance(value, float) or not math.isfinite(value):
-            raise _wrong(where, "a finite number", value)
-        return value
-    if not isinstance(value, kind):
-        raise _wrong(where, {str: "a string", bool: "true or false"}.get(kind, "an integer"), value)
-    return value
+            raise ArtifactError(f"manifest field {group} has the name {show(name)} {count} times: {AGAIN}")

@@ -18,7 +18,7 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from turbo_tvm import artifact
+from turbo_tvm import artifact, sealed_zip
 from turbo_tvm.artifact import read, write
 from turbo_tvm.errors import ArtifactError
 from turbo_tvm.runtime.manifest import (
@@ -164,7 +164,7 @@ def test_an_artifact_can_be_saved_again_over_itself(tmp_path, whole):
 
 
 def test_large_members_get_64_bit_sizes(tmp_path, monkeypatch):
-    monkeypatch.setattr(artifact, "ZIP64_FROM", 1)
+    monkeypatch.setattr(sealed_zip, "ZIP64_FROM", 1)
     path = tmp_path / "tiny.turbo"
     _save(path)
     assert all(weight.ctypes.data % 64 == 0 for weight in read(path).weights.values())
@@ -362,7 +362,7 @@ def test_any_damage_is_noticed(tmp_path_factory, whole, data):
 
 def _boundaries(data):
     """Where a part of the zip starts or ends."""
-    found = {0, 1, 3, 4, 22, 30, len(data) - 1, len(data) - 64, len(data) - artifact.SEAL_BYTES}
+    found = {0, 1, 3, 4, 22, 30, len(data) - 1, len(data) - 64, len(data) - sealed_zip.SEAL_BYTES}
     for signature in (b"PK\3\4", b"PK\1\2", b"PK\5\6"):
         position = data.find(signature)
         while position >= 0:
@@ -408,17 +408,17 @@ def _sealed(path, members, aligned, compression):
     with zipfile.ZipFile(path, "w") as archive:
         for name, data in members:
             if aligned:
-                artifact._write_member(archive, name, len(data), [data])
+                sealed_zip.write_member(archive, name, len(data), [data])
             else:
                 archive.writestr(name, data, compression)
-        archive.comment = artifact.SEAL_LABEL + b"0" * 64
+        archive.comment = sealed_zip.empty_seal()
     _reseal(path)
 
 
 def _reseal(path):
     with open(path, "r+b") as file:
         try:
-            artifact._write_seal(file)
+            sealed_zip.write_seal(file)
         except ArtifactError:
             return
 
@@ -610,7 +610,7 @@ def test_random_directories_never_crash(tmp_path_factory, whole, data):
     start = whole.find(b"PK\1\2")
     damaged = bytearray(whole)
     for _ in range(data.draw(st.integers(1, 6))):
-        damaged[data.draw(st.integers(start, len(whole) - artifact.SEAL_BYTES - 1))] = data.draw(st.integers(0, 255))
+        damaged[data.draw(st.integers(start, len(whole) - sealed_zip.SEAL_BYTES - 1))] = data.draw(st.integers(0, 255))
     path.write_bytes(damaged)
     _reseal(path)
     try:
