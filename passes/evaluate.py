@@ -13,36 +13,23 @@ import numpy as np
 import tvm
 from tvm import ir, relax, tirx
 
-from turbo_tvm.passes.rewriter import Rewriter, substitute
+from turbo_tvm.passes.rewriter import Rewriter, is_tensor, substitute
 
 
 def cut(rewriter: Rewriter, expr: relax.Expr) -> tuple[list[relax.Var], list[tuple[relax.Var, relax.Expr]]]:
     """The parameters that `expr` depends on, and the bindings that compute it, in order."""
-    params: list[relax.Var] = []
-    bindings: list[tuple[relax.Var, relax.Expr]] = []
-    seen: set[relax.Var] = set()
+    pending, needed = _tensors(expr), set()
+    while pending:  # a recursion would be as deep as the model
+        var = pending.pop()
+        if var not in needed and var in rewriter.bound:
+            pending.extend(_tensors(rewriter.bound[var]))
+        needed.add(var)
+    params = [param for param in rewriter.func.params if param in needed]
+    return params, [(var, value) for var, value in rewriter.bound.items() if var in needed]
 
-    def visit(e: relax.Expr) -> None:
-        if isinstance(e, relax.Var):
-            if e in seen or isinstance(e.ty, ir.PrimType):  # a symbolic dimension is a variable too
-                return
-            seen.add(e)
-            if e in rewriter.bound:
-                visit(rewriter.bound[e])
-                bindings.append((e, rewriter.bound[e]))
-            else:
-                params.append(e)
-        elif isinstance(e, relax.Tuple):
-            for field in e.fields:
-                visit(field)
-        elif isinstance(e, relax.TupleGetItem):
-            visit(e.tuple_value)
-        elif isinstance(e, relax.Call):
-            for arg in e.args:
-                visit(arg)
 
-    visit(expr)
-    return params, bindings
+def _tensors(expr: relax.Expr) -> list[relax.Var]:
+    return [var for var in relax.analysis.free_vars(expr) if is_tensor(var)]
 
 
 def concrete(rewriter: Rewriter, expr: relax.Expr, dims: Mapping[tirx.Var, int]) -> relax.Function:
@@ -67,12 +54,15 @@ def evaluate(
     dims: Mapping[tirx.Var, int],
     value_of: Callable[[relax.Var], np.ndarray | None],
 ) -> np.ndarray | None:
-    """The value of `expr` when `value_of` gives its parameters' values; None if one has none or TVM cannot run it."""
-    func = concrete(rewriter, expr, dims)
-    if relax.analysis.free_symbolic_vars(func):
-        return None
+    """The value of `expr` when `value_of` gives its parameters' values.
+
+    None if a parameter has none, or if a symbolic dimension is not among `dims`.
+    """
     values = [value_of(param) for param in cut(rewriter, expr)[0]]
     if any(value is None for value in values):
+        return None
+    func = concrete(rewriter, expr, dims)
+    if relax.analysis.free_symbolic_vars(func):
         return None
     mod = tvm.IRModule({"part": func.with_attr("global_symbol", "part")})
     machine = relax.VirtualMachine(tvm.compile(mod, target="llvm"), tvm.cpu())

@@ -20,6 +20,7 @@ from tvm import ir, relax, tirx
 
 from turbo_tvm.passes import composite
 from turbo_tvm.passes.evaluate import concrete, evaluate
+from turbo_tvm.passes.normalize import same_shape
 from turbo_tvm.passes.rewriter import Rewriter, is_call, scalar, shape_of, substitute
 
 MASKED = -1e4  # exp of it is zero in fp32
@@ -60,30 +61,38 @@ class _FuseAttention(Rewriter):
         found = self._sdpa(call.args[0]) or self._eager(call.args[0])
         if found is None:
             return None
-        operands = [self._tokens(x) for x in (found.q, found.k, found.v)]
+        shape = shape_of(found.q)
+        if len(shape) != 4 or not all(isinstance(d, int) for d in shape[2:]):
+            return None
+        batch, length, heads, head_dim = shape
+        width = heads * head_dim
+        rows = [batch, length, width]
+        if not same_shape(list(call.args[1].values), rows) or not all(
+            same_shape(shape, shape_of(x)) for x in (found.k, found.v)
+        ):
+            return None
+        operands = [self._tokens(x, rows) for x in (found.q, found.k, found.v)]
         if any(x is None for x in operands):
             return None
-        batch, length, heads, head_dim = shape_of(found.q)
-        bias = self._bias(found.biases, (batch, length), int(heads))
+        bias = self._bias(found.biases, (batch, length), heads)
         if bias is False:
             return None
         mask = self.inputs["attention_mask"]
-        width = int(heads) * int(head_dim)
         return composite.make(
             "attention",
             [*operands, mask, *([] if bias is True else [bias])],
             relax.TensorType((batch, length, width), "float32"),
-            heads=int(heads),
-            head_dim=int(head_dim),
+            heads=heads,
+            head_dim=head_dim,
             scale=found.scale,
             columns=[[width, 0]] * 3,
             max_length=self.max_length,
         )
 
-    def _tokens(self, x: relax.Expr) -> relax.Expr | None:
-        """The `(batch, length, heads * head_dim)` matrix that was reshaped into heads."""
+    def _tokens(self, x: relax.Expr, rows: list) -> relax.Expr | None:
+        """The matrix of shape `rows`, (batch, length, heads * head_dim), that was reshaped into heads."""
         split = self.call_of(x, "reshape")
-        return split.args[0] if split is not None and len(shape_of(split.args[0])) == 3 else None
+        return split.args[0] if split is not None and same_shape(shape_of(split.args[0]), rows) else None
 
     def _sdpa(self, out: relax.Expr) -> _Attention | None:
         core = self.definition(out)
@@ -162,10 +171,12 @@ class _FuseAttention(Rewriter):
         total = biases[0]
         for other in biases[1:]:
             total = self.emit(relax.op.add(total, other))
-        small, large = (self._measure(total, tokens, heads, length) for length in (9, 40))
+        # At the longest length: a window, or blocks of tokens, leave no trace at shorter ones.
+        long, short = self.max_length, (self.max_length + 3) // 4
+        small, large = (self._measure(total, tokens, heads, length) for length in (short, long))
         if small is None or large is None:
             return False
-        middle = slice(40 - 9, 40 + 8)
+        middle = slice(long - short, long + short - 1)
         if not np.array_equal(small, large[:, middle]):
             return False
         return True if not large.any() else self._position_table(total, tokens, heads)
@@ -175,16 +186,18 @@ class _FuseAttention(Rewriter):
         full = np.ones((3, length), "int64")
         ragged = np.arange(length)[None, :] < np.array([[length], [length // 2], [1]])
         values = [v for mask in (full, ragged.astype("int64")) if (v := self._run(bias, tokens, mask)) is not None]
-        if [v.ndim for v in values] != [4, 4]:
-            return None
         shape = (3, heads, length, length)
-        unmasked, masked = (np.broadcast_to(v, shape) for v in values)
-        keep = np.broadcast_to(ragged[:, None, None, :], shape)
-        if not np.array_equal(masked[keep], unmasked[keep]) or not (masked - unmasked <= MASKED)[~keep].all():
+        if len(values) != 2 or any(not _broadcasts(v.shape, shape) for v in values):
             return None
-        table = np.concatenate([unmasked[0, :, :0:-1, 0], unmasked[0, :, 0, :]], axis=-1)
-        i, j = np.indices((length, length))
-        return table if np.array_equal(unmasked, np.broadcast_to(table[:, j - i + length - 1], shape)) else None
+        unmasked, masked = values
+        keep = ragged[:, None, None, :]
+        if not np.where(keep, masked == unmasked, masked - unmasked <= MASKED).all():
+            return None
+        if not (unmasked == unmasked[:1]).all():
+            return None
+        bias = np.broadcast_to(unmasked[0], shape[1:])
+        by_distance = (bias[:, 1:, 1:] == bias[:, :-1, :-1]).all()
+        return np.concatenate([bias[:, :0:-1, 0], bias[:, 0, :]], axis=-1) if by_distance else None
 
     def _run(self, bias: relax.Expr, tokens: tuple, mask: np.ndarray) -> np.ndarray | None:
         rng = np.random.default_rng(0)
@@ -211,3 +224,7 @@ class _FuseAttention(Rewriter):
                 new[binding.var] = self.emit(substitute(binding.value, new))
         table = relax.TensorType((heads, 2 * length - 1), "float32")
         return self.emit(composite.make("toeplitz", [substitute(func.body.body, new)], table))
+
+
+def _broadcasts(shape: tuple, wanted: tuple) -> bool:
+    return len(shape) == len(wanted) and all(d in (1, w) for d, w in zip(shape, wanted, strict=True))

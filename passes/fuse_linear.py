@@ -9,10 +9,10 @@ or with a weight of other rank, is left alone. An activation whose product has o
 from __future__ import annotations
 
 import numpy as np
-from tvm import ir, relax, tirx
+from tvm import ir, relax
 
 from turbo_tvm.passes import composite
-from turbo_tvm.passes.rewriter import Rewriter, is_call, shape_of
+from turbo_tvm.passes.rewriter import Rewriter, is_call, is_tensor, shape_of
 
 ACTIVATIONS = {"nn.gelu": "gelu", "nn.gelu_tanh": "gelu_tanh", "nn.relu": "relu", "tanh": "tanh"}
 
@@ -23,6 +23,10 @@ def fuse_linear(mod: ir.IRModule) -> ir.IRModule:
 
 
 class _FuseLinear(Rewriter):
+    def __init__(self, mod: ir.IRModule):
+        super().__init__(mod)
+        self.inputs = set(self.func.params[: int(self.func.attrs["num_input"])])
+
     def rules(self):
         return self._product, self._bias, self._activation
 
@@ -32,17 +36,31 @@ class _FuseLinear(Rewriter):
         x, shape = call.args[0], shape_of(call.args[1])
         if len(shape) != 2 or not self._is_weight(call.args[1]) or self._is_weight(x) or str(x.ty.dtype) != "float32":
             return None
-        stored = self.call_of(call.args[1], "permute_dims")
-        weight = stored.args[0] if stored is not None else self.emit(relax.op.permute_dims(call.args[1]))
+        stored = self._transposed(call.args[1])
+        weight = stored if stored is not None else self.emit(relax.op.permute_dims(call.args[1]))
         n = shape[1]
         zero = relax.const(np.zeros(n, "float32"))
         return composite.make("linear", [x, weight, zero], _like(x, n), activation=None, residual=False, norm_eps=None)
 
+    def _transposed(self, expr: relax.Expr) -> relax.Expr | None:
+        """The matrix that `expr` is the transpose of."""
+        permute = self.call_of(expr, "permute_dims")
+        if permute is None:
+            return None
+        axes = permute.attrs.axes
+        return permute.args[0] if axes is None or [int(a) % 2 for a in axes] == [1, 0] else None
+
     def _is_weight(self, expr: relax.Expr) -> bool:
-        """Whether it depends on parameters of constant shape only (inputs have symbolic shapes)."""
-        if isinstance(expr, relax.Var) and expr in self.bound:
-            return all(self._is_weight(arg) for arg in relax.analysis.free_vars(self.bound[expr]))
-        return all(not isinstance(d, tirx.Var) for d in shape_of(expr))
+        """Whether it depends on neither an input nor a symbolic dimension."""
+        pending, seen = list(relax.analysis.free_vars(expr)), set()
+        while pending:  # a recursion would be as deep as the model
+            var = pending.pop()
+            if var in self.inputs or not is_tensor(var):
+                return False
+            if var in self.bound and var not in seen:
+                pending.extend(relax.analysis.free_vars(self.bound[var]))
+            seen.add(var)
+        return True
 
     def _bias(self, call: relax.Call) -> relax.Expr | None:
         if not is_call(call, "add"):
@@ -57,8 +75,10 @@ class _FuseLinear(Rewriter):
     def _bare(self, expr: relax.Expr) -> composite.Composite | None:
         """A product that has neither a bias nor an activation yet."""
         linear = composite.match(self.definition(expr), "linear")
-        fresh = linear and isinstance(linear.tensors[2], ir.GenericConst) and linear.attrs["activation"] is None
-        return linear if fresh else None
+        if linear is None or linear.attrs["activation"] is not None:
+            return None
+        bias = linear.tensors[2]
+        return linear if isinstance(bias, ir.GenericConst) and not bias.value.numpy().any() else None
 
     def _is_vector(self, bias: relax.Expr, columns: object) -> bool:
         return len(shape_of(bias)) == 1 and shape_of(bias)[0] == columns and self._is_weight(bias)

@@ -41,7 +41,7 @@ class _FusePooling(Rewriter):
             return None
         if isinstance(shape_of(call.args[0])[1], int):  # not tokens: the head axis of a 4-D mask, say
             return None
-        axis, index = call.attrs.axis, scalar(call.args[1])
+        axis, index = call.attrs.axis, scalar(call.args[1]) if not shape_of(call.args[1]) else None
         return self._pool(call.args[0], "first") if axis is not None and int(axis) == 1 and index == 0 else None
 
     def _mean(self, call: relax.Call) -> relax.Expr | None:
@@ -75,10 +75,14 @@ class _FusePooling(Rewriter):
         wanted = expected(mask)
         if value is None or value.ndim != wanted.ndim:
             return False
+        if any(w not in (1, v) for v, w in zip(value.shape, wanted.shape, strict=True)):
+            return False
         return bool((value == np.broadcast_to(wanted, value.shape)).all())
 
     def _normalize(self, call: relax.Call) -> relax.Expr | None:
         if not is_call(call, "divide") or len(shape_of(call.args[0])) != 2:
+            return None
+        if not isinstance(shape_of(call.args[0])[1], int):  # one number per token, not a vector per sequence
             return None
         x, divisor = call.args[0], self.definition(call.args[1])
         if is_call(divisor, "broadcast_to"):
@@ -90,7 +94,8 @@ class _FusePooling(Rewriter):
 
     def _clamped(self, expr: relax.Expr) -> tuple[relax.Expr | None, float]:
         if is_call(expr, "clip"):
-            return expr.args[0], float(expr.args[1].value)
+            floor, ceiling = (float(bound.value) for bound in expr.args[1:])
+            return (expr.args[0], floor) if ceiling >= np.finfo("float32").max else (None, 0.0)
         floor = scalar(expr.args[1]) if is_call(expr, "maximum") else None
         return (expr.args[0], floor) if floor is not None else (None, 0.0)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from tvm import ir, relax
 
-from turbo_tvm.passes.rewriter import builder_without_main, is_tensor, substitute, tidy
+from turbo_tvm.passes.rewriter import builder_without_main, has_symbolic_shape, substitute, tidy
 
 TRANSFORM = "transform_weights"
 
@@ -35,8 +35,9 @@ class _HoistWeights:
     def _mark(self) -> None:
         """Name every variable that depends on weights alone after the first weight it was made from."""
         for binding in self.bindings:
-            free = [v for v in relax.analysis.free_vars(binding.value) if is_tensor(v)]
-            if all(v in self.source for v in free):
+            free = relax.analysis.free_vars(binding.value)
+            # A dimension of the input is no weight, nor is what has one in its shape.
+            if all(v in self.source for v in free) and not has_symbolic_shape(binding.var):
                 self.source[binding.var] = next((self.source[v] for v in free), "constant")
 
     def run(self) -> ir.IRModule:

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 from tvm import ir, relax
 
+from turbo_tvm.passes.normalize import same_shape
+from turbo_tvm.passes.remove_padding import sequence_tiles
 from turbo_tvm.passes.rewriter import is_call, shape_of, substitute
 
 
@@ -47,9 +49,14 @@ class _PlanMemory:
         self.bindings = [b for block in self.func.body.blocks for b in block.bindings]
         self.tiles = shape_of(self.func.params[0])[0]
         self.row_tile = shape_of(self.func.params[0])[1]
+        self.sequence_tiles = self._sequence_tiles()
         self.views: dict[relax.Var, list[relax.Var]] = {}  # view or tuple -> what it looks at
         self.widths: dict[tuple[str, str], dict[int, int]] = {}  # (kind, dtype) -> slot -> columns
         self.slots = 0
+
+    def _sequence_tiles(self) -> list:
+        boundaries = [shape_of(p)[0] for p in self.func.params if p.name == "cu_seqlens"]
+        return [sequence_tiles(count, self.row_tile) for count in boundaries]
 
     def run(self) -> tuple[ir.IRModule, tuple[Buffer, ...]]:
         last = self._last_uses()
@@ -136,5 +143,7 @@ class _PlanMemory:
         first, *rest = shape_of(binding.var)
         if not rest or rest[0] != self.row_tile or len(rest) > 2 or not all(isinstance(d, int) for d in rest):
             return None
-        kind = "token" if isinstance(first, relax.Var) and first.same_as(self.tiles) else "sequence"
-        return kind, rest[1] if len(rest) == 2 else 0, str(binding.var.ty.dtype)
+        columns, dtype = rest[1] if len(rest) == 2 else 0, str(binding.var.ty.dtype)
+        if same_shape([first], [self.tiles]):
+            return "token", columns, dtype
+        return ("sequence", columns, dtype) if same_shape([first], self.sequence_tiles) else None

@@ -6,8 +6,7 @@
     turbo.pool(h, mask) -> (b, 768)                                       turbo.pool(h, cu_seqlens) -> (p, R, 768)
 
 Row-wise operators never mix tokens, so they carry over unchanged once their batch and length dimensions are read as
-tile
-and row of the tile. Pooled rows are packed into tiles in the same way. Everything computed from the mask or from the
+tile and row of the tile. Pooled rows are packed into tiles in the same way. Everything computed from the mask or from the
 padded length alone disappears.
 
 The pass is all or nothing. An operator that mixes rows in a way no composite covers raises `Declined`, and the pipeline
@@ -22,7 +21,8 @@ from typing import Any
 from tvm import ir, relax, tirx
 
 from turbo_tvm.passes import composite
-from turbo_tvm.passes.rewriter import builder_without_main, is_tensor, shape_of, substitute, tidy
+from turbo_tvm.passes.normalize import same_shape
+from turbo_tvm.passes.rewriter import builder_without_main, has_symbolic_shape, is_tensor, shape_of, substitute, tidy
 
 ELEMENTWISE = frozenset(
     [
@@ -50,8 +50,16 @@ ELEMENTWISE = frozenset(
 )
 
 
+INDEPENDENT = "an output does not depend on the tokens"
+
+
 class Declined(Exception):
     """A pass met something it does not handle; its text says what, for `turbo-tvm inspect`."""
+
+
+def sequence_tiles(boundaries: tirx.Var, row_tile: int) -> relax.Expr:
+    """How many tiles hold one row per sequence; `boundaries` is the length of `cu_seqlens`."""
+    return (boundaries - 1 + row_tile - 1) // row_tile
 
 
 def remove_padding(mod: ir.IRModule, row_tile: int) -> ir.IRModule:
@@ -78,7 +86,7 @@ class _RemovePadding:
         self.row_type = relax.TensorType((tiles, row_tile), "int32")
         self.cu_seqlens = relax.Var("cu_seqlens", relax.TensorType((boundaries,), "int32"))
         self.query_tiles = relax.Var("query_tiles", relax.TensorType((queries, 3), "int32"))
-        self.pooled = (boundaries - 1 + row_tile - 1) // row_tile
+        self.pooled = sequence_tiles(boundaries, row_tile)
 
     def run(self) -> ir.IRModule:
         params = [*self._inputs(), *self._weights()]
@@ -103,6 +111,8 @@ class _RemovePadding:
             if old.name == "attention_mask":
                 self._leave(old, "it reads the attention mask")
                 continue
+            if not same_shape(shape_of(old), [self.batch, self.length]):
+                raise Declined(f"the input {old.name} does not hold one number per token")
             new = relax.Var(old.name, self.row_type)
             self._keep(old, new, "ids")
             packed.append(new)
@@ -132,14 +142,17 @@ class _RemovePadding:
         """The packed form of one binding's value, and its kind."""
         fused = composite.match(value)
         args = [arg for arg in _variables(value) if fused is None or not self._is_mask(arg)]
+        kinds = {self.kind[arg] for arg in args} - {"weight"}
         for arg in args:
             if self.kind[arg] == "unmapped":
-                raise Declined(self.reason[arg])
-        kinds = {self.kind[arg] for arg in args} - {"weight"}
+                first = kinds != {"unmapped"} and not isinstance(value, relax.Tuple)
+                raise Declined(f"{_name(value)}: {self.reason[arg]}" if first else self.reason[arg])
         if not kinds:
-            if not _symbolic(var):
+            if all(is_tensor(v) for v in relax.analysis.free_vars(value)) and not has_symbolic_shape(var):
                 return substitute(value, self.new), "weight"
             raise Declined(f"{_name(value)} computes from the padded shape")
+        if isinstance(value, relax.Tuple) and any(self._kind(field) in ("weight", "ids") for field in value.fields):
+            raise Declined(INDEPENDENT)
         if isinstance(value, relax.Var | relax.Tuple | relax.TupleGetItem):
             return substitute(value, self.new), kinds.pop() if len(kinds) == 1 else "tuple"
         if fused is not None:
@@ -178,15 +191,17 @@ class _RemovePadding:
         if name == "astype":
             return relax.Call(call.op, args, call.attrs), kind
         rule = _LAST_AXIS.get(name)
-        last = rule and rule(call, args, rank)
-        if last is None or isinstance(last, bool):
+        has_columns = len(shape_of(call.args[0])) == rank  # else the last axis is the rows'
+        last = rule(call, args, rank) if rule is not None and has_columns else None
+        if last is None:
             raise Declined(f"{call.op.name} is not known to treat rows alike")
         return last, kind
 
     def _on_ids(self, name: str, call: relax.Call, args: list[relax.Expr]) -> tuple[relax.Expr, str]:
         if name == "astype" and str(call.attrs.dtype).startswith("int"):
             return args[0], "ids"
-        takes_rows = name == "take" and int(call.attrs.axis) == 0 and self._kind(call.args[0]) == "weight"
+        axis = call.attrs.axis if name == "take" else None
+        takes_rows = axis is not None and int(axis) == 0 and self._kind(call.args[0]) == "weight"
         if takes_rows and len(shape_of(call.args[1])) == 2:
             return relax.op.take(args[0], args[1], axis=0, mode=call.attrs.mode), "token"
         raise Declined(f"{call.op.name} is applied to token ids")
@@ -196,11 +211,15 @@ class _RemovePadding:
 
     def _check_broadcast(self, call: relax.Call, rank: int) -> None:
         """Weights may broadcast along columns only: any leading dimension would change its meaning."""
+        ranks = {len(shape_of(arg)) for arg in call.args if self._kind(arg) != "weight"}
+        if len(ranks) > 1:
+            raise Declined(f"{call.op.name} combines one number per row with a vector per row")
         for arg in call.args:
             if self._kind(arg) != "weight" or not isinstance(arg.ty, relax.TensorType):
                 continue
-            if any(not (isinstance(d, int) and d == 1) for d in shape_of(arg)[:-1]) or len(shape_of(arg)) > rank:
-                raise Declined(f"{call.op.name} adds a weight that differs from row to row")
+            rows = shape_of(arg)[:-1] if ranks == {rank} else shape_of(arg)
+            if any(not (isinstance(d, int) and d == 1) for d in rows) or len(shape_of(arg)) > rank:
+                raise Declined(f"{call.op.name} combines rows with a weight that differs from row to row")
 
     def _why_not(self) -> str | None:
         """Why the outputs have no packed form; None if they have."""
@@ -208,7 +227,7 @@ class _RemovePadding:
             if self.kind[var] == "unmapped":
                 return self.reason[var]
             if self.kind[var] in ("weight", "ids"):
-                return "an output does not depend on the tokens"
+                return INDEPENDENT
         return None
 
 
@@ -257,10 +276,6 @@ _LAST_AXIS: dict[str, Rule] = {
 
 def _name(value: relax.Expr) -> str:
     return value.op.name if isinstance(value, relax.Call) and isinstance(value.op, ir.Op) else type(value).__name__
-
-
-def _symbolic(var: relax.Var) -> bool:
-    return any(not isinstance(d, int) for d in shape_of(var))
 
 
 def _variables(expr: relax.Expr) -> list[relax.Var]:

@@ -105,6 +105,12 @@ def is_call(expr: relax.Expr, op: str) -> bool:
     return isinstance(expr, relax.Call) and isinstance(expr.op, ir.Op) and expr.op.name == "relax." + op
 
 
+def has_symbolic_shape(expr: relax.Expr) -> bool:
+    """Whether any dimension of a tensor, or of a tuple's tensors, is symbolic."""
+    types = expr.ty.fields if isinstance(expr.ty, relax.TupleType) else [expr.ty]
+    return any(not isinstance(d, int) for ty in types for d in dims_of(ty))
+
+
 def is_tensor(var: relax.Var) -> bool:
     """Whether a variable is data; symbolic dimensions are variables too."""
     return not isinstance(var.ty, ir.PrimType)

@@ -14,13 +14,14 @@ from tvm import ir, relax
 import turbo_tvm
 from turbo_tvm import config, pipeline, targets
 from turbo_tvm.artifact import Artifact
-from turbo_tvm.errors import CompileError, TargetError, TurboError, UnsupportedModelError, summary
+from turbo_tvm.errors import ArtifactError, CompileError, TargetError, TurboError, UnsupportedModelError, summary
 from turbo_tvm.frontends.imported import Imported
 from turbo_tvm.loader import open_model
 from turbo_tvm.passes.rewriter import dims_of
 from turbo_tvm.progress import Progress
 from turbo_tvm.runtime.manifest import BufferSpec, Manifest, OutputSpec, ParameterSpec, TensorSpec
 from turbo_tvm.runtime.model import CompiledModel
+from turbo_tvm.runtime.text import TextTokenizer
 from turbo_tvm.schedules.tiles import CpuTiles, cpu_tiles
 
 PRECISIONS = ("fp32",)
@@ -114,9 +115,12 @@ def _read_tokenizer(path: str | PathLike[str] | None) -> str | None:
     if path is None:
         return None
     try:
-        return Path(path).read_text()
-    except OSError as error:
-        raise UnsupportedModelError(f"the tokenizer {path} cannot be read: {error.strerror or error}") from error
+        text = Path(path).read_text()
+        TextTokenizer(text, max_length=1)  # refuse here what `encode` would refuse later
+        return text
+    except (OSError, ValueError, ArtifactError) as error:
+        reason = getattr(error, "strerror", None) or summary(error)
+        raise UnsupportedModelError(f"the tokenizer {path} cannot be used: {reason}") from error
 
 
 def _check_compiler() -> None:

@@ -35,7 +35,7 @@ def num_threads(asked: int | None = None) -> int:
     if value is None:
         return physical_cores()
     try:
-        count = int(value)
+        count = int(str(value))  # through text: 1.5 is not a number of threads
     except ValueError:
         count = 0
     limit = int(os.environ.get("TVM_NUM_THREADS", os.cpu_count() or 1))

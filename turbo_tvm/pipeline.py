@@ -142,6 +142,9 @@ def _lowering(layout: str, buffers: list[Buffer]) -> tvm.transform.Pass:
 
     return tvm.transform.Sequential(
         [
+            # As TVM's own CPU pipeline: sorts and scans (cumsum, topk) are not legalised.
+            relax.backend.DispatchSampling(),
+            relax.backend.DispatchSortScan(),
             t.LegalizeOps(),
             t.AnnotateTIROpPattern(),
             t.FoldConstant(),
