@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 import tvm
-from tvm import ir, relax, tirx
+from tvm import relax, tirx
 
 from turbo_tvm.passes.rewriter import Rewriter, is_tensor, substitute
 

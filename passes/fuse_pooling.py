@@ -92,7 +92,7 @@ class _FusePooling(Rewriter):
             return None
         return composite.make("normalize", [x], relax.TensorType(tuple(shape_of(x)), "float32"), eps=eps)
 
-    def _clamped(self, expr: relax.Expr) -> tuple[relax.Expr | None, float]:
+    def _clamped(self, expr: relax.Expr) -> tuple[relax.Expr | None, float | None]:
         if is_call(expr, "clip"):
             floor, ceiling = (float(bound.value) for bound in expr.args[1:])
             return (expr.args[0], floor) if ceiling >= np.finfo("float32").max else (None, 0.0)

@@ -6,8 +6,8 @@
     turbo.pool(h, mask) -> (b, 768)                                       turbo.pool(h, cu_seqlens) -> (p, R, 768)
 
 Row-wise operators never mix tokens, so they carry over unchanged once their batch and length dimensions are read as
-tile and row of the tile. Pooled rows are packed into tiles in the same way. Everything computed from the mask or from the
-padded length alone disappears.
+tile and row of the tile. Pooled rows are packed into tiles in the same way. Everything computed from the mask or from
+the padded length alone disappears.
 
 The pass is all or nothing. An operator that mixes rows in a way no composite covers raises `Declined`, and the pipeline
 compiles the padded graph instead.

@@ -91,6 +91,19 @@ class Executor:
         }
 
 
+class ForeignExecutor:
+    """Stands in for the executor of a model that was compiled for another machine: it can be saved, not run."""
+
+    threads = 0
+
+    def __init__(self, reason: str):
+        self._reason = reason
+
+    def run(self, batch: Batch) -> dict[str, list[np.ndarray]]:
+        """Raises TurboError: why this machine cannot run the model."""
+        raise TurboError(f"{self._reason} (the model can be saved here and loaded on such a machine)")
+
+
 def _split_packed(spec: OutputSpec, result: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> list[np.ndarray]:
     """One copy per sequence out of packed rows, which the next call overwrites."""
     rows = result.reshape(-1) if spec.squeeze else result.reshape(-1, spec.columns)

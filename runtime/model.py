@@ -12,7 +12,7 @@ import numpy as np
 from turbo_tvm.errors import InputError, TurboError
 from turbo_tvm.runtime import batch as packing
 from turbo_tvm.runtime.batch import Batch
-from turbo_tvm.runtime.executor import Executor
+from turbo_tvm.runtime.executor import Executor, ForeignExecutor
 from turbo_tvm.runtime.manifest import Manifest, OutputSpec
 from turbo_tvm.runtime.text import TextTokenizer
 
@@ -41,7 +41,7 @@ class CompiledModel:
     Thread-safe: calls from several threads take turns. `manifest` describes the model.
     """
 
-    def __init__(self, artifact: Artifact, executor: Executor):
+    def __init__(self, artifact: Artifact, executor: Executor | ForeignExecutor):
         self._artifact = artifact
         self._executor = executor
         self._tokenizer: TextTokenizer | None = None

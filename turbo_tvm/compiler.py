@@ -19,6 +19,8 @@ from turbo_tvm.frontends.imported import Imported
 from turbo_tvm.loader import open_model
 from turbo_tvm.passes.rewriter import dims_of
 from turbo_tvm.progress import Progress
+from turbo_tvm.runtime.cpu_features import check_host
+from turbo_tvm.runtime.executor import ForeignExecutor
 from turbo_tvm.runtime.manifest import BufferSpec, Manifest, OutputSpec, ParameterSpec, TensorSpec
 from turbo_tvm.runtime.model import CompiledModel
 from turbo_tvm.runtime.text import TextTokenizer
@@ -52,7 +54,8 @@ def compile(
     threads: threads per call; by default one per physical core.
     progress: whether to show progress on stderr; by default if it is a terminal.
 
-    Returns a CompiledModel. Raises UnsupportedModelError, TargetError or CompileError, all of them TurboError.
+    Returns a CompiledModel; one for a CPU with features that this machine lacks can be saved, not run. Raises
+    UnsupportedModelError, TargetError or CompileError, all of them TurboError.
     """
     if precision not in PRECISIONS:
         raise TargetError(f"precision {precision!r} is not supported by this version; {', '.join(PRECISIONS)} is")
@@ -71,7 +74,16 @@ def compile(
         manifest = _manifest(imported, optimized, built, targets.describe(target, machine), tiles)
         library = _link(built.executable)
         artifact = Artifact(manifest, library, built.parameters, imported.tokenizer, Path(f"{imported.name}.turbo"))
-        return open_model(artifact, count)
+        return _open(artifact, count)
+
+
+def _open(artifact: Artifact, threads: int) -> CompiledModel:
+    """The model, ready to run if it was compiled for a machine like this one, and to save in any case."""
+    try:
+        check_host(artifact.manifest.target)
+    except ArtifactError as foreign:
+        return CompiledModel(artifact, ForeignExecutor(str(foreign)))
+    return open_model(artifact, threads)
 
 
 def _import(model: Any, name: str | None, max_length: int | None, tokenizer: str | PathLike[str] | None) -> Imported:
@@ -133,7 +145,7 @@ def _check_compiler() -> None:
 
 def _build(optimized: pipeline.Optimized, imported: Imported, machine: Any, tiles: CpuTiles) -> pipeline.Built:
     try:
-        return pipeline.build(optimized, imported.weights, machine, tiles)
+        return pipeline.build(optimized, imported.weights, machine, targets.resolve("cpu"), tiles)
     except TurboError:
         raise
     except Exception as error:  # whatever TVM's lowering raises for a graph that it cannot compile

@@ -100,15 +100,22 @@ def optimize(mod: ir.IRModule, tiles: CpuTiles, max_length: int) -> Optimized:
         return Optimized(done, "padded", inventory(done), (f"padding was not removed: {why}",))
 
 
-def build(optimized: Optimized, weights: list[tvm.runtime.Tensor], target: tvm.target.Target, tiles: CpuTiles) -> Built:
+def build(
+    optimized: Optimized,
+    weights: list[tvm.runtime.Tensor],
+    target: tvm.target.Target,
+    host: tvm.target.Target,
+    tiles: CpuTiles,
+) -> Built:
     """Composites to machine code and prepared weights.
 
-    weights: the model's weights in the order of the imported module's parameters.
+    weights: the model's weights in the order of the imported module's parameters. host: this machine, which prepares
+    them; it may be another than the target.
     """
     kernels = CpuKernels(tiles)
     mod = lower_kernels(optimized.mod, kernels)
     names = [p.name for p in mod["main"].params[int(mod["main"].attrs["num_input"]) :]]
-    parameters = _prepare_weights(mod, weights, names, target)
+    parameters = _prepare_weights(mod, weights, names, host)
     main = ir.IRModule({var: f for var, f in mod.functions_items() if var.name_hint != TRANSFORM})
     main = relax.transform.DeadCodeElimination(["main"])(main)
     outputs = _output_types(main["main"])
@@ -118,12 +125,12 @@ def build(optimized: Optimized, weights: list[tvm.runtime.Tensor], target: tvm.t
 
 
 def _prepare_weights(
-    mod: ir.IRModule, weights: list[tvm.runtime.Tensor], names: list[str], target: tvm.target.Target
+    mod: ir.IRModule, weights: list[tvm.runtime.Tensor], names: list[str], host: tvm.target.Target
 ) -> dict[str, np.ndarray]:
-    """Run `transform_weights` once, here, on the given weights. Machines compile for machines like themselves."""
+    """Run `transform_weights` once, on this machine."""
     part = ir.IRModule({var: f for var, f in mod.functions_items() if var.name_hint != "main"})
     part = relax.transform.DeadCodeElimination([TRANSFORM])(part)
-    machine = relax.VirtualMachine(tvm.compile(part, target=target), tvm.cpu())
+    machine = relax.VirtualMachine(tvm.compile(part, target=host), tvm.cpu())
     results = machine[TRANSFORM](*weights)
     return {name: np.from_dlpack(result) for name, result in zip(names, results, strict=True)}
 

@@ -6,7 +6,7 @@ Small random configurations with odd sizes; the answers are compared in fp32 ove
 from __future__ import annotations
 
 import importlib.util
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +52,7 @@ HEADS = {
 }
 
 
-@lru_cache(maxsize=None)
+@cache
 def bare(name: str) -> tuple[torch.nn.Module, turbo_tvm.CompiledModel]:
     torch.manual_seed(0)
     model = _spread(transformers.AutoModel.from_config(config(name, layers=2)).eval())
