@@ -72,7 +72,7 @@ def from_padded(
 
     Positions are those of the padded matrix, as PyTorch computes them, so left padding gives PyTorch's answer.
     contiguous: the model looks at distances between tokens, so a mask with holes is refused. first_token: the model
-    pools the first token, so it must be real. Raises InputError.
+    pools the first token, or counts from it, so it must be real. Raises InputError.
     """
     ids, mask = _matrix(input_ids, "input_ids"), _mask(attention_mask, input_ids)
     types = _matrix(token_type_ids, "token_type_ids") if token_type_ids is not None else np.zeros_like(ids)
@@ -134,6 +134,8 @@ def _sequence(values: object, index: int, bounds: Bounds) -> np.ndarray:
 def _token_types(given: Sequence | None, ids: tuple[np.ndarray, ...], bounds: Bounds) -> tuple[np.ndarray, ...]:
     if given is None:
         return tuple(np.zeros_like(s) for s in ids)
+    if not isinstance(given, Sequence | np.ndarray):
+        raise InputError(f"token_type_ids must be a list with one entry per sequence, not {type(given).__name__}")
     if len(given) != len(ids):
         raise InputError(f"there are {len(given)} token_type_ids for {len(ids)} sequences")
     types = tuple(_integers(t, f"token_type_ids {i}").astype(np.int64) for i, t in enumerate(given))
@@ -186,10 +188,10 @@ def _check_mask_row(index: int, kept: np.ndarray, contiguous: bool, first_token:
         raise InputError(f"sequence {index} is empty: its attention_mask is all zeros")
     if contiguous and kept[-1] - kept[0] + 1 != len(kept):
         raise InputError(
-            f"the attention_mask of sequence {index} has holes, and this model looks at distances between tokens; "
+            f"the attention_mask of sequence {index} has holes, and to this model the distances between tokens matter; "
             "remove the masked tokens from the sequence instead"
         )
     if first_token and kept[0] != 0:
         raise InputError(
-            f"the attention_mask of sequence {index} hides its first token, which this model pools; pad on the right"
+            f"the attention_mask of sequence {index} hides its first token, which this model needs; pad on the right"
         )

@@ -108,9 +108,9 @@ class CompiledModel:
         Torch tensors give torch tensors, NumPy arrays NumPy arrays. Only tokens under the mask are computed; outputs at
         the others are 0. Padding may stand on either side; see the errors for what a model refuses.
         """
-        if any(value not in (None, True) for key, value in options.items() if key == "return_dict"):
+        if options.get("return_dict") not in (None, True):
             raise InputError("return_dict=False is not supported: outputs are always named")
-        extra = [key for key, value in options.items() if key != "return_dict" and value not in (None, False)]
+        extra = [key for key, value in options.items() if not (key == "return_dict" or value is None or value is False)]
         if extra:
             raise InputError(f"the compiled model takes no {', '.join(extra)}")
         ids, mask, types = (_to_numpy(x) for x in (input_ids, attention_mask, token_type_ids))
@@ -184,7 +184,10 @@ def _to_numpy(value: Any) -> Any:
         return value if value is None else np.asarray(value)
     if value.device.type != "cpu":
         raise InputError(f"the tensor is on {value.device}; the compiled model runs on the CPU: call .cpu() first")
-    return value.detach().numpy()
+    try:
+        return value.detach().numpy()
+    except TypeError as error:  # bfloat16 and other types that NumPy has not
+        raise InputError(f"a {value.dtype} tensor holds no token ids or mask: use torch.int64") from error
 
 
 def _like(value: np.ndarray, example: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -25,11 +25,12 @@ class TextTokenizer:
         self._tokenizer.no_padding()
         self._tokenizer.enable_truncation(max_length)
 
-    def __call__(self, texts: Sequence[str]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    def __call__(self, texts: Iterable[str]) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """(token_ids, token_type_ids), one int32 array (length,) per text."""
-        if isinstance(texts, str) or not all(isinstance(t, str) for t in texts):
+        listed = None if isinstance(texts, str) or not isinstance(texts, Iterable) else list(texts)
+        if listed is None or not all(isinstance(text, str) for text in listed):
             raise InputError("a list of strings is needed")
-        encodings = self._tokenizer.encode_batch(list(texts))
+        encodings = self._tokenizer.encode_batch(listed)
         ids = [np.array(e.ids, np.int32) for e in encodings]
         return ids, [np.array(e.type_ids, np.int32) for e in encodings]
 

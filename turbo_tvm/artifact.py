@@ -82,6 +82,8 @@ def write(
     _check_weights(manifest, weights)
     text = None if tokenizer is None else _utf8(tokenizer)
     target = _resolved(path)
+    if target.exists() and not (target.is_file() or target.is_dir()):
+        raise ArtifactError(f"cannot save the artifact to {str(path)!r}: it is a device: choose the path of a file")
     temporary = target.parent / f".turbo-{secrets.token_hex(8)}.tmp"
     try:
         with open(temporary, "xb") as file:

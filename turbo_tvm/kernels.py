@@ -131,13 +131,18 @@ def _option(key: str, value: Any) -> str:
 
 
 def inventory(mod: ir.IRModule) -> tuple[KernelSpec, ...]:
-    """The kernels that `main` calls, before they are lowered: how often, and what one call costs per token."""
+    """The kernels that `main` calls, before they are lowered: how often, and what one call costs per token.
+
+    A kernel on one row per sequence counts as nothing: next to the tokens there are few of them.
+    """
     calls: Counter[str] = Counter()
     specs: dict[str, KernelSpec] = {}
+    batch = dims_of(mod["main"].params[0].ty)[0]
     for fused, out in _composites(mod["main"]):
         name = kernel_name(fused, out)
         calls[name] += 1
-        specs.setdefault(name, _describe(name, fused, out))
+        per_token = any(v.same_as(batch) for v in tirx.analysis.undefined_vars(dims_of(out)[0]))
+        specs.setdefault(name, _describe(name, fused, out, per_token))
     return tuple(
         KernelSpec(s.name, s.family, calls[name], s.shapes, s.flops_per_token, s.flops_per_pair, s.bytes_weights)
         for name, s in specs.items()
@@ -152,7 +157,7 @@ def _composites(func: relax.Function) -> Iterable[tuple[Composite, relax.TensorT
                 yield fused, binding.value.ty_args[0]
 
 
-def _describe(name: str, fused: Composite, out: relax.TensorType) -> KernelSpec:
+def _describe(name: str, fused: Composite, out: relax.TensorType, counts: bool) -> KernelSpec:
     columns = int(fused.attrs.get("columns", 0) if fused.name == "linear" else 0) or int(dims_of(out)[-1])
     weights = [shape_of(t) for t in fused.tensors]
     weight_bytes = sum(4 * _count(shape) for shape in weights if all(isinstance(d, int) for d in shape))
@@ -170,7 +175,7 @@ def _describe(name: str, fused: Composite, out: relax.TensorType) -> KernelSpec:
         )
     elif fused.name == "norm":
         per_token = 8.0 * columns
-    return KernelSpec(name, fused.name, 0, text, per_token, per_pair, weight_bytes)
+    return KernelSpec(name, fused.name, 0, text, per_token if counts else 0.0, per_pair, weight_bytes)
 
 
 def _count(shape: list) -> int:

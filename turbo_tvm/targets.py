@@ -20,7 +20,7 @@ def resolve(name: str) -> tvm.target.Target:
     "cpu" is this machine; "cpu:<name>" any CPU of this machine's architecture that LLVM knows: "cpu:x86-64-v3",
     "cpu:x86-64-v4", "cpu:znver4", "cpu:neoverse-n1". Raises TargetError for any other name.
     """
-    kind, _, cpu = name.partition(":")
+    kind, _, cpu = str(name).partition(":")
     if kind == "cuda":
         raise TargetError(f"target {name!r}: CUDA targets are not supported by this version; use a cpu target")
     if kind != "cpu" or name.endswith(":"):

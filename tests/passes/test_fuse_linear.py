@@ -1,0 +1,200 @@
+"""Products with weights, their biases and activations: what is fused, and what must be left alone."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import pytest
+import tvm
+from tvm import relax
+from tvm.script import ir as I
+from tvm.script import relax as R
+
+from turbo_tvm.passes import composite
+from turbo_tvm.passes.fuse_linear import fuse_linear
+
+b = TypeVar("b")
+s = TypeVar("s")
+
+PLAIN = '{"activation": null, "norm_eps": null, "residual": false}'
+GELU = '{"activation": "gelu", "norm_eps": null, "residual": false}'
+
+
+def linears(mod: tvm.IRModule) -> list[composite.Composite]:
+    found = [composite.match(b.value, "linear") for block in mod["main"].body.blocks for b in block.bindings]
+    return [f for f in found if f is not None]
+
+
+def operators(mod: tvm.IRModule) -> list[str]:
+    values = [b.value for block in mod["main"].body.blocks for b in block.bindings]
+    return [v.op.name for v in values if isinstance(v, relax.Call) and composite.match(v) is None]
+
+
+def build(body, *shapes) -> tvm.IRModule:
+    """`main(x (b, s, 8), *weights)` that returns `body(emit, x, *weights)`."""
+    batch, length = tvm.tirx.Var("b", "int64"), tvm.tirx.Var("s", "int64")
+    x = relax.Var("x", relax.TensorType((batch, length, 8), "float32"))
+    weights = [relax.Var(f"w{i}", relax.TensorType(shape, "float32")) for i, shape in enumerate(shapes)]
+    bb = relax.BlockBuilder()
+    with bb.function("main", [x, *weights], attrs={"num_input": 1}):
+        with bb.dataflow():
+            out = bb.emit_output(body(bb.emit, x, *weights))
+        bb.emit_func_output(out)
+    return bb.finalize()
+
+
+def test_product_bias_and_activation_become_one():
+    @I.ir_module
+    class Before:
+        @R.function
+        def main(x: R.Tensor((b, s, 8), "float32"), w: R.Tensor((4, 8), "float32"), c: R.Tensor((4,), "float32")):
+            R.func_attr({"num_input": 1})
+            with R.dataflow():
+                transposed = R.permute_dims(w)
+                product = R.matmul(x, transposed)
+                shifted = R.add(product, c)
+                out = R.nn.gelu(shifted)
+                R.output(out)
+            return out
+
+    @I.ir_module
+    class Expected:
+        @R.function
+        def main(x: R.Tensor((b, s, 8), "float32"), w: R.Tensor((4, 8), "float32"), c: R.Tensor((4,), "float32")):
+            R.func_attr({"num_input": 1})
+            with R.dataflow():
+                out = R.call_dps_packed("turbo.linear", (x, w, c, R.str(GELU)), out_ty=R.Tensor((b, s, 4), "float32"))
+                R.output(out)
+            return out
+
+    tvm.ir.assert_structural_equal(fuse_linear(Before), Expected)
+
+
+def test_product_without_bias_gets_a_zero_one():
+    mod = build(lambda emit, x, w: relax.op.matmul(x, emit(relax.op.permute_dims(w))), (4, 8))
+    (linear,) = linears(fuse_linear(mod))
+    assert linear.tensors[2].value.numpy().tolist() == [0, 0, 0, 0]
+
+
+def test_bias_may_stand_on_either_side():
+    mod = build(
+        lambda emit, x, w, c: relax.op.add(c, emit(relax.op.matmul(x, emit(relax.op.permute_dims(w))))), (4, 8), (4,)
+    )
+    (linear,) = linears(fuse_linear(mod))
+    assert linear.tensors[2].name == "w1"
+    assert operators(fuse_linear(mod)) == []
+
+
+def test_weight_stored_as_in_by_out_is_transposed():
+    mod = fuse_linear(build(lambda emit, x, w: relax.op.matmul(x, w), (8, 4)))
+    (linear,) = linears(mod)
+    assert operators(mod) == ["relax.permute_dims"]
+    assert [int(d) for d in linear.tensors[1].ty.shape.values] == [4, 8]
+
+
+def test_permute_that_transposes_nothing_is_not_taken_for_a_transpose():
+    mod = fuse_linear(build(lambda emit, x, w: relax.op.matmul(x, emit(relax.op.permute_dims(w, [0, 1]))), (8, 8)))
+    assert operators(mod) == ["relax.permute_dims", "relax.permute_dims"]
+
+
+@pytest.mark.parametrize("activation", ["nn.gelu", "nn.gelu_tanh", "nn.relu", "tanh"])
+def test_every_activation_of_the_kernel_is_fused(activation):
+    module, name = (relax.op.nn, activation[3:]) if activation.startswith("nn.") else (relax.op, activation)
+    mod = build(lambda emit, x, w: getattr(module, name)(emit(relax.op.matmul(x, w))), (8, 4))
+    (linear,) = linears(fuse_linear(mod))
+    assert linear.attrs["activation"] == name
+
+
+def test_other_activations_keep_their_operator():
+    mod = fuse_linear(build(lambda emit, x, w: relax.op.nn.silu(emit(relax.op.matmul(x, w))), (8, 4)))
+    assert [f.attrs["activation"] for f in linears(mod)] == [None]
+    assert "relax.nn.silu" in operators(mod)
+
+
+def test_activation_of_an_activation_keeps_its_operator():
+    mod = build(lambda emit, x, w: relax.op.tanh(emit(relax.op.nn.relu(emit(relax.op.matmul(x, w))))), (8, 4))
+    assert [f.attrs["activation"] for f in linears(fuse_linear(mod))] == ["relu"]
+    assert "relax.tanh" in operators(fuse_linear(mod))
+
+
+def test_activation_whose_product_has_other_readers_keeps_its_operator():
+    def body(emit, x, w):
+        product = emit(relax.op.matmul(x, w))
+        return relax.op.multiply(emit(relax.op.nn.relu(product)), product)
+
+    mod = fuse_linear(build(body, (8, 4)))
+    assert [f.attrs["activation"] for f in linears(mod)] == [None]
+    assert "relax.nn.relu" in operators(mod)
+
+
+def test_bias_whose_product_has_other_readers_keeps_its_operator():
+    def body(emit, x, w, c):
+        product = emit(relax.op.matmul(x, w))
+        return relax.op.multiply(emit(relax.op.add(product, c)), product)
+
+    assert "relax.add" in operators(fuse_linear(build(body, (8, 4), (4,))))
+
+
+def test_second_bias_keeps_its_operator():
+    def body(emit, x, w, c, d):
+        return relax.op.add(emit(relax.op.add(emit(relax.op.matmul(x, w)), c)), d)
+
+    mod = fuse_linear(build(body, (8, 4), (4,), (4,)))
+    assert [f.tensors[2].name for f in linears(mod)] == ["w1"]
+    assert "relax.add" in operators(mod)
+
+
+def test_constant_bias_is_not_replaced_by_a_second_bias():
+    constant = relax.const([1.0, 2.0, 3.0, 4.0], "float32")
+
+    def body(emit, x, w, c):
+        return relax.op.add(emit(relax.op.add(emit(relax.op.matmul(x, w)), constant)), c)
+
+    mod = fuse_linear(build(body, (8, 4), (4,)))
+    (linear,) = linears(mod)
+    assert linear.tensors[2].value.numpy().tolist() == [1, 2, 3, 4]
+    assert "relax.add" in operators(mod)
+
+
+def test_bias_that_is_not_a_vector_of_weights_keeps_its_operator():
+    mod = fuse_linear(build(lambda emit, x, w, c: relax.op.add(emit(relax.op.matmul(x, w)), c), (8, 4), (1, 4)))
+    assert "relax.add" in operators(mod)
+
+
+@pytest.mark.parametrize("other", ["transpose of x", "sum of x", "zeros of its length"])
+def test_product_of_two_activations_is_left_alone(other):
+    def body(emit, x):
+        if other == "transpose of x":
+            return relax.op.matmul(x, emit(relax.op.permute_dims(x, [0, 2, 1])))
+        if other == "sum of x":  # of constant shape, and yet no weight
+            total = emit(relax.op.sum(x, [0, 1]))
+            return relax.op.matmul(x, emit(relax.op.broadcast_to(total, (8, 8))))
+        length = x.ty.shape.values[1]
+        return relax.op.matmul(emit(relax.op.permute_dims(x, [0, 2, 1])), emit(relax.op.zeros((length, 4), "float32")))
+
+    before = build(body)
+    after = fuse_linear(before)
+    assert linears(after) == []
+    tvm.ir.assert_structural_equal(after, before)
+
+
+def test_product_with_a_weight_per_batch_is_left_alone():
+    before = build(lambda emit, x, w: relax.op.matmul(x, w), (1, 8, 4))
+    tvm.ir.assert_structural_equal(fuse_linear(before), before)
+
+
+def test_product_of_weights_is_left_alone():
+    def body(emit, x, v, w):
+        return relax.op.add(x, emit(relax.op.matmul(v, w)))
+
+    before = build(body, (8, 8), (8, 8))
+    assert len(linears(fuse_linear(before))) == 0
+
+
+def test_deep_models_do_not_exhaust_the_stack():
+    def body(emit, x, w):
+        for _ in range(1500):
+            x = emit(relax.op.negative(x))
+        return relax.op.matmul(x, w)
+
+    assert len(linears(fuse_linear(build(body, (8, 4))))) == 1

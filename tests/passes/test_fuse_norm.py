@@ -1,0 +1,190 @@
+"""Residual sums and LayerNorm: into the product where nothing else reads it, on their own otherwise."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import pytest
+import tvm
+from tvm import relax, tirx
+from tvm.script import ir as I
+from tvm.script import relax as R
+
+from turbo_tvm.passes import composite
+from turbo_tvm.passes.fuse_norm import fuse_norm
+
+t = TypeVar("t")
+
+PLAIN = '{"activation": null, "norm_eps": null, "residual": false}'
+POST_NORM = '{"activation": null, "norm_eps": 1e-12, "residual": true}'
+ROWS = (4, 8)
+
+
+def test_residual_and_norm_go_into_the_product():
+    @I.ir_module
+    class Before:
+        @R.function
+        def main(
+            x: R.Tensor((t, 4, 8), "float32"),
+            w: R.Tensor((8, 8), "float32"),
+            c: R.Tensor((8,), "float32"),
+            gamma: R.Tensor((8,), "float32"),
+            beta: R.Tensor((8,), "float32"),
+        ):
+            R.func_attr({"num_input": 1})
+            with R.dataflow():
+                y = R.call_dps_packed("turbo.linear", (x, w, c, R.str(PLAIN)), out_ty=R.Tensor((t, 4, 8), "float32"))
+                total = R.add(y, x)
+                out = R.nn.layer_norm(total, gamma, beta, axes=[-1], epsilon=1e-12)
+                R.output(out)
+            return out
+
+    @I.ir_module
+    class Expected:
+        @R.function
+        def main(
+            x: R.Tensor((t, 4, 8), "float32"),
+            w: R.Tensor((8, 8), "float32"),
+            c: R.Tensor((8,), "float32"),
+            gamma: R.Tensor((8,), "float32"),
+            beta: R.Tensor((8,), "float32"),
+        ):
+            R.func_attr({"num_input": 1})
+            with R.dataflow():
+                out = R.call_dps_packed(
+                    "turbo.linear", (x, w, c, x, gamma, beta, R.str(POST_NORM)), out_ty=R.Tensor((t, 4, 8), "float32")
+                )
+                R.output(out)
+            return out
+
+    tvm.ir.assert_structural_equal(fuse_norm(Before), Expected)
+
+
+class Graph:
+    """Emits what the tests are made of."""
+
+    def __init__(self):
+        rows = relax.TensorType((tirx.Var("t", "int64"), *ROWS), "float32")
+        self.x, self.r = relax.Var("x", rows), relax.Var("r", rows)
+        self.w = relax.Var("w", relax.TensorType((8, 8), "float32"))
+        self.vectors = [relax.Var(name, relax.TensorType((8,), "float32")) for name in ("c", "gamma", "beta")]
+        self.builder = relax.BlockBuilder()
+        self.emit = self.builder.emit
+
+    def linear(self, x, activation=None):
+        attrs = {"activation": activation, "residual": False, "norm_eps": None}
+        return self.emit(composite.make("linear", [x, self.w, self.vectors[0]], x.ty, **attrs))
+
+    def add(self, a, b):
+        return self.emit(relax.op.add(a, b))
+
+    def norm(self, x, **options):
+        options = {"axes": [-1], "epsilon": 1e-5} | options
+        return self.emit(relax.op.nn.layer_norm(x, *self.vectors[1:], **options))
+
+
+def fuse(body) -> tuple[list[composite.Composite], list[str]]:
+    """The composites and the operators that are left after the pass."""
+    g = Graph()
+    with g.builder.function("main", [g.x, g.r, g.w, *g.vectors], attrs={"num_input": 2}):
+        with g.builder.dataflow():
+            out = g.builder.emit_output(body(g))
+        g.builder.emit_func_output(out)
+    values = [b.value for block in fuse_norm(g.builder.finalize())["main"].body.blocks for b in block.bindings]
+    found = [composite.match(v) for v in values]
+    rest = [v.op.name for v, f in zip(values, found, strict=True) if f is None and isinstance(v, relax.Call)]
+    return [f for f in found if f is not None], rest
+
+
+def names(tensors) -> list[str]:
+    return [t.name for t in tensors]
+
+
+def test_residual_of_a_pre_norm_model_goes_into_the_product():
+    (linear,), rest = fuse(lambda g: g.add(g.r, g.linear(g.x)))
+    assert (names(linear.tensors), linear.attrs["residual"], rest) == (["x", "w", "c", "r"], True, [])
+
+
+def test_norm_without_residual_goes_into_the_product():
+    (linear,), rest = fuse(lambda g: g.norm(g.linear(g.x)))
+    assert (linear.attrs["norm_eps"], linear.attrs["residual"], rest) == (1e-5, False, [])
+
+
+def test_pre_norm_residual_with_several_readers_is_normalised_on_its_own():
+    def body(g):
+        total = g.add(g.linear(g.x), g.r)
+        return g.add(g.linear(g.norm(total)), total)
+
+    found, rest = fuse(body)
+    assert [(f.name, f.attrs["residual"]) for f in found] == [("linear", True), ("norm", False), ("linear", True)]
+    assert rest == []
+
+
+def test_norm_and_sum_without_a_product():
+    (norm,), rest = fuse(lambda g: g.norm(g.add(g.x, g.r)))
+    assert (norm.name, names(norm.tensors), norm.attrs) == (
+        "norm",
+        ["x", "r", "gamma", "beta"],
+        {"eps": 1e-5, "residual": True},
+    )
+    assert rest == []
+
+
+def test_norm_alone():
+    (norm,), rest = fuse(lambda g: g.norm(g.x))
+    assert (names(norm.tensors), norm.attrs["residual"], rest) == (["x", "gamma", "beta"], False, [])
+
+
+def test_product_that_something_else_reads_is_not_fused():
+    def body(g):
+        product = g.linear(g.x)
+        return g.emit(relax.op.multiply(g.norm(g.add(product, g.r)), product))
+
+    found, _ = fuse(body)
+    assert [(f.name, f.attrs["residual"]) for f in found] == [("linear", False), ("norm", True)]
+
+
+def test_sum_that_something_else_reads_keeps_its_operator():
+    def body(g):
+        total = g.add(g.x, g.r)
+        return g.emit(relax.op.multiply(g.norm(total), total))
+
+    (norm,), rest = fuse(body)
+    assert (norm.attrs["residual"], rest) == (False, ["relax.add", "relax.multiply"])
+
+
+def test_product_takes_one_residual():
+    (linear,), rest = fuse(lambda g: g.add(g.add(g.linear(g.x), g.r), g.x))
+    assert (names(linear.tensors[3:]), rest) == (["r"], ["relax.add"])
+
+
+def test_product_plus_itself_keeps_its_sum():
+    def body(g):
+        product = g.linear(g.x)
+        return g.add(product, product)
+
+    (linear,), rest = fuse(body)
+    assert (linear.attrs["residual"], rest) == (False, ["relax.add"])
+
+
+def test_sum_with_a_vector_is_no_residual():
+    (linear,), rest = fuse(lambda g: g.add(g.linear(g.x), g.vectors[0]))
+    assert (linear.attrs["residual"], rest) == (False, ["relax.add"])
+
+
+def test_activation_before_the_residual_is_kept():
+    (linear,), _ = fuse(lambda g: g.norm(g.add(g.linear(g.x, activation="gelu"), g.r)))
+    assert linear.attrs == {"activation": "gelu", "residual": True, "norm_eps": 1e-5}
+
+
+@pytest.mark.parametrize("options", [{"axes": [-2]}, {"axes": [-2, -1]}, {"center": False}, {"scale": False}])
+def test_other_norms_are_left_alone(options):
+    g = Graph()
+    shape = ROWS if len(options.get("axes", [0])) == 2 else ROWS[:1] if options.get("axes") == [-2] else ROWS[1:]
+    g.vectors[1:] = [relax.Var(name, relax.TensorType(shape, "float32")) for name in ("gamma", "beta")]
+    with g.builder.function("main", [g.x, *g.vectors], attrs={"num_input": 1}):
+        with g.builder.dataflow():
+            out = g.builder.emit_output(g.norm(g.x, **options))
+        g.builder.emit_func_output(out)
+    before = g.builder.finalize()
+    assert "turbo." not in fuse_norm(before).script()

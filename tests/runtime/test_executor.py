@@ -1,0 +1,112 @@
+"""The executor: calls from many threads, thread counts, and memory that stays."""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+import turbo_tvm
+from turbo_tvm.runtime import batch as packing
+
+pytestmark = pytest.mark.xdist_group("served")
+
+
+def arrays(results: list) -> list[np.ndarray]:
+    return [a for result in results for a in (result.values() if isinstance(result, dict) else [result])]
+
+
+def run_in_threads(count: int, work: Callable[[int], None]) -> None:
+    """Run work(0) ... work(count - 1) at the same time; the first exception is raised here."""
+    errors: list[BaseException] = []
+
+    def guarded(number: int) -> None:
+        try:
+            work(number)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(number,)) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert not any(thread.is_alive() for thread in threads), "a call hangs"
+    if errors:
+        raise errors[0]
+
+
+@pytest.mark.parametrize("names", [["bert"], ["bert", "answers", "padded"]], ids=["one model", "three models"])
+def test_many_threads_get_their_own_answers(served, random_requests, names):
+    models = [served(name).compiled for name in names]
+    requests = random_requests(12)
+    wanted = [[arrays(model.run(request)) for request in requests] for model in models]
+
+    def work(number: int) -> None:
+        order = random.Random(number)
+        for _ in range(40):
+            which, request = order.randrange(len(models)), order.randrange(len(requests))
+            for got, want in zip(arrays(models[which].run(requests[request])), wanted[which][request], strict=True):
+                np.testing.assert_array_equal(got, want)
+
+    run_in_threads(6, work)
+
+
+def test_two_models_run_at_the_same_time(served, random_requests):
+    models = [served("bert").compiled, served("answers").compiled]
+    request = random_requests(1)[0]
+    wanted = [arrays(model.run(request)) for model in models]
+
+    def work(number: int) -> None:
+        for _ in range(60):
+            for got, want in zip(arrays(models[number].run(request)), wanted[number], strict=True):
+                np.testing.assert_array_equal(got, want)
+
+    run_in_threads(2, work)
+
+
+def test_every_number_of_threads_gives_the_same(served, random_requests, tmp_path):
+    compiled = served("bert").compiled
+    compiled.save(tmp_path / "model.turbo")
+    requests = random_requests(4)
+    for threads in range(1, (os.cpu_count() or 1) + 1):
+        loaded = turbo_tvm.load(tmp_path / "model.turbo", threads=threads)
+        assert loaded.threads == threads
+        for request in requests:
+            for got, want in zip(loaded.run(request), compiled.run(request), strict=True):
+                np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_a_forked_process_can_run(served):
+    compiled = served("bert").compiled
+    wanted = compiled.run([[5, 6, 7]])[0]
+    child = os.fork()
+    if child == 0:
+        threading.Timer(30, os._exit, (2,)).start()
+        os._exit(0 if np.array_equal(compiled.run([[5, 6, 7]])[0], wanted) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_outputs_are_copies_of_the_buffers(served):
+    executor = served("bert").compiled._executor
+    manifest = executor.manifest
+    batch = packing.from_sequences([[5, 6, 7], [8]], None, manifest.bounds, manifest.positions)
+    results = executor.run(batch)
+    views = [np.from_dlpack(t) for t in executor.buffers.tensors(1, 1)]
+    for parts in results.values():
+        assert all(not np.shares_memory(part, view) for part in parts for view in views)
+
+
+def test_growing_and_shrinking_batches(served, random_requests):
+    """Memory that was replaced for a larger batch is not used again for a smaller one."""
+    compiled = served("bert").compiled
+    one, large = [[5, 6, 7]], [s for r in random_requests(8, seed=5) for s in r]
+    first = compiled.run(one)[0]
+    for count in (1, len(large), 1, len(large) * 2, 1):
+        compiled.run((large * 2)[:count])
+        np.testing.assert_array_equal(compiled.run(one)[0], first)
