@@ -32,19 +32,14 @@ class Executor:
         self._weights = [tvm.runtime.from_dlpack(weights[p.name]) for p in manifest.parameters]
         self.buffers = Buffers(manifest.buffers, manifest.row_tile)
         self._lock = threading.Lock()
-        self._configured = threading.local()
+        self._config_threadpool = tvm.get_global_func("runtime.config_threadpool")
 
     def run(self, batch: Batch) -> dict[str, list[np.ndarray]]:
         """Every output of the model: one array per sequence, in order, (length, columns) or (columns,), fp32."""
         with self._lock:
-            self._set_threads()
+            # TVM keeps one thread pool per calling thread, for all models: another may have set it since (1 us)
+            self._config_threadpool(_BIG_CORES, self.threads)
             return self._packed(batch) if self.manifest.layout == "packed" else self._padded(batch)
-
-    def _set_threads(self) -> None:
-        # TVM keeps a thread pool per calling thread, with half as many threads as there are logical cores.
-        if not getattr(self._configured, "done", False):
-            tvm.get_global_func("runtime.config_threadpool")(_BIG_CORES, self.threads)
-            self._configured.done = True
 
     def _call(self, inputs: list[np.ndarray], buffers: list[tvm.runtime.Tensor]) -> list[np.ndarray]:
         try:

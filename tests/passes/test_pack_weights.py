@@ -1,0 +1,92 @@
+"""The packing of weights stands in front of every product."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import tvm
+from tvm.script import ir as I
+from tvm.script import relax as R
+
+from turbo_tvm.passes.pack_weights import pack_weights
+
+t = TypeVar("t")
+
+PLAIN = '{"activation": null, "norm_eps": null, "residual": false}'
+
+
+@I.ir_module
+class Tied:
+    """Two products with the same weight and different biases; the second has a residual."""
+
+    @R.function
+    def main(
+        x: R.Tensor((t, 4, 10), "float32"),
+        w: R.Tensor((10, 10), "float32"),
+        c: R.Tensor((10,), "float32"),
+        d: R.Tensor((10,), "float32"),
+    ):
+        R.func_attr({"num_input": 1})
+        with R.dataflow():
+            y = R.call_dps_packed("turbo.linear", (x, w, c, R.str(PLAIN)), out_ty=R.Tensor((t, 4, 10), "float32"))
+            z = R.call_dps_packed(
+                "turbo.linear",
+                (y, w, d, x, R.str('{"activation": null, "norm_eps": null, "residual": true}')),
+                out_ty=R.Tensor((t, 4, 10), "float32"),
+            )
+            R.output(z)
+        return z
+
+
+def test_panels_are_rounded_up_and_shared_weights_packed_once():
+    @I.ir_module
+    class Expected:
+        @R.function
+        def main(
+            x: R.Tensor((t, 4, 10), "float32"),
+            w: R.Tensor((10, 10), "float32"),
+            c: R.Tensor((10,), "float32"),
+            d: R.Tensor((10,), "float32"),
+        ):
+            R.func_attr({"num_input": 1})
+            with R.dataflow():
+                panels = R.call_dps_packed(
+                    "turbo.pack_weight", (w, R.str('{"k": 10, "n": 10}')), out_ty=R.Tensor((2, 10, 8), "float32")
+                )
+                e = R.call_dps_packed("turbo.pack_bias", (c, R.str('{"n": 10}')), out_ty=R.Tensor((16,), "float32"))
+                y = R.call_dps_packed(
+                    "turbo.linear", (x, panels, e, R.str(PLAIN)), out_ty=R.Tensor((t, 4, 10), "float32")
+                )
+                f = R.call_dps_packed("turbo.pack_bias", (d, R.str('{"n": 10}')), out_ty=R.Tensor((16,), "float32"))
+                z = R.call_dps_packed(
+                    "turbo.linear",
+                    (y, panels, f, x, R.str('{"activation": null, "norm_eps": null, "residual": true}')),
+                    out_ty=R.Tensor((t, 4, 10), "float32"),
+                )
+                R.output(z)
+            return z
+
+    tvm.ir.assert_structural_equal(pack_weights(Tied, 8), Expected)
+
+
+def test_packed_weights_are_left_alone():
+    once = pack_weights(Tied, 8)
+    tvm.ir.assert_structural_equal(pack_weights(once, 8), once)
+
+
+def test_other_composites_are_left_alone():
+    @I.ir_module
+    class Before:
+        @R.function
+        def main(x: R.Tensor((t, 4, 8), "float32"), c: R.Tensor((8,), "float32")):
+            R.func_attr({"num_input": 1})
+            with R.dataflow():
+                y = R.call_dps_packed(
+                    "turbo.norm",
+                    (x, c, c, R.str('{"eps": 1e-05, "residual": false}')),
+                    out_ty=R.Tensor((t, 4, 8), "float32"),
+                )
+                R.output(y)
+            return y
+
+    tvm.ir.assert_structural_equal(pack_weights(Before, 8), Before)

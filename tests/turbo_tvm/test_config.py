@@ -1,0 +1,73 @@
+"""Settings from outside."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from turbo_tvm import config
+from turbo_tvm.errors import TurboError
+
+
+@pytest.fixture(autouse=True)
+def eight_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TVM_NUM_THREADS", "8")
+    monkeypatch.delenv("TURBO_TVM_NUM_THREADS", raising=False)
+
+
+def test_threads_asked_for_come_first(monkeypatch):
+    monkeypatch.setenv("TURBO_TVM_NUM_THREADS", "3")
+    assert (config.num_threads(5), config.num_threads()) == (5, 3)
+
+
+def test_threads_are_one_per_physical_core(monkeypatch):
+    cores = {0: "0,2", 1: "1,3", 2: "0,2", 3: "1,3"}
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
+    monkeypatch.setattr(config, "_core_of", cores.get)
+    assert config.num_threads() == config.physical_cores() == 2
+
+
+def test_a_core_without_topology_is_itself():
+    assert config._core_of(987654) == "987654"
+
+
+@pytest.mark.parametrize("value", [0, -1, 9, 1.5, "two", "", [], True])
+def test_threads_that_are_refused(value):
+    with pytest.raises(TurboError, match="the number of threads must be a whole number from 1 to 8, not"):
+        config.num_threads(value)
+
+
+def test_a_variable_that_is_refused(monkeypatch):
+    monkeypatch.setenv("TURBO_TVM_NUM_THREADS", "many")
+    with pytest.raises(TurboError, match="not 'many'"):
+        config.num_threads()
+
+
+def test_dump_directory(monkeypatch, tmp_path):
+    monkeypatch.delenv("TURBO_TVM_DUMP_IR", raising=False)
+    assert config.dump_ir_directory() is None
+    monkeypatch.setenv("TURBO_TVM_DUMP_IR", str(tmp_path))
+    assert config.dump_ir_directory() == Path(tmp_path)
+
+
+def test_what_the_user_set_stays(monkeypatch):
+    monkeypatch.setenv("TVM_NUM_THREADS", "3")
+    monkeypatch.delenv("TVM_BIND_THREADS", raising=False)
+    config.let_tvm_use_every_core()
+    assert (os.environ["TVM_NUM_THREADS"], os.environ["TVM_BIND_THREADS"]) == ("3", "0")
+
+
+def test_runtime_only_blocks_torch_where_it_is_not_loaded(monkeypatch):
+    monkeypatch.setenv("TVM_USE_RUNTIME_LIB", "0")
+    loaded = sys.modules.get("torch")
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    config.runtime_only()
+    assert os.environ["TVM_USE_RUNTIME_LIB"] == "1"
+    with pytest.raises(ImportError):
+        import torch  # noqa: F401
+    monkeypatch.setitem(sys.modules, "torch", loaded)
+    config.runtime_only()
+    assert sys.modules["torch"] is loaded
