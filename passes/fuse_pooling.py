@@ -94,8 +94,8 @@ class _FusePooling(Rewriter):
 
     def _clamped(self, expr: relax.Expr) -> tuple[relax.Expr | None, float | None]:
         if is_call(expr, "clip"):
-            floor, ceiling = (float(bound.value) for bound in expr.args[1:])
-            return (expr.args[0], floor) if ceiling >= np.finfo("float32").max else (None, 0.0)
+            eps, ceiling = (float(bound.value) for bound in expr.args[1:])
+            return (expr.args[0], eps) if ceiling >= np.finfo("float32").max else (None, 0.0)
         floor = scalar(expr.args[1]) if is_call(expr, "maximum") else None
         return (expr.args[0], floor) if floor is not None else (None, 0.0)
 

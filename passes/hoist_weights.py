@@ -10,6 +10,8 @@ the packed weights keep the name of the first weight they were made from.
 
 from __future__ import annotations
 
+import itertools
+
 from tvm import ir, relax
 
 from turbo_tvm.passes.rewriter import builder_without_main, has_symbolic_shape, substitute, tidy
@@ -73,9 +75,10 @@ class _HoistWeights:
         return new
 
     def _names(self, needed: list[relax.Var]) -> list[str]:
+        """One name per prepared weight: its source's, with the first number that makes it unique."""
         names: list[str] = []
         for var in needed:
-            name = self.source[var]
-            same = sum(1 for other in names if other == name or other.startswith(name + "."))
-            names.append(f"{name}.{same}" if same else name)
+            source = self.source[var]
+            candidates = (f"{source}.{number}" if number else source for number in itertools.count())
+            names.append(next(name for name in candidates if name not in names))
         return names

@@ -15,7 +15,7 @@ import turbo_tvm
 from turbo_tvm import config, pipeline, targets
 from turbo_tvm.artifact import Artifact
 from turbo_tvm.errors import ArtifactError, CompileError, TargetError, TurboError, UnsupportedModelError, summary
-from turbo_tvm.frontends.imported import Imported
+from turbo_tvm.frontends.imported import TOLERANCE, Imported
 from turbo_tvm.loader import open_model
 from turbo_tvm.passes.rewriter import dims_of
 from turbo_tvm.progress import Progress
@@ -74,7 +74,23 @@ def compile(
         manifest = _manifest(imported, optimized, built, targets.describe(target, machine), tiles)
         library = _link(built.executable)
         artifact = Artifact(manifest, library, built.parameters, imported.tokenizer, Path(f"{imported.name}.turbo"))
-        return _open(artifact, count)
+        model = _open(artifact, count)
+        show("comparing with the original")
+        _check_answers(model, imported)
+        return model
+
+
+def _check_answers(compiled: CompiledModel, imported: Imported) -> None:
+    """UnsupportedModelError if the model answers otherwise than the original: no such model leaves here."""
+    if imported.sample is None or not compiled.threads:  # it was compiled for another machine
+        return
+    answers = compiled(imported.sample.token_ids, imported.sample.mask)
+    for name, difference in imported.sample.differences(answers).items():
+        if not difference <= TOLERANCE:  # NaN too
+            raise UnsupportedModelError(
+                f"{imported.name} is not supported: compiled, its output {name!r} differs from the original's by "
+                f"{difference:.2g} of its largest value"
+            )
 
 
 def _open(artifact: Artifact, threads: int) -> CompiledModel:
@@ -184,8 +200,8 @@ def _manifest(
         primary=_primary(imported.output_names),
         bounds=imported.bounds,
         positions=imported.positions,
-        relative_positions=any("_bias" in k.name for k in optimized.kernels if k.family == "attention"),
-        pools_first=any("first" in k.name for k in optimized.kernels if k.family == "pool"),
+        relative_positions=optimized.relative_positions,
+        pools_first=optimized.pools_first,
         buffers=tuple(BufferSpec(b.name, b.slot, b.kind, b.columns, b.dtype) for b in built.buffers),  # type: ignore[arg-type]
         parameters=tuple(ParameterSpec(n, tuple(a.shape), str(a.dtype)) for n, a in built.parameters.items()),  # type: ignore[arg-type]
         kernels=optimized.kernels,

@@ -5,12 +5,12 @@ The passes know composites, the schedules know loops; the pipeline hands `CpuKer
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 from tvm import ir, relax, s_tir, tirx
 
 from turbo_tvm.passes import composite
@@ -48,7 +48,7 @@ class CpuKernels:
     def _attention(self, fused: Composite, out: list) -> Recipe:
         options = {key: value for key, value in fused.attrs.items() if key != "columns"}
         options |= dict(zip("qkv", map(tuple, fused.attrs["columns"]), strict=True))
-        return attention.attention, options | {"position_bias": len(fused.tensors) > 4}
+        return attention.attention, options | {"position_bias": has_position_bias(fused)}
 
     def _norm(self, fused: Composite, out: list) -> Recipe:
         return normalization.layer_norm, {"n": int(out[-1]), **fused.attrs}
@@ -88,11 +88,16 @@ def _rooted(func: tirx.PrimFunc) -> tirx.PrimFunc:
     return tirx.PrimFunc(func.params, root, func.ret_type, func.attrs)
 
 
+def has_position_bias(fused: Composite) -> bool:
+    """Whether this is an attention with a table over distances behind q, k, v and the bounds."""
+    return fused.name == "attention" and len(fused.tensors) > 4
+
+
 def kernel_name(fused: Composite, out: relax.TensorType) -> str:
     """A readable name that says everything the kernel's code depends on: `linear_768x3072_gelu`."""
     shape = _shape(fused, out)
     options = [_option(key, value) for key, value in sorted(fused.attrs.items()) if key not in _IN_SHAPE]
-    extra = ["bias"] if fused.name == "attention" and len(fused.tensors) > 4 else []
+    extra = ["bias"] if has_position_bias(fused) else []
     text = "_".join([fused.name, shape, *(o for o in options if o), *extra])
     return "".join(c if c.isalnum() or c == "_" else "_" for c in text)
 
@@ -105,7 +110,8 @@ def _shape(fused: Composite, out: relax.TensorType) -> str:
     if fused.name == "linear":
         k, n = shape_of(fused.tensors[1])[1], fused.attrs.get("columns", columns)
         wide_x, wide_out = shape_of(fused.tensors[0])[-1] > k, columns > n
-        return f"{k}x{n}" + ("_from_wide" if wide_x else "") + ("_to_wide" if wide_out else "")
+        x_width = shape_of(fused.tensors[0])[-1]
+        return f"{k}x{n}" + (f"_from{x_width}" if wide_x else "") + (f"_to{columns}" if wide_out else "")
     if fused.name in ("pack_weight", "pack_bias"):
         return "x".join(str(fused.attrs[key]) for key in ("k", "n") if key in fused.attrs)
     if fused.name == "attention":
@@ -115,10 +121,12 @@ def _shape(fused: Composite, out: relax.TensorType) -> str:
 
 def _attention_shape(fused: Composite) -> str:
     a = fused.attrs
-    widths, offsets = zip(*a["columns"], strict=True)
-    merged = "merged" if len(set(widths)) == 1 and offsets[0] != offsets[1] else "separate"
-    plain_scale = math.isclose(a["scale"], a["head_dim"] ** -0.5, rel_tol=1e-5)
-    extra = "" if plain_scale else f"_scale{a['scale']:g}"
+    inner = a["heads"] * a["head_dim"]
+    known = {"merged": [[3 * inner, i * inner] for i in range(3)], "separate": [[inner, 0]] * 3}
+    spelt = "_".join(f"{width}at{offset}" for width, offset in a["columns"])
+    merged = next((word for word, columns in known.items() if columns == a["columns"]), spelt)
+    scale, usual = np.float32(a["scale"]), np.float32(a["head_dim"] ** -0.5)
+    extra = "" if scale == usual else f"_scale{scale:.9g}"
     return f"{a['heads']}x{a['head_dim']}_{merged}_max{a['max_length']}{extra}"
 
 
@@ -138,7 +146,7 @@ def inventory(mod: ir.IRModule) -> tuple[KernelSpec, ...]:
     calls: Counter[str] = Counter()
     specs: dict[str, KernelSpec] = {}
     batch = dims_of(mod["main"].params[0].ty)[0]
-    for fused, out in _composites(mod["main"]):
+    for fused, out in composites(mod["main"]):
         name = kernel_name(fused, out)
         calls[name] += 1
         per_token = any(v.same_as(batch) for v in tirx.analysis.undefined_vars(dims_of(out)[0]))
@@ -149,7 +157,8 @@ def inventory(mod: ir.IRModule) -> tuple[KernelSpec, ...]:
     )
 
 
-def _composites(func: relax.Function) -> Iterable[tuple[Composite, relax.TensorType]]:
+def composites(func: relax.Function) -> Iterable[tuple[Composite, relax.TensorType]]:
+    """Every composite that a function calls, in order, with the type of its result."""
     for block in func.body.blocks:
         for binding in block.bindings:
             fused = composite.match(binding.value)

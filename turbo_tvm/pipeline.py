@@ -2,7 +2,7 @@
 
 `packed` and `padded` list the passes in the order in which they run. A model that any pass of `packed` declines is
 compiled by `padded`: right for every graph that TVM can compile, without the project's speed. Set
-`TURBO_TVM_DUMP_IR=directory` to get the module after every pass as text.
+`TURBO_TVM_DUMP_IR=directory` to get the module after every pass as text, in a folder per layout.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import tvm
 from tvm import ir, relax, tirx
 
 from turbo_tvm import config
-from turbo_tvm.kernels import CpuKernels, inventory
+from turbo_tvm.kernels import CpuKernels, composites, has_position_bias, inventory
 from turbo_tvm.passes.fuse_attention import fuse_attention
 from turbo_tvm.passes.fuse_embedding import fuse_embedding
 from turbo_tvm.passes.fuse_linear import fuse_linear
@@ -43,8 +43,22 @@ class Optimized:
 
     mod: ir.IRModule
     layout: str
-    kernels: tuple[KernelSpec, ...]
     declined: tuple[str, ...] = ()
+
+    @property
+    def kernels(self) -> tuple[KernelSpec, ...]:
+        """What `main` calls and what it costs."""
+        return inventory(self.mod)
+
+    @property
+    def relative_positions(self) -> bool:
+        """Whether attention looks at the distance between tokens."""
+        return any(has_position_bias(fused) for fused, _ in composites(self.mod["main"]))
+
+    @property
+    def pools_first(self) -> bool:
+        """Whether an output is made from a sequence's first token."""
+        return any(fused.attrs.get("mode") == "first" for fused, _ in composites(self.mod["main"]))
 
 
 @dataclass(frozen=True)
@@ -93,11 +107,11 @@ def padded(tiles: CpuTiles) -> list[Pass]:
 def optimize(mod: ir.IRModule, tiles: CpuTiles, max_length: int) -> Optimized:
     """Graph to composites: packed if every part allows it, else padded with the reason kept."""
     try:
-        done = _run(mod, packed(tiles, max_length))
-        return Optimized(done, "packed", inventory(done))
+        done = _run(mod, packed(tiles, max_length), "packed")
+        return Optimized(done, "packed")
     except Declined as why:
-        done = _run(mod, padded(tiles))
-        return Optimized(done, "padded", inventory(done), (f"padding was not removed: {why}",))
+        done = _run(mod, padded(tiles), "padded")
+        return Optimized(done, "padded", (f"padding was not removed: {why}",))
 
 
 def build(
@@ -193,12 +207,12 @@ def _output_types(func: relax.Function) -> tuple[relax.TensorType, ...]:
     return tuple(ty.fields) if isinstance(ty, relax.TupleType) else (ty,)
 
 
-def _run(mod: ir.IRModule, passes: list[Pass]) -> ir.IRModule:
+def _run(mod: ir.IRModule, passes: list[Pass], layout: str) -> ir.IRModule:
     directory = config.dump_ir_directory()
     for number, step in enumerate(passes):
         mod = step(mod)
         if directory is not None:
-            _dump(mod, directory, f"{number:02d}_{_pass_name(step)}")
+            _dump(mod, directory / layout, f"{number:02d}_{_pass_name(step)}")
     return mod
 
 

@@ -14,6 +14,7 @@ from turbo_tvm.passes.fuse_attention import fuse_attention
 from turbo_tvm.passes.normalize import normalize
 
 HEADS, HEAD_DIM = 2, 4
+WINDOW = 50
 Emit = Callable[[relax.Expr], relax.Var]
 
 
@@ -105,6 +106,25 @@ def token_bias(emit, mask, weight, tokens, ids):
     return emit(relax.op.add(key_mask(emit, mask, weight, tokens, ids), wide))
 
 
+def window(emit, mask, weight, tokens, ids):
+    """Keys more than 50 tokens away are masked: short sequences show nothing of it."""
+    _, s = tokens
+    i = emit(relax.op.astype(emit(relax.op.arange(0, s, 1, "int64")), "float32"))
+    distance = emit(relax.op.subtract(emit(relax.op.expand_dims(i, [0])), emit(relax.op.expand_dims(i, [1]))))
+    far = emit(relax.op.less(relax.const(WINDOW, "float32"), emit(relax.op.abs(distance))))
+    outside = emit(relax.op.multiply(emit(relax.op.astype(far, "float32")), relax.const(-1e9, "float32")))
+    return emit(relax.op.add(key_mask(emit, mask, weight, tokens, ids), emit(relax.op.expand_dims(outside, [0, 1]))))
+
+
+def chunks(emit, mask, weight, tokens, ids):
+    """Keys of another chunk of 50 tokens are masked: a function of positions, not of their distance."""
+    _, s = tokens
+    i = emit(relax.op.floor_divide(emit(relax.op.arange(0, s, 1, "int64")), relax.const(WINDOW, "int64")))
+    other = emit(relax.op.not_equal(emit(relax.op.expand_dims(i, [0])), emit(relax.op.expand_dims(i, [1]))))
+    outside = emit(relax.op.multiply(emit(relax.op.astype(other, "float32")), relax.const(-1e9, "float32")))
+    return emit(relax.op.add(key_mask(emit, mask, weight, tokens, ids), emit(relax.op.expand_dims(outside, [0, 1]))))
+
+
 def fused_in(mod: tvm.IRModule) -> list[composite.Composite]:
     found = [composite.match(b.value, "attention") for block in mod["main"].body.blocks for b in block.bindings]
     return [f for f in found if f is not None]
@@ -123,7 +143,7 @@ def test_key_mask_is_fused_and_its_arithmetic_disappears(bias, eager):
 
 
 @pytest.mark.parametrize("eager", [False, True], ids=["sdpa", "eager"])
-@pytest.mark.parametrize("bias", [relative_bias, causal_mask])
+@pytest.mark.parametrize("bias", [relative_bias, causal_mask, window])
 def test_bias_over_distances_becomes_a_table(bias, eager):
     mod = fuse_attention(build(bias, eager=eager), max_length=64)
     (attention,) = fused_in(mod)
@@ -132,7 +152,7 @@ def test_bias_over_distances_becomes_a_table(bias, eager):
 
 
 @pytest.mark.parametrize("eager", [False, True], ids=["sdpa", "eager"])
-@pytest.mark.parametrize("bias", [weak_mask, inverted_mask, absolute_bias, token_bias])
+@pytest.mark.parametrize("bias", [weak_mask, inverted_mask, absolute_bias, token_bias, chunks])
 def test_any_other_bias_is_left_alone(bias, eager):
     before = build(bias, eager=eager)
     after = fuse_attention(before, max_length=64)
@@ -146,3 +166,18 @@ def test_attention_without_a_mask_is_left_alone():
 
     mod = build(none, eager=True)
     assert fused_in(fuse_attention(mod, max_length=64)) == []
+
+
+def test_heads_that_are_merged_into_another_shape_are_left_alone():
+    # (b, s * heads, head_dim) has rank 3 as well, but is not one row per token.
+    b, s = tirx.Var("b", "int64"), tirx.Var("s", "int64")
+    rows = relax.Var("x", relax.TensorType((b, s, HEADS * HEAD_DIM), "float32"))
+    mask = relax.Var("attention_mask", relax.TensorType((b, s), "int64"))
+    bb = relax.BlockBuilder()
+    with bb.function("main", [rows, mask], attrs={"num_input": 2}):
+        with bb.dataflow():
+            heads = [bb.emit(relax.op.reshape(rows, (b, s, HEADS, HEAD_DIM))) for _ in range(3)]
+            out4 = _sdpa(bb.emit, heads, key_mask(bb.emit, mask, None, (b, s), None), 0.5)
+            out = bb.emit_output(relax.op.reshape(out4, (b, s * HEADS, HEAD_DIM)))
+        bb.emit_func_output(out)
+    assert fused_in(fuse_attention(bb.finalize(), max_length=64)) == []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ def rows(count, columns: int) -> tuple:
     return (count, ROW_TILE, columns) if columns else (count, ROW_TILE)
 
 
-@lru_cache(maxsize=None)
+@cache
 def kernel(op: str, a_columns: int, b_columns: int, columns: int) -> tirx.PrimFunc:
     """A trivial kernel: `mix` adds two tensors of rows, `pool` makes rows of the first tile, `flat` reads a view."""
     n, p = (tirx.Var(name, "int64") for name in "np")
@@ -267,6 +267,15 @@ def test_a_chain_needs_two_slots():
 def test_an_output_made_early_keeps_its_slot():
     buffers = plan([("mix", 0, 0, 6)] * 7, [0, 7])
     assert len({b.slot for b in buffers}) == 3
+
+
+def test_an_output_that_is_bound_early_keeps_its_slot():
+    mod = lowered(Graph().build([("mix", 0, 0, 6)] * 7, [0]))
+    main = mod["main"]
+    early = next(var for _, var, value in bindings(mod) if is_allocation(value))
+    mod["main"] = relax.Function(main.params, relax.SeqExpr(main.body.blocks, early), early.ty, False, main.attrs)
+    after, buffers = plan_memory(mod)
+    assert Memory(after, buffers).outputs == Memory(mod).outputs
 
 
 def test_the_narrowest_free_slot_that_is_wide_enough_is_taken():

@@ -92,6 +92,14 @@ class TestModelsThatAreRefused:
         bert = transformers.BertConfig(**TINY, is_decoder=True)
         refuse(UnsupportedModelError, "is a decoder", transformers.BertLMHeadModel(bert))
 
+    def test_a_graph_that_is_imported_wrongly(self):
+        """TVM's importer makes another model of T5's encoder; nobody must get its answers."""
+        t5 = transformers.T5Config(vocab_size=101, d_model=32, num_layers=1, num_heads=2, d_ff=64, d_kv=16)
+        message = (
+            "T5EncoderModel is not supported: compiled, its output 'last_hidden_state' differs from the original's"
+        )
+        refuse(UnsupportedModelError, message, transformers.T5EncoderModel(t5))
+
     @pytest.mark.parametrize("model", [None, 5, transformers.BertModel])
     def test_not_a_module(self, model):
         refuse(UnsupportedModelError, "a torch.nn.Module is needed, not", model)

@@ -2,12 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import tvm
 from tvm import ir
 
 from turbo_tvm.runtime.manifest import Bounds, PositionRule
+
+TOLERANCE = 1e-3  # of an output's largest value: well above rounding, well below another answer
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A padded batch and what the model itself answers, to hold the compiled model to.
+
+    token_ids, mask: int64 (batch, length), padding on the right. outputs: by name.
+    """
+
+    token_ids: np.ndarray
+    mask: np.ndarray
+    outputs: dict[str, np.ndarray]
+
+    def differences(self, answers: Mapping[str, Any]) -> dict[str, float]:
+        """How far each output is from the model's own, relative to its largest value; padding does not count."""
+        found = {}
+        for name, wanted in self.outputs.items():
+            got, real = np.asarray(answers[name]), self.mask.astype(bool)
+            if wanted.shape[:2] == real.shape:
+                got, wanted = got[real], wanted[real]
+            found[name] = float(np.abs(got - wanted).max() / max(np.abs(wanted).max(), 1e-6))
+        return found
 
 
 @dataclass(frozen=True)
@@ -19,6 +46,7 @@ class Imported:
     weights: the values of `main`'s weight parameters, in order.
     output_names: one per output of `main`.
     tokenizer: the text of a `tokenizer.json`, if the model came with one.
+    sample: a batch that the compiled model must answer like the original.
     """
 
     name: str
@@ -30,3 +58,4 @@ class Imported:
     positions: PositionRule
     parameter_count: int
     tokenizer: str | None = None
+    sample: Sample | None = None

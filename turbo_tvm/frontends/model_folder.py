@@ -19,7 +19,7 @@ def load_folder(folder: Path) -> tuple[nn.Module, str | None, int | None]:
     UnsupportedModelError for a folder that is not a model, a model type that transformers does not know, and modules
     that are not supported.
     """
-    config = _read_json(folder / "config.json")
+    config = _read_json(folder / "config.json", dict)
     stages = _stages(folder)
     model = _load(folder, config, bare=stages is not None)
     if stages is not None:
@@ -27,9 +27,12 @@ def load_folder(folder: Path) -> tuple[nn.Module, str | None, int | None]:
     return model, _tokenizer(folder), _max_length(folder)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path, kind: type) -> Any:
     try:
-        return json.loads(path.read_text())
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, kind):
+            raise ValueError(f"it holds a JSON {type(value).__name__}, not a {kind.__name__}")
+        return value
     except FileNotFoundError:
         raise UnsupportedModelError(
             f"{path.parent} is not a model folder: it has no {path.name}; a folder with config.json, "
@@ -48,11 +51,23 @@ def _load(folder: Path, config: dict[str, Any], bare: bool) -> nn.Module:
     if factory is None:
         raise UnsupportedModelError(f"{folder}: transformers knows no architecture {names[0]!r}")
     try:
-        model = factory.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+        model, report = factory.from_pretrained(
+            folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
+        )
     except Exception as error:
         kind = config.get("model_type")
         raise UnsupportedModelError(f"{folder}: model type {kind!r} cannot be loaded: {error}") from error
+    _refuse_invented_weights(folder, model, sorted(report["missing_keys"]))
     return model.eval()
+
+
+def _refuse_invented_weights(folder: Path, model: nn.Module, missing: list[str]) -> None:
+    """transformers fills what the file lacks with random numbers. A pooler that was never saved is left out instead."""
+    if missing and all(name.startswith("pooler.") for name in missing):
+        model.pooler = None  # type: ignore[assignment]
+    elif missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise UnsupportedModelError(f"{folder} has no weights for {', '.join(missing[:3])}{more} of its model")
 
 
 def _stages(folder: Path) -> dict[str, Any] | None:
@@ -60,10 +75,10 @@ def _stages(folder: Path) -> dict[str, Any] | None:
     if not (folder / "modules.json").exists():
         return None
     stages: dict[str, Any] = {"pooling": None, "normalize": False}
-    for module in _read_json(folder / "modules.json"):
-        kind = str(module["type"]).rsplit(".", 1)[-1]  # type: ignore[index]
+    for module in _read_json(folder / "modules.json", list):
+        kind = str(module.get("type")).rsplit(".", 1)[-1]
         if kind == "Pooling":
-            stages["pooling"] = _pooling(_read_json(folder / module["path"] / "config.json"), folder)  # type: ignore[index]
+            stages["pooling"] = _pooling(_read_json(folder / module.get("path", "") / "config.json", dict), folder)
         elif kind == "Normalize":
             stages["normalize"] = True
         elif kind != "Transformer":
@@ -89,7 +104,7 @@ def _pooling(config: dict[str, Any], folder: Path) -> str:
 def _tokenizer(folder: Path) -> str | None:
     path = folder / "tokenizer.json"
     if path.exists():
-        return path.read_text()
+        return _read_text(path)
     if not any(
         (folder / name).exists() for name in ("vocab.txt", "vocab.json", "sentencepiece.bpe.model", "spiece.model")
     ):
@@ -100,7 +115,14 @@ def _tokenizer(folder: Path) -> str | None:
     return fast.backend_tokenizer.to_str() if getattr(fast, "is_fast", False) else None
 
 
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UnsupportedModelError(f"{path} cannot be read: {error}") from error
+
+
 def _max_length(folder: Path) -> int | None:
     path = folder / "sentence_bert_config.json"
-    value = _read_json(path).get("max_seq_length") if path.exists() else None
+    value = _read_json(path, dict).get("max_seq_length") if path.exists() else None
     return int(value) if value else None

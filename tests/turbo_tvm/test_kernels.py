@@ -1,0 +1,215 @@
+"""Which kernel implements a composite, what it is called, and what it costs."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import pytest
+import torch
+import tvm
+from transformers import BertConfig, BertModel
+from tvm import relax, tirx
+from tvm.script import ir as I
+from tvm.script import relax as R
+
+from turbo_tvm import pipeline
+from turbo_tvm.frontends.torch_module import import_module
+from turbo_tvm.kernels import CpuKernels, inventory, kernel_name
+from turbo_tvm.passes.composite import Composite
+from turbo_tvm.schedules.tiles import BASELINE, CpuTiles
+
+TILES = CpuTiles(lanes=4, row_tile=4, col_tile=8)
+
+t = TypeVar("t")
+
+
+def tensor(*shape: int, dtype: str = "float32") -> relax.Var:
+    """A weight of this shape, or packed rows if its first dimension is -1."""
+    dims = [tirx.Var("t", "int64") if d < 0 else d for d in shape]
+    return relax.Var("x", relax.TensorType(dims, dtype))
+
+
+def rows(columns: int) -> relax.TensorType:
+    return relax.TensorType((tirx.Var("t", "int64"), TILES.row_tile, columns), "float32")
+
+
+def linear(k: int = 16, n: int = 8, *, x_width: int | None = None, **attrs) -> Composite:
+    attrs = {"activation": None, "residual": False, "norm_eps": None} | attrs
+    panels = TILES.panels(n)
+    x, weight, bias = tensor(-1, 4, x_width or k), tensor(panels, k, TILES.col_tile), tensor(panels * TILES.col_tile)
+    extra = [tensor(-1, 4, n)] if attrs["residual"] else []
+    return Composite("linear", (x, weight, bias, *extra, *([bias, bias] if attrs["norm_eps"] else [])), attrs)
+
+
+def attention(*, bias: bool = False, **attrs) -> Composite:
+    attrs = {
+        "heads": 2,
+        "head_dim": 8,
+        "scale": 8**-0.5,
+        "max_length": 24,
+        "columns": [[48, 0], [48, 16], [48, 32]],
+    } | attrs
+    width = attrs["columns"][0][0]
+    table = [tensor(attrs["heads"], 2 * attrs["max_length"] - 1)] if bias else []
+    qkv = [tensor(-1, 4, width)] * 3
+    return Composite("attention", (*qkv, tensor(-1, 3, dtype="int32"), *table), attrs)
+
+
+VARIANTS = [
+    (linear(), rows(8)),
+    (linear(k=32), rows(8)),
+    (linear(n=16), rows(16)),
+    (linear(activation="gelu"), rows(8)),
+    (linear(activation="gelu_tanh"), rows(8)),
+    (linear(activation="relu"), rows(8)),
+    (linear(residual=True), rows(8)),
+    (linear(norm_eps=1e-12), rows(8)),
+    (linear(norm_eps=1e-5), rows(8)),
+    (linear(residual=True, norm_eps=1e-5), rows(8)),
+    (linear(x_width=32), rows(8)),
+    (linear(columns=8), rows(24)),
+    (attention(), rows(16)),
+    (attention(bias=True), rows(16)),
+    (attention(scale=1.0), rows(16)),
+    (attention(max_length=48), rows(16)),
+    (attention(heads=4, head_dim=4, scale=0.5), rows(16)),
+    (attention(columns=[[16, 0]] * 3), rows(16)),
+    (Composite("norm", (), {"eps": 1e-5, "residual": False}), rows(16)),
+    (Composite("norm", (), {"eps": 1e-5, "residual": True}), rows(16)),
+    (Composite("norm", (), {"eps": 1e-12, "residual": False}), rows(16)),
+    (Composite("norm", (), {"eps": 1e-5, "residual": False}), rows(32)),
+    (Composite("normalize", (), {"eps": 1e-12}), rows(16)),
+    (Composite("embedding", (), {"tables": 1, "norm_eps": None}), rows(16)),
+    (Composite("embedding", (), {"tables": 3, "norm_eps": None}), rows(16)),
+    (Composite("embedding", (), {"tables": 3, "norm_eps": 1e-5}), rows(16)),
+    (Composite("pool", (), {"mode": "first"}), rows(16)),
+    (Composite("pool", (), {"mode": "mean"}), rows(16)),
+    (Composite("pack_weight", (), {"k": 16, "n": 8}), relax.TensorType((1, 16, 8), "float32")),
+    (Composite("pack_weight", (), {"k": 8, "n": 16}), relax.TensorType((2, 8, 8), "float32")),
+    (Composite("pack_bias", (), {"n": 8}), relax.TensorType((8,), "float32")),
+    (Composite("tile_rows", (), {}), rows(16)),
+    (Composite("untile_rows", (), {}), rows(16)),
+    (Composite("toeplitz", (), {}), relax.TensorType((2, 47), "float32")),
+]
+
+
+def test_every_parameter_shows_in_the_name():
+    names = [kernel_name(fused, out) for fused, out in VARIANTS]
+    assert len(set(names)) == len(names)
+    assert all(name.isidentifier() for name in names)
+
+
+def test_names_are_readable():
+    assert kernel_name(linear(768, 3072, activation="gelu"), rows(3072)) == "linear_768x3072_gelu"
+    assert kernel_name(attention(), rows(16)) == "attention_2x8_merged_max24"
+    assert kernel_name(linear(norm_eps=1e-12, residual=True), rows(8)) == "linear_16x8_norm_eps1e_12_residual"
+
+
+@pytest.mark.parametrize("fused, out", VARIANTS, ids=[kernel_name(*variant) for variant in VARIANTS])
+def test_every_composite_has_a_kernel_of_its_tensors_and_its_output(fused, out):
+    name, func = CpuKernels(TILES)(fused, out)
+    assert name == kernel_name(fused, out)
+    assert isinstance(func, tirx.PrimFunc)
+    if fused.tensors:
+        assert len(func.params) == len(fused.tensors) + 1
+
+
+def test_same_parameters_share_one_kernel():
+    first, second = CpuKernels(TILES), CpuKernels(CpuTiles(4, 4, 8))
+    kernel = first(linear(), rows(8))[1]
+    assert first(linear(), rows(8))[1].same_as(kernel)
+    assert second(linear(), rows(8))[1].same_as(kernel)
+
+
+def test_other_parameters_and_tiles_are_other_kernels():
+    kernel = CpuKernels(TILES)(linear(), rows(8))[1]
+    assert not CpuKernels(TILES)(linear(residual=True), rows(8))[1].same_as(kernel)
+    assert not CpuKernels(CpuTiles(4, 6, 8))(linear(), rows(8))[1].same_as(kernel)
+
+
+def test_kernels_have_a_root_block():
+    for fused, out in (linear(), rows(8)), (Composite("pool", (), {"mode": "mean"}), rows(16)):
+        assert isinstance(CpuKernels(TILES)(fused, out)[1].body, tvm.s_tir.SBlockRealize)
+
+
+def test_an_unknown_composite_is_an_error():
+    with pytest.raises(AttributeError, match="_convolution"):
+        CpuKernels(TILES)(Composite("convolution", (), {}), rows(8))
+
+
+@pytest.fixture(scope="module")
+def tiny() -> dict[str, object]:
+    """The inventory of a BERT of 2 layers, hidden 16, 2 heads, feed-forward 32, 50 words, 24 positions; by name."""
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=24,
+    )
+    mod = import_module(BertModel(config).eval()).mod
+    return {k.name: k for k in pipeline.optimize(mod, BASELINE, 24).kernels}
+
+
+def test_calls_are_counted(tiny):
+    assert {name: k.calls for name, k in tiny.items()} == {
+        "embedding_16_norm_eps1e_12_tables3": 1,
+        "linear_16x48": 2,
+        "attention_2x8_merged_max24": 2,
+        "linear_16x16_norm_eps1e_12_residual": 2,
+        "linear_16x32_gelu": 2,
+        "linear_32x16_norm_eps1e_12_residual": 2,
+        "pool_16_first": 1,
+        "linear_16x16_tanh": 1,
+    }
+
+
+def test_operations_are_counted_per_token_and_per_pair(tiny):
+    per_token = {name: k.flops_per_token for name, k in tiny.items() if k.flops_per_token}
+    assert per_token == {
+        "embedding_16_norm_eps1e_12_tables3": 3 * 16,
+        "linear_16x48": 2 * 16 * 48,
+        "linear_16x16_norm_eps1e_12_residual": 2 * 16 * 16,
+        "linear_16x32_gelu": 2 * 16 * 32,
+        "linear_32x16_norm_eps1e_12_residual": 2 * 32 * 16,
+    }
+    # q k^T and p v: a multiplication and an addition each, per head and its 8 columns
+    assert {k.name: k.flops_per_pair for k in tiny.values() if k.flops_per_pair} == {
+        "attention_2x8_merged_max24": 2 * 2 * 2 * 8
+    }
+
+
+def test_products_of_sequences_count_as_nothing(tiny):
+    assert tiny["linear_16x16_tanh"].flops_per_token == 0
+
+
+def test_bytes_of_weights_are_those_of_the_packed_ones(tiny):
+    assert BASELINE.col_tile == 8
+    assert tiny["linear_16x48"].bytes_weights == 4 * (16 * 48 + 48)
+    assert tiny["linear_16x32_gelu"].bytes_weights == 4 * (16 * 32 + 32)
+    assert tiny["linear_32x16_norm_eps1e_12_residual"].bytes_weights == 4 * (32 * 16 + 3 * 16)
+    assert tiny["embedding_16_norm_eps1e_12_tables3"].bytes_weights == 4 * (50 + 2 + 24 + 2) * 16
+    assert tiny["attention_2x8_merged_max24"].bytes_weights == 0
+
+
+def test_wide_rows_count_their_true_columns():
+    wide = '{"activation": null, "columns": 8, "norm_eps": null, "residual": false}'
+
+    @I.ir_module
+    class Module:
+        @R.function
+        def main(
+            x: R.Tensor((t, 4, 16), "float32"),
+            w: R.Tensor((1, 16, 8), "float32"),
+            c: R.Tensor((8,), "float32"),
+        ):
+            R.func_attr({"num_input": 1})
+            with R.dataflow():
+                y = R.call_dps_packed("turbo.linear", (x, w, c, R.str(wide)), out_ty=R.Tensor((t, 4, 24), "float32"))
+                R.output(y)
+            return y
+
+    (spec,) = inventory(Module)
+    assert (spec.name, spec.shapes, spec.flops_per_token) == ("linear_16x8_to24", "16 -> 8", 2 * 16 * 8)
