@@ -54,6 +54,12 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'turbo_tvm' has no attribute {name!r}")
     import importlib
 
+    from turbo_tvm import config
+
+    if name == "load":
+        config.import_tvm_to_run()
+    elif name == "compile":
+        config.check_tvm_can_compile()
     value = getattr(importlib.import_module(_LAZY[name]), name)
     globals()[name] = value
     return value

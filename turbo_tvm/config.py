@@ -6,11 +6,12 @@ TURBO_TVM_NUM_THREADS   threads per model when the caller names none; the defaul
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from pathlib import Path
 
-from turbo_tvm.errors import TurboError
+from turbo_tvm.errors import CompileError, TurboError
 
 
 def dump_ir_directory() -> Path | None:
@@ -58,13 +59,35 @@ def _core_of(cpu: int) -> str:
         return str(cpu)
 
 
-def runtime_only() -> None:
-    """For a process that only runs artifacts, before TVM is imported: neither TVM's compiler nor PyTorch is loaded.
+def import_tvm_to_run() -> None:
+    """Import TVM for a process that runs artifacts: without its compiler, and without PyTorch.
 
-    TVM imports PyTorch where it is installed, to exchange tensors with it, which takes seconds.
+    By itself `import tvm` loads both, and PyTorch alone takes seconds and hundreds of megabytes. If either is in this
+    process already, nothing changes: it will want to compile. PyTorch can be imported afterwards; `compile` then says
+    that the process has no compiler.
     """
+    if "tvm" in sys.modules or "torch" in sys.modules:
+        return
+    before = os.environ.get("TVM_USE_RUNTIME_LIB")
     os.environ["TVM_USE_RUNTIME_LIB"] = "1"
-    sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        importlib.import_module("tvm")
+    finally:
+        del sys.modules["torch"]
+        os.environ.pop("TVM_USE_RUNTIME_LIB")
+        if before is not None:
+            os.environ["TVM_USE_RUNTIME_LIB"] = before
+
+
+def check_tvm_can_compile() -> None:
+    """Raises CompileError if TVM was imported without its compiler in this process."""
+    base = sys.modules.get("tvm.base")
+    if getattr(base, "_RUNTIME_ONLY", False):
+        raise CompileError(
+            "this process loaded a model first, and with it TVM without its compiler: import torch before "
+            "turbo_tvm.load, or compile in another process"
+        )
 
 
 def quiet_model_loading() -> None:

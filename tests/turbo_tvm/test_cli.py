@@ -24,7 +24,6 @@ MODEL_OUTPUTS = ["last_hidden_state", "pooler_output"]
 @pytest.fixture(autouse=True)
 def whole_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """`run` and `compile` set up their whole process; this one has other tests to run."""
-    monkeypatch.setattr(config, "runtime_only", lambda: None)
     monkeypatch.setattr(config, "quiet_model_loading", lambda: None)
 
 

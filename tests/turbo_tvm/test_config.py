@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -60,14 +61,29 @@ def test_what_the_user_set_stays(monkeypatch):
     assert (os.environ["TVM_NUM_THREADS"], os.environ["TVM_BIND_THREADS"]) == ("3", "0")
 
 
-def test_runtime_only_blocks_torch_where_it_is_not_loaded(monkeypatch):
-    monkeypatch.setenv("TVM_USE_RUNTIME_LIB", "0")
-    loaded = sys.modules.get("torch")
-    monkeypatch.delitem(sys.modules, "torch", raising=False)
-    config.runtime_only()
-    assert os.environ["TVM_USE_RUNTIME_LIB"] == "1"
-    with pytest.raises(ImportError):
-        import torch  # noqa: F401
-    monkeypatch.setitem(sys.modules, "torch", loaded)
-    config.runtime_only()
-    assert sys.modules["torch"] is loaded
+LIGHT = """
+import sys
+import turbo_tvm
+turbo_tvm.load
+assert "tvm" in sys.modules and "torch" not in sys.modules
+import torch
+try:
+    turbo_tvm.compile
+except turbo_tvm.CompileError as error:
+    print(error)
+"""
+
+
+def test_load_imports_tvm_without_compiler_and_torch_and_compile_says_so():
+    done = subprocess.run([sys.executable, "-c", LIGHT], capture_output=True, text=True, check=True)
+    assert "import torch before turbo_tvm.load" in done.stdout
+
+
+def test_load_leaves_a_process_with_torch_able_to_compile():
+    code = "import torch, turbo_tvm; turbo_tvm.load; turbo_tvm.compile"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_environment_is_as_before():
+    code = "import os, turbo_tvm; turbo_tvm.load; assert 'TVM_USE_RUNTIME_LIB' not in os.environ"
+    subprocess.run([sys.executable, "-c", code], check=True)

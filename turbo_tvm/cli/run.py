@@ -64,10 +64,6 @@ def run_command(
     """
     form = _format(form, save)
     request = read_request(texts, text_file, ids, ids_file)
-    from turbo_tvm import config
-
-    config.runtime_only()
-
     import turbo_tvm
 
     model = turbo_tvm.load(file, threads=threads)
