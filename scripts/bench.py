@@ -4,7 +4,7 @@ Every sample is one call after an untimed call of the same contender, so that ca
 round times every contender once, in an order that rotates; ratios are taken round by round. The JSON keeps raw samples.
 
     scripts/bench                            BERT-base: the fixed shapes and the ragged set
-    scripts/bench --model minilm --rounds 31
+    scripts/bench --model minilm --rounds 15
 """
 
 from __future__ import annotations
@@ -220,7 +220,7 @@ def markdown(done: list[Case]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="bert-base")
-    parser.add_argument("--rounds", type=int, default=15, help="samples per contender and workload (default 15)")
+    parser.add_argument("--rounds", type=int, default=7, help="samples per contender and workload (default 7)")
     parser.add_argument("--threads", type=int, help="threads for every contender; default: the physical cores")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("bench_results"), help="directory for JSON and Markdown")
