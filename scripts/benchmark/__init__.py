@@ -1,0 +1,1 @@
+"""Compiled models timed beside their rivals; `scripts/bench --help`."""

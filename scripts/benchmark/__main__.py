@@ -1,0 +1,130 @@
+"""The command line of the benchmarks: `scripts/bench [encoder] [options]`, `scripts/bench report DIR`."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from .contenders import RIVALS
+from .encoder import PRECISIONS, Settings, run
+from .measure import Limits
+from .models import MODELS
+from .render import render_directory
+
+ENCODER = """Time compiled encoders beside PyTorch, torch.compile, ONNX Runtime (plain and with its transformer
+optimiser) and OpenVINO: one process, interleaved, the same threads for everyone, every sample kept.
+
+Workloads: a grid of batch 1, 8, 32 by length 8 to 512 (named 1x8 ... 32x512), and 32 ragged requests of
+lengths uniform in 5..500, uniform in 2..100, and long-tailed (named ragged-...). Rivals answer ragged requests
+padded, one by one, and sorted in groups of 4 and of 8. A rival that is not installed, fails to build or answers
+wrongly is named with the reason.
+
+Writes MODEL-PRECISION.json (raw samples), .md and .png into the output directory, after every workload."""
+EXAMPLES = """examples:
+  scripts/bench --quick                               a smoke run of a few minutes: MiniLM-L6, three workloads
+  scripts/bench --models bert-base --precisions fp32  one model in one precision
+  scripts/bench --only ragged                         the ragged sets; --only 32x for a batch, --only 8x128 for a point
+  scripts/bench --out benchmarks --resume             the committed results; goes on where an interrupted run stopped
+  scripts/bench report benchmarks                     Markdown and plots again from the JSON, without measuring"""
+COMMANDS = ("encoder", "report")
+QUICK_LIMITS = {"rounds": 3, "seconds": 5.0}
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog="scripts/bench", description="Benchmarks of compiled models.")
+    commands = made.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    raw = argparse.RawDescriptionHelpFormatter
+    encoder = commands.add_parser(
+        "encoder",
+        help="encoders beside their rivals (the default: scripts/bench --help)",
+        description=ENCODER,
+        epilog=EXAMPLES,
+        formatter_class=raw,
+    )
+    _encoder_options(encoder)
+    again = commands.add_parser("report", help="Markdown and plots from existing JSON", description="Measures nothing.")
+    again.add_argument("directory", type=Path, metavar="DIR", help="where the JSON files are")
+    return made
+
+
+def _encoder_options(encoder: argparse.ArgumentParser) -> None:
+    limits = Limits()
+    add = encoder.add_argument
+    add("--models", nargs="+", choices=MODELS, help="default: all; with --quick minilm-l6")
+    add("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS), help="default: all")
+    add("--rivals", nargs="+", choices=RIVALS, metavar="RIVAL", help=f"default: all of {', '.join(map(repr, RIVALS))}")
+    add("--only", metavar="SUBSTRING", help="workloads whose name contains this")
+    add("--quick", action="store_true", help="three workloads, at most 3 rounds and 5 s each, for a smoke run")
+    add("--rounds", type=_positive, help=f"most rounds per workload (default {limits.rounds})")
+    add(
+        "--min-rounds",
+        type=_positive,
+        default=limits.min_rounds,
+        help="rounds whatever they take (default %(default)s)",
+    )
+    add("--seconds", type=float, help=f"start no further round of a workload after this (default {limits.seconds:g})")
+    add("--threads", type=_positive, help="for every contender (default: the physical cores)")
+    add("--seed", type=int, default=0, help="of weights, lengths and token ids (default %(default)s)")
+    add("--out", type=Path, default=Path("bench_results"), help="output directory (default %(default)s)")
+    add("--resume", action="store_true", help="skip what the JSON there holds of this machine and these versions")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a whole number from 1 is needed, not {text!r}")
+    return int(text)
+
+
+def arguments(argv: list[str]) -> argparse.Namespace:
+    """The parsed command line; `encoder` where no command is named."""
+    return parser().parse_args(argv if argv and argv[0] in COMMANDS else ["encoder", *argv])
+
+
+def settings(args: argparse.Namespace, argv: list[str]) -> Settings:
+    from turbo_tvm import config
+
+    names = args.models or (["minilm-l6"] if args.quick else list(MODELS))
+    usual = QUICK_LIMITS if args.quick else {"rounds": Limits.rounds, "seconds": Limits.seconds}
+    rounds = args.rounds or int(usual["rounds"])
+    limits = Limits(
+        rounds=rounds,
+        min_rounds=min(args.min_rounds, rounds),
+        seconds=usual["seconds"] if args.seconds is None else args.seconds,
+    )
+    return Settings(
+        command=shlex.join(["scripts/bench", *argv]),
+        models={name: MODELS[name] for name in names},
+        precisions=tuple(args.precisions),
+        threads=config.num_threads(args.threads),
+        seed=args.seed,
+        out=args.out,
+        limits=limits,
+        only=args.only,
+        quick=args.quick,
+        resume=args.resume,
+        rivals=tuple(args.rivals) if args.rivals else None,
+    )
+
+
+def main(argv: list[str]) -> int:
+    args = arguments(argv)
+    console = Console(soft_wrap=True, highlight=False)
+    if args.command == "report":
+        if render_directory(args.directory, console):
+            return 0
+        print(f"error: there are no results in {args.directory}", file=sys.stderr)
+        return 1
+    try:
+        run(settings(args, argv), console)
+    except KeyboardInterrupt:
+        print(f"interrupted: {args.out} holds every finished workload; go on with --resume", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
