@@ -6,7 +6,9 @@ One Relax VM is not thread-safe, so calls are serialised by a lock; TVM releases
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import tvm
@@ -18,7 +20,7 @@ from turbo_tvm.runtime.batch import Batch
 from turbo_tvm.runtime.buffers import Buffers
 from turbo_tvm.runtime.manifest import Manifest, OutputSpec
 
-_BIG_CORES = 1  # a mode of TVM's thread pool
+BIG_CORES = 1  # a mode of TVM's thread pool
 
 
 class Executor:
@@ -28,18 +30,38 @@ class Executor:
         """weights: 64-byte aligned arrays by name; they are used in place and must outlive the executor."""
         self.manifest = manifest
         self.threads = threads
-        self._main = VirtualMachine(module, tvm.cpu())["main"]
+        self._module = module
+        self._main = self.another_vm()["main"]
         self._weights = [tvm.runtime.from_dlpack(weights[p.name]) for p in manifest.parameters]
         self.buffers = Buffers(manifest.buffers, manifest.row_tile)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._config_threadpool = tvm.get_global_func("runtime.config_threadpool")
 
     def run(self, batch: Batch) -> dict[str, list[np.ndarray]]:
         """Every output of the model: one array per sequence, in order, (length, columns) or (columns,), fp32."""
         with self._lock:
             # TVM keeps one thread pool per calling thread, for all models: another may have set it since (1 us)
-            self._config_threadpool(_BIG_CORES, self.threads)
+            self._config_threadpool(BIG_CORES, self.threads)
             return self._packed(batch) if self.manifest.layout == "packed" else self._padded(batch)
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        """The compiled function: inputs, weights, buffers."""
+        return self._main
+
+    def another_vm(self) -> VirtualMachine:
+        """A VM of its own on the same code."""
+        return VirtualMachine(self._module, tvm.cpu())
+
+    @contextmanager
+    def calling(self, function: Callable[..., Any]) -> Iterator[None]:
+        """While open, `run` calls this in place of the compiled function, and other threads wait; for the profiler."""
+        with self._lock:
+            own, self._main = self._main, function
+            try:
+                yield
+            finally:
+                self._main = own
 
     def _call(self, inputs: list[np.ndarray], buffers: list[tvm.runtime.Tensor]) -> list[np.ndarray]:
         try:
@@ -94,9 +116,14 @@ class ForeignExecutor:
     def __init__(self, reason: str):
         self._reason = reason
 
+    @property
+    def error(self) -> TurboError:
+        """Why this machine cannot run the model."""
+        return TurboError(f"{self._reason} (the model can be saved here and loaded on such a machine)")
+
     def run(self, batch: Batch) -> dict[str, list[np.ndarray]]:
         """Raises TurboError: why this machine cannot run the model."""
-        raise TurboError(f"{self._reason} (the model can be saved here and loaded on such a machine)")
+        raise self.error
 
 
 def _split_packed(spec: OutputSpec, result: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> list[np.ndarray]:

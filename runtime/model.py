@@ -11,9 +11,11 @@ import numpy as np
 
 from turbo_tvm.errors import InputError, TurboError
 from turbo_tvm.runtime import batch as packing
+from turbo_tvm.runtime import profiler
 from turbo_tvm.runtime.batch import Batch
 from turbo_tvm.runtime.executor import Executor, ForeignExecutor
 from turbo_tvm.runtime.manifest import Manifest, OutputSpec
+from turbo_tvm.runtime.profiler import MachineLimits, ProfileReport
 from turbo_tvm.runtime.text import TextTokenizer
 
 if TYPE_CHECKING:
@@ -127,6 +129,18 @@ class CompiledModel:
         shape = np.shape(ids)
         padded = {s.name: _to_matrix(s, results[s.name], batch, shape) for s in self.manifest.outputs}
         return ModelOutput((name, _like(value, input_ids)) for name, value in padded.items())
+
+    def profile(
+        self, lengths: Sequence[int], *, rounds: int = 20, limits: MachineLimits | None = None, seed: int = 0
+    ) -> ProfileReport:
+        """Time every kernel on random token ids of these lengths; other threads wait meanwhile.
+
+        limits: what the machine can do (`turbo_tvm.machine_limits`), for the fractions of it. Raises InputError for
+        lengths that the model cannot answer, and TurboError if this machine cannot run the model.
+        """
+        if isinstance(self._executor, ForeignExecutor):
+            raise self._executor.error
+        return profiler.profile(self.run, self._executor, lengths, rounds=rounds, limits=limits, seed=seed)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the artifact: code, weights, tokenizer and manifest in one file. Raises ArtifactError."""

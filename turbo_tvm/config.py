@@ -2,6 +2,7 @@
 
 TURBO_TVM_DUMP_IR       a directory; the compiler writes the module after every pass there, as text
 TURBO_TVM_NUM_THREADS   threads per model when the caller names none; the default is one per physical core
+XDG_CACHE_HOME          where the machine's measured limits are kept; the default is ~/.cache
 """
 
 from __future__ import annotations
@@ -18,6 +19,17 @@ def dump_ir_directory() -> Path | None:
     """Where to write the module after every pass, or None."""
     value = os.environ.get("TURBO_TVM_DUMP_IR")
     return Path(value) if value else None
+
+
+def cache_directory() -> Path | None:
+    """Where to keep what can be measured again, or None where the user has no home. It need not exist."""
+    value = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if value.is_absolute():  # the XDG specification ignores any other
+        return value / "turbo_tvm"
+    try:
+        return Path.home() / ".cache" / "turbo_tvm"
+    except RuntimeError:
+        return None
 
 
 def let_tvm_use_every_core() -> None:

@@ -9,28 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from turbo_tvm.cli.options import debug_option
+from turbo_tvm.cli.options import debug_option, lengths_callback
 
 if TYPE_CHECKING:
     from turbo_tvm.runtime.manifest import Manifest
 
 
-def _lengths(_ctx: click.Context, _param: click.Parameter, value: str | None) -> list[int] | None:
-    if value is None:
-        return None
-    try:
-        lengths = [int(part) for part in value.replace(",", " ").split()]
-    except ValueError:
-        raise click.BadParameter(f"{value!r} is not a list of whole numbers such as 12,200,37") from None
-    if not lengths or min(lengths) < 1:
-        raise click.BadParameter("lengths are whole numbers of at least 1, such as 12,200,37")
-    return lengths
-
-
 @click.command("inspect")
 @click.argument("file", metavar="FILE", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Everything as one JSON object, for programs.")
-@click.option("--lengths", metavar="N,N,...", callback=_lengths, help="Also the cost of a batch of these lengths.")
+@click.option(
+    "--lengths", metavar="N,N,...", callback=lengths_callback, help="Also the cost of a batch of these lengths."
+)
 @debug_option
 def inspect_command(file: Path, as_json: bool, lengths: list[int] | None) -> None:
     """Show what is inside an artifact.

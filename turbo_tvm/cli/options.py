@@ -51,6 +51,19 @@ debug_option = click.option(
 )
 
 
+def lengths_callback(_ctx: click.Context, _param: click.Parameter, value: str | None) -> list[int] | None:
+    """The value of `--lengths`: whole numbers of at least 1; None where it is not given."""
+    if value is None:
+        return None
+    try:
+        lengths = [int(part) for part in value.replace(",", " ").split()]
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not a list of whole numbers such as 12,200,37") from None
+    if not lengths or min(lengths) < 1:
+        raise click.BadParameter("lengths are whole numbers of at least 1, such as 12,200,37")
+    return lengths
+
+
 def print_version(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
     """Print versions and leave; TVM is asked for its version without being imported."""
     if not value or ctx.resilient_parsing:

@@ -1,0 +1,206 @@
+"""The machine's limits: the kernels are what they claim to be, and the cache holds, breaks and is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+
+import numpy as np
+import pytest
+import tvm
+
+from turbo_tvm import config, limit_kernels, limit_measurement, machine_limits, targets
+from turbo_tvm.errors import CompileError
+from turbo_tvm.runtime.roofline import MachineLimits
+from turbo_tvm.schedules.tiles import cpu_tiles
+
+WORDS: list[str] = []
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path):
+    WORDS.clear()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "turbo_tvm"
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """Counts measurements; each gives other figures."""
+    made: list[MachineLimits] = []
+
+    def measure(threads, cpu, version, *, step):
+        made.append(MachineLimits(cpu, threads, version, 1e9 + len(made), None, 1e8, 2e8, None, 0))
+        return made[-1]
+
+    monkeypatch.setattr(limit_measurement, "measure", measure)
+    return made
+
+
+def limits(threads=1, **options):
+    return machine_limits.machine_limits(threads, notice=WORDS.append, step=WORDS.append, **options)
+
+
+def code(cpu: str) -> str:
+    target = targets.resolve(cpu)
+    bf16 = cpu == "cpu:znver4"
+    return tvm.compile(limit_measurement.module(cpu_tiles(target), bf16), target=target).mod.inspect_source("asm")
+
+
+@pytest.mark.parametrize(
+    ("cpu", "register", "count"),
+    [("cpu:x86-64-v3", "ymm", 12), ("cpu:x86-64-v4", "zmm", 24), ("cpu:znver4", "zmm", 24)],
+)
+def test_the_loop_is_fused_multiply_adds_in_registers(cpu, register, count):
+    if targets.describe("cpu", targets.resolve("cpu")).triple_arch != "x86_64":
+        pytest.skip("x86-64 code")
+    text = code(cpu)
+    wanted = {"vfmadd": text} | ({"vdpbf16ps": text} if cpu == "cpu:znver4" else {})
+    for name in wanted:
+        runs = [block for block in re.split(r"^\.?\w+:.*$", text, flags=re.M) if name in block]
+        inner = max(runs, key=lambda block: block.count(name))
+        found = re.findall(rf"\s{name}\w*\s+(.*)", inner)
+        assert len(found) >= count and len(found) % count == 0
+        assert all(line.count(register) == 3 and "(" not in line and "[" not in line for line in found)
+        assert "call" not in inner
+
+
+def test_multiply_adds_compute_what_they_say():
+    target = targets.resolve("cpu")
+    tiles = cpu_tiles(target)
+    kernel = tvm.compile(limit_measurement.module(tiles, False), target=target)["multiply_add"]
+    start = np.arange(limit_kernels.accumulators(tiles) * tiles.lanes, dtype=np.float32).reshape(-1, tiles.lanes)
+    factors = np.stack([np.full(tiles.lanes, 0.5), np.full(tiles.lanes, 2.0)]).astype(np.float32)
+    out = tvm.runtime.tensor(np.zeros((2, tiles.lanes), np.float32))
+    kernel(tvm.runtime.tensor(start), tvm.runtime.tensor(factors), out, 3)
+    wanted = (((start * 0.5 + 2) * 0.5 + 2) * 0.5 + 2).sum(0)
+    np.testing.assert_allclose(out.numpy(), np.stack([wanted, wanted]), rtol=1e-5)
+
+
+@pytest.mark.parametrize("tasks", [1, 2, 3])
+def test_reading_reads_everything(tasks):
+    target = targets.resolve("cpu")
+    tiles = cpu_tiles(target)
+    kernel = tvm.compile(limit_measurement.module(tiles, False), target=target)["read"]
+    data = np.random.default_rng(0).integers(0, 9, (12, limit_kernels.block_floats(tiles))).astype(np.float32)
+    out = tvm.runtime.tensor(np.zeros((tasks, tiles.lanes), np.float32))
+    kernel(tvm.runtime.tensor(data), out, 2)
+    np.testing.assert_array_equal(out.numpy().sum(1), 2 * data.reshape(tasks, -1).sum(1))
+
+
+def test_a_short_measurement_gives_limits():
+    made = limit_measurement.measure(1, "cpu", "1", seconds=0.005, dram_bytes=1 << 20, step=WORDS.append)
+    assert (made.cpu, made.threads, made.tvm_version) == ("cpu", 1, "1")
+    values = [made.fp32_flops, made.bf16_flops, made.dram, made.dram_one_thread, made.cache]
+    assert all(value is None or value > 0 for value in values) and made.fp32_flops
+    assert WORDS[-1] == "measuring memory"
+
+
+def test_limits_are_measured_once_for_a_thread_count(measured):
+    first = limits()
+    assert limits() == first and len(measured) == 1
+    assert limits(2).threads == 2 and len(measured) == 2
+    assert limits() == first and len(measured) == 2
+    assert not WORDS
+
+
+def test_remeasure(measured, cache):
+    limits()
+    assert limits(remeasure=True) == limits() == measured[1]
+    assert len(list(cache.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "{}", "null", "\xff", '{"cpu": 1}'],
+    ids=["empty", "cut", "list", "fields", "null", "x", "few"],
+)
+def test_a_broken_file_is_measured_again(measured, text):
+    limits()
+    machine_limits.cache_file(1).write_bytes(text.encode("latin1"))
+    assert limits() == measured[1]
+    assert "cannot be used" in WORDS[0] and "measuring again" in WORDS[0]
+    assert limits() == measured[1] and len(WORDS) == 1
+
+
+@pytest.mark.parametrize("change", [{"dram": 0}, {"dram": "x"}, {"fp32_flops": None}, {"dram": True}, {"threads": 3}])
+def test_wrong_values_are_measured_again(measured, change):
+    path, first = machine_limits.cache_file(1), limits()
+    path.write_text(json.dumps(dataclasses.asdict(first) | change))
+    assert limits() == measured[1] and len(WORDS) == 1
+
+
+def test_another_cpu_or_tvm_is_measured(measured, monkeypatch):
+    limits()
+    monkeypatch.setattr(machine_limits, "tvm_version", lambda: "9")
+    limits()
+    monkeypatch.setattr(machine_limits, "cpu_name", lambda: "another")
+    limits()
+    assert len(measured) == 3
+
+
+def test_a_cache_that_cannot_be_written_is_said(measured, cache):
+    cache.parent.write_text("a file in the directory's place")
+    assert limits() == measured[0]
+    assert "cannot be kept" in WORDS[0] and len(WORDS) == 1
+
+
+def test_limits_of_a_busy_machine_are_not_kept(measured, monkeypatch, cache):
+    busy = MachineLimits("c", 1, "1", 1e9, None, 1e8, 1e8, None, 0, cpu_share=0.52)
+    monkeypatch.setattr(limit_measurement, "measure", lambda *_, **__: busy)
+    assert limits() == busy
+    assert WORDS == ["other programs took 48% of the CPUs: the limits are too low, and not kept"]
+    assert not cache.exists()
+
+
+def test_the_best_call_is_kept():
+    calls = []
+    found = limit_measurement.best(lambda rounds: calls.append(rounds) or sum(range(rounds)), 0.0, 1000)
+    assert len(calls) >= 3 and calls[0] == 1000 and calls[-1] == calls[-2] == calls[-3]
+    assert found.seconds > 0 and found.cpus >= 0
+
+
+def test_no_cache_directory(measured, monkeypatch):
+    monkeypatch.setattr(config, "cache_directory", lambda: None)
+    assert limits() == measured[0]
+    assert WORDS == ["there is no cache directory: the measured limits are not kept"]
+
+
+def test_a_process_without_compiler_says_so(monkeypatch):
+    def none():
+        raise CompileError("no compiler here")
+
+    monkeypatch.setattr(config, "check_tvm_can_compile", none)
+    with pytest.raises(CompileError, match="no compiler here"):
+        limits()
+
+
+def test_cpu_names(monkeypatch, tmp_path):
+    text = tmp_path / "cpuinfo"
+    monkeypatch.setattr(machine_limits, "_CPUINFO", text)
+    assert machine_limits.cpu_name() == "unknown CPU"
+    text.write_text(
+        "processor: 0\nmodel\t\t: 2\nmodel name\t: A: 1 GHz\ncpu family: 26\n\nprocessor: 1\nmodel name: B\n"
+    )
+    assert machine_limits.cpu_name() == "A: 1 GHz, 26, 2"
+    text.write_text("CPU implementer\t: 0x41\nCPU part\t: 0xd0c\n")
+    assert machine_limits.cpu_name() == "0x41, 0xd0c"
+
+
+def test_caches(tmp_path):
+    for number, row in enumerate([("Data", "1", "48K"), ("Unified", "2", "1024K"), ("Unified", "3", "32768K")]):
+        (tmp_path / f"index{number}").mkdir()
+        for name, value in zip(("type", "level", "size"), row, strict=True):
+            (tmp_path / f"index{number}" / name).write_text(value + "\n")
+    assert limit_measurement.caches(tmp_path) == limit_measurement.Caches(1 << 20, 32 << 20)
+    (tmp_path / "index2" / "size").write_text("large")
+    assert limit_measurement.caches(tmp_path).last == 0
+    assert limit_measurement.caches(tmp_path / "none") == limit_measurement.Caches(0, 0)
+
+
+@pytest.mark.parametrize(("value", "used"), [("/x", "/x/turbo_tvm"), ("relative", None), ("", None)])
+def test_the_cache_directory(monkeypatch, value, used):
+    monkeypatch.setenv("XDG_CACHE_HOME", value)
+    monkeypatch.setenv("HOME", "/some/where")
+    assert str(config.cache_directory()) == (used or "/some/where/.cache/turbo_tvm")
