@@ -8,13 +8,16 @@ Vocabulary (T = packed rows `(tiles, row_tile, columns)`; before padding is remo
 
     attention(q, k, v, bounds..., [position_bias])   heads, head_dim, scale, columns [[width, offset] x 3], max_length
     pool(x, bounds)                                  mode "first" | "mean"
-    linear(x, weight, bias, [residual], [gamma, beta])   activation, residual, norm_eps; columns, if its rows are wider
+    linear(x, weight, bias, [residual], [gamma, beta])   activation, residual, norm_eps
     norm(x, [residual], gamma, beta)                 eps, residual
     normalize(x)                                     eps: rows divided by their Euclidean length
     embedding(ids..., tables..., [gamma, beta])      tables, norm_eps
     toeplitz(bias)                                   from (1, heads, L, L), over j - i only, to (heads, 2L - 1)
-    pack_weight(w), pack_bias(b)                     the kernels' weight layout
+    pack_weight(w), pack_bias(b)                     the kernels' weight layout; pairs: in bf16
+    to_bf16(x), table_to_bf16(w)                     rows and tables in bf16
     tile_rows(x), untile_rows(x)                     (rows, columns) to T and back, for graphs that stay padded
+
+Rows may be wider than their columns (`widen_rows`); a product then has the attribute `columns`, their true number.
 
 `bounds` is the attention mask while the graph is padded, afterwards `cu_seqlens` (pool) or `query_tiles` (attention).
 """
@@ -60,3 +63,13 @@ def match(expr: relax.Expr | None, name: str | None = None) -> Composite | None:
         return None
     *tensors, attributes = expr.args[1].fields
     return Composite(symbol[len(PREFIX) :], tuple(tensors), json.loads(attributes.value))
+
+
+def read_by_operators(func: relax.Function) -> set[relax.Var]:
+    """Variables that something else than a composite reads, or that the function returns: their type is fixed."""
+    fixed: set[relax.Var] = set(relax.analysis.free_vars(func.body.body))
+    for block in func.body.blocks:
+        for binding in block.bindings:
+            if match(binding.value) is None:
+                fixed.update(relax.analysis.free_vars(binding.value))
+    return fixed

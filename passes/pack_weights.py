@@ -3,6 +3,9 @@
     linear(x, w (n, k), b (n,))
         --> linear(x, turbo.pack_weight(w) (panels, k, col_tile), turbo.pack_bias(b) (panels * col_tile,))
 
+    linear(x in bf16, w, b)
+        --> linear(x, turbo.pack_weight(w, pairs) (panels, k / 2, col_tile) int32, ...)
+
 Layers that share a weight share its packed form. `hoist_weights` then moves the packing out of `main`.
 """
 
@@ -11,6 +14,7 @@ from __future__ import annotations
 from tvm import ir, relax
 
 from turbo_tvm.passes import composite
+from turbo_tvm.passes.lower_precision import BF16
 from turbo_tvm.passes.rewriter import Rewriter, shape_of
 
 
@@ -26,7 +30,7 @@ class _PackWeights(Rewriter):
     def __init__(self, mod: ir.IRModule, col_tile: int):
         super().__init__(mod)
         self.col_tile = col_tile
-        self._packed: dict[tuple[str, relax.Expr], relax.Var] = {}
+        self._packed: dict[tuple[str, str, relax.Expr], relax.Var] = {}
 
     def rules(self):
         return (self._linear,)
@@ -38,14 +42,17 @@ class _PackWeights(Rewriter):
         x, weight, bias, *rest = linear.tensors
         n, k = shape_of(weight)
         panels = -(-n // self.col_tile)
-        packed = self._pack("pack_weight", weight, (panels, k, self.col_tile), k=k, n=n)
-        packed_bias = self._pack("pack_bias", bias, (panels * self.col_tile,), n=n)
+        if str(x.ty.dtype) == BF16:
+            packed = self._pack("pack_weight", weight, (panels, k // 2, self.col_tile), "int32", k=k, n=n, pairs=True)
+        else:
+            packed = self._pack("pack_weight", weight, (panels, k, self.col_tile), "float32", k=k, n=n)
+        packed_bias = self._pack("pack_bias", bias, (panels * self.col_tile,), "float32", n=n)
         return composite.Composite("linear", (x, packed, packed_bias, *rest), linear.attrs).call(call.ty_args[0])
 
-    def _pack(self, name: str, weight: relax.Expr, shape: tuple, **attrs: int) -> relax.Var:
+    def _pack(self, name: str, weight: relax.Expr, shape: tuple, dtype: str, **attrs: int) -> relax.Var:
         """The packed weight; shared when several products read the same one (tied layers)."""
-        key = (name, weight)
+        key = (name, dtype, weight)
         if key not in self._packed:
-            out = relax.TensorType(shape, "float32")
+            out = relax.TensorType(shape, dtype)
             self._packed[key] = self.emit(composite.make(name, [weight], out, **attrs))
         return self._packed[key]

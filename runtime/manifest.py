@@ -34,7 +34,7 @@ FORMAT_VERSION = 1
 Natural = Annotated[int, 0]
 Positive = Annotated[int, 1]
 
-Dtype = Literal["float64", "float32", "float16", "int64", "int32", "int8", "uint8", "bool"]
+Dtype = Literal["float64", "float32", "float16", "int64", "int32", "uint16", "int8", "uint8", "bool"]
 RowKind = Literal["token", "sequence"]
 InputKind = Literal["token_ids", "token_type_ids", "position_ids", "cu_seqlens", "query_tiles", "attention_mask"]
 
@@ -161,7 +161,7 @@ class Manifest:
     name: str
     model_type: str
     target: TargetSpec
-    precision: Literal["fp32"] = "fp32"
+    precision: Literal["fp32", "bf16"] = "fp32"
     layout: Literal["packed", "padded"] = "packed"
     row_tile: Positive = 1
     query_tile: Positive = 1

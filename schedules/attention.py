@@ -36,8 +36,17 @@ import tvm
 from tvm.ir import Expr
 from tvm.script import tirx as T
 
-from turbo_tvm.schedules.attention_math import scores_macro, softmax_macro, weigh_macro
+from turbo_tvm.schedules import bf16
+from turbo_tvm.schedules.attention_math import (
+    bf16_accumulate_macro,
+    fp32_accumulate_macro,
+    pair_values_macro,
+    scores_macro,
+    softmax_macro,
+    weigh_macro,
+)
 from turbo_tvm.schedules.attention_task import Rows, Task, load_bias_macro, load_queries_macro
+from turbo_tvm.schedules.rows import RowFormat
 from turbo_tvm.schedules.script import without_parameters
 from turbo_tvm.schedules.tiles import CpuTiles
 
@@ -57,48 +66,68 @@ def attention(
     k: tuple[int, int],
     v: tuple[int, int],
     position_bias: bool = False,
+    x: RowFormat | None = None,
+    out: RowFormat | None = None,
 ) -> tvm.tirx.PrimFunc:
     """`(q, k, v, query_tiles, [position_bias,] out)`: out = softmax(scale Q K^T [+ bias]) V per sequence and head.
 
-    q, k, v: fp32 `(t, R, width)`, each given as (width, first column of head 0); they may be one buffer.
-    query_tiles: int32 `(nq, 3)`; sequences have 1 .. max_length rows. out: fp32 `(t, R, heads * head_dim)`.
+    q, k, v: `(t, R, width)`, each given as (width, first column of head 0); they may be one buffer. query_tiles: int32
+    `(nq, 3)`; sequences have 1 .. max_length rows. out: fp32 `(t, R, heads * head_dim)`
+    unless the format says else.
     position_bias: fp32 `(heads, 2 * max_length - 1)`, added for query i, key j at column j - i + max_length - 1.
+    x: the dtype of q, k and v, by default fp32; bf16 makes it products of bf16 numbers, and head_dim, widths and first
+    columns are then even.
     """
     lanes, queries, row_tile = tiles.lanes, tiles.query_tile, tiles.row_tile
     (q_width, q_column), (k_width, k_column), (v_width, v_column) = q, k, v
-    load_queries = load_queries_macro(lanes, queries, head_dim, scale * math.log2(math.e))
-    load_bias = load_bias_macro(queries, max_length)
-    narrow_scores = scores_macro(lanes, _NARROW_KEYS, _NARROW_KEYS, position_bias)
-    wide_scores = scores_macro(queries, row_tile, _LEFTOVER_KEYS, position_bias)
-    narrow_softmax, wide_softmax = softmax_macro(lanes), softmax_macro(queries)
-    weigh = weigh_macro(8 if row_tile >= 8 else 4, tiles.col_tile, head_dim)
+    out_rows = out or RowFormat(heads * head_dim)
+    in_type = x.dtype if x is not None else "float32"
+    in_pairs = in_type == bf16.STORAGE
+    step, pair_type = (2, bf16.PAIR) if in_pairs else (1, "float32")
+    accumulate = bf16_accumulate_macro(lanes) if in_pairs else fp32_accumulate_macro()
+    load_queries = load_queries_macro(lanes, queries, head_dim // step, pair_type)
+    load_bias = load_bias_macro(queries, max_length, scale)
+    pair_values = pair_values_macro(lanes, head_dim)
+    narrow_scores = scores_macro(lanes, _NARROW_KEYS, _NARROW_KEYS, position_bias, accumulate)
+    wide_scores = scores_macro(queries, tiles.tile_rows, _LEFTOVER_KEYS, position_bias, accumulate)
+    narrow_softmax = softmax_macro(lanes, scale * math.log2(math.e), in_pairs)
+    wide_softmax = softmax_macro(queries, scale * math.log2(math.e), in_pairs)
+    weigh = weigh_macro(8 if tiles.tile_rows >= 8 else 4, lanes, tiles.col_tile, head_dim, in_pairs, accumulate)
     scratch_keys = max_length + _NARROW_KEYS  # a leftover tile ends less than its height past the last key
     diagonal_size = max_length + queries if position_bias else 1
+    scratch_pairs = (max_length + 1) // 2 if in_pairs else 1
+    value_columns = -(-head_dim // lanes) * lanes if in_pairs else 1
 
     def of_head(buffer: tvm.tirx.Buffer, head: Expr, column: int = 0) -> Rows:
-        return Rows(buffer, column + head * head_dim, head_dim)
+        """The head's rows; in pairs if that is how the buffer looks at them."""
+        per = 2 if str(buffer.dtype) == bf16.PAIR else 1
+        return Rows(buffer, column // per + head * (head_dim // per), head_dim // per)
 
     @T.inline
-    def attend(q_rows, k_rows, v_rows, out_rows, bias, head, first, last, begin, end):
+    def attend(q_rows, k_rows, v_rows, o_rows, bias, values, head, fresh, first, last, begin, end):
         with T.sblock("attend"):
             T.reads()
             T.writes()
-            panel = T.sblock_alloc_buffer((head_dim, queries), "float32")
+            panel = T.sblock_alloc_buffer((head_dim // step, queries), pair_type)
             weights = T.sblock_alloc_buffer((scratch_keys, queries), "float32")
+            pairs = T.sblock_alloc_buffer((scratch_pairs, queries), bf16.PAIR)
             diagonal = T.sblock_alloc_buffer((diagonal_size,), "float32")
             peak = T.sblock_alloc_buffer((queries,), "float32", scope="local")
             inverse = T.sblock_alloc_buffer((queries,), "float32", scope="local")
-            task = T.meta_var(Task(first, last, begin, end, panel, weights, diagonal, peak, inverse))
-            load_queries(task, q_rows, out_rows)
+            task = T.meta_var(Task(first, last, begin, end, panel, weights, pairs, values, diagonal, peak, inverse))
+            load_queries(task, q_rows, o_rows)
             if position_bias:
                 load_bias(task, bias, head)
+            if in_pairs:
+                if fresh:
+                    pair_values(task, v_rows)
             if last - first <= lanes:
                 narrow_scores(task, k_rows, v_rows)
                 narrow_softmax(task)
             else:
                 wide_scores(task, k_rows, v_rows)
                 wide_softmax(task)
-            weigh(task, v_rows, out_rows)
+            weigh(task, v_rows, o_rows)
 
     @T.prim_func(private=True, s_tir=True)
     def kernel(
@@ -112,37 +141,43 @@ def attention(
         T.func_attr({"tirx.noalias": True})
         t = T.int64()
         nq = T.int64()
-        q_in = T.match_buffer(q_arg, (t, row_tile, q_width), "float32")
-        k_in = T.match_buffer(k_arg, (t, row_tile, k_width), "float32")
-        v_in = T.match_buffer(v_arg, (t, row_tile, v_width), "float32")
+        q_in = T.match_buffer(q_arg, (t, row_tile, q_width), in_type)
+        k_in = T.match_buffer(k_arg, (t, row_tile, k_width), in_type)
+        v_in = T.match_buffer(v_arg, (t, row_tile, v_width), in_type)
         query_tiles = T.match_buffer(query_tiles_arg, (nq, 3), "int32")
         bias = T.match_buffer(bias_arg, (heads, 2 * max_length - 1), "float32")
-        out = T.match_buffer(out_arg, (t, row_tile, heads * head_dim), "float32")
-        for chunk in T.parallel(T.min(heads * nq, _CHUNKS)):
-            with T.sblock("chunk"):
-                T.reads()
-                T.writes()
-                start: T.let = chunk * (heads * nq) // T.min(heads * nq, _CHUNKS)
-                stop: T.let = (chunk + 1) * (heads * nq) // T.min(heads * nq, _CHUNKS)
-                for i in range(stop - start):
-                    # T.let, not an assignment: TVM gives a mutable scalar a workspace allocation of its own
-                    task: T.let = start + i
-                    first: T.let = T.cast(query_tiles[task % nq, 0], "int64")
-                    begin: T.let = T.cast(query_tiles[task % nq, 1], "int64")
-                    end: T.let = T.cast(query_tiles[task % nq, 2], "int64")
-                    last: T.let = T.min(end, first + queries)
-                    head: T.let = task // nq
-                    attend(
-                        of_head(q_in, head, q_column),
-                        of_head(k_in, head, k_column),
-                        of_head(v_in, head, v_column),
-                        of_head(out, head),
-                        bias,
-                        head,
-                        first,
-                        last,
-                        begin,
-                        end,
-                    )
+        result = T.match_buffer(out_arg, (t, row_tile, out_rows.width), out_rows.dtype)
+        with T.attr(T.int32(0), "pragma_import_llvm", bf16.DOT_LLVM if in_pairs else ""):
+            for chunk in T.parallel(T.min(heads * nq, _CHUNKS)):
+                with T.sblock("chunk"):
+                    T.reads()
+                    T.writes()
+                    q_seen = T.decl_buffer((t, row_tile, q_width // step), pair_type, data=q_in.data)
+                    k_seen = T.decl_buffer((t, row_tile, k_width // step), pair_type, data=k_in.data)
+                    values = T.sblock_alloc_buffer((scratch_pairs, value_columns), bf16.PAIR)
+                    start: T.let = chunk * (heads * nq) // T.min(heads * nq, _CHUNKS)
+                    stop: T.let = (chunk + 1) * (heads * nq) // T.min(heads * nq, _CHUNKS)
+                    for i in range(stop - start):
+                        # T.let, not an assignment: TVM gives a mutable scalar a workspace allocation of its own
+                        task: T.let = start + i
+                        first: T.let = T.cast(query_tiles[task % nq, 0], "int64")
+                        begin: T.let = T.cast(query_tiles[task % nq, 1], "int64")
+                        end: T.let = T.cast(query_tiles[task % nq, 2], "int64")
+                        last: T.let = T.min(end, first + queries)
+                        head: T.let = task // nq
+                        attend(
+                            of_head(q_seen, head, q_column),
+                            of_head(k_seen, head, k_column),
+                            of_head(v_in, head, v_column),
+                            of_head(result, head),
+                            bias,
+                            values,
+                            head,
+                            T.bitwise_or(first == begin, i == 0),
+                            first,
+                            last,
+                            begin,
+                            end,
+                        )
 
     return kernel if position_bias else without_parameters(kernel, ["bias"])

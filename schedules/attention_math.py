@@ -5,7 +5,8 @@ from __future__ import annotations
 from tvm.ir import Expr
 from tvm.script import tirx as T
 
-from turbo_tvm.schedules.attention_task import LOWEST, Macro, Task
+from turbo_tvm.schedules import bf16
+from turbo_tvm.schedules.attention_task import LOWEST, Macro, Rows, Task
 
 _EXP2 = (1.5353362e-4, 1.3398874e-3, 9.6184374e-3, 5.5503325e-2, 2.4022648e-1, 6.9314720e-1, 1.0)
 
@@ -25,8 +26,11 @@ def _exp2(x: Expr) -> Expr:
     return total * T.reinterpret(x.ty, T.shift_left(shifted, T.int32(23)))
 
 
-def scores_macro(width: int, key_tile: int, leftover: int, position_bias: bool) -> Macro:
-    """`scores(task, k, v)`: step 2 for `width` queries: scores into weights[key, query], their maximum into peak."""
+def scores_macro(width: int, key_tile: int, leftover: int, position_bias: bool, accumulate: Macro) -> Macro:
+    """`scores(task, k, v)`: step 2 for `width` queries: scores into weights[key, query], their maximum into peak.
+
+    accumulate: `fp32_accumulate_macro` or `bf16_accumulate_macro`.
+    """
 
     def initial(task: Task, key: Expr, lane: Expr) -> Expr:
         return task.diagonal[task.keys - 1 - key + lane] if position_bias else T.float32(0)
@@ -50,8 +54,7 @@ def scores_macro(width: int, key_tile: int, leftover: int, position_bias: bool) 
                     acc[i, j] = initial(task, key_of(task, first + i), j)
             for d in range(k.head_dim):
                 for i in T.unroll(keys):
-                    for j in T.vectorized(width):
-                        acc[i, j] += k.at(task.begin + key_of(task, first + i), d) * task.panel[d, j]
+                    accumulate(acc, i, k.at(task.begin + key_of(task, first + i), d), task.panel, d, 0, width)
             for i in T.unroll(keys):
                 for j in T.vectorized(width):
                     task.weights[first + i, j] = acc[i, j]
@@ -80,33 +83,136 @@ def scores_macro(width: int, key_tile: int, leftover: int, position_bias: bool) 
     return scores
 
 
-def softmax_macro(width: int) -> Macro:
-    """`softmax(task)`: step 3: weights become 2^(score - peak), inverse 1 / their sum."""
+def fp32_accumulate_macro() -> Macro:
+    """`accumulate(acc, i, a, buffer, row, column, width)`: acc[i, :width] += a * buffer[row, column:][:width]."""
+
+    @T.inline
+    def accumulate(acc, i, a, buffer, row, column, width):
+        for j in T.vectorized(width):
+            acc[i, j] = acc[i, j] + a * buffer[row, column + j]
+
+    return accumulate
+
+
+def bf16_accumulate_macro(lanes: int) -> Macro:
+    """The same where `a` and the buffer hold pairs: acc[i, j] += a0 * buffer0 + a1 * buffer1."""
+
+    @T.inline
+    def accumulate(acc, i, a, buffer, row, column, width):
+        for v in T.unroll(width // lanes):
+            acc[i, T.ramp(v * lanes, 1, lanes)] = bf16.dot(
+                acc[i, T.ramp(v * lanes, 1, lanes)],
+                T.broadcast(a, lanes),
+                buffer[row, T.ramp(column + v * lanes, 1, lanes)],
+            )
+
+    return accumulate
+
+
+def softmax_macro(width: int, scale: float, in_pairs: bool) -> Macro:
+    """`softmax(task)`: step 3: 2^(scale (score - peak)) into `weights`, or by pairs of keys into `pairs`; inverse 1 / sum.
+
+    The last of an odd number of keys is paired with a weight of 0.
+    """
+    group = 2 if in_pairs else 4
+
+    def weight(task: Task, key: Expr, lane: Expr) -> Expr:
+        return _exp2((task.weights[key, lane] - task.peak[lane]) * T.float32(scale))
 
     @T.inline
     def row(task, key):
         for j in T.vectorized(width):
-            task.weights[key, j] = _exp2(task.weights[key, j] - task.peak[j])
+            task.weights[key, j] = weight(task, key, j)
         for j in T.vectorized(width):
             task.inverse[j] += task.weights[key, j]
+
+    @T.inline
+    def put_pair(task, key, last):
+        for j in T.vectorized(width):
+            task.weights[key, j] = weight(task, key, j)
+        for j in T.vectorized(width):
+            task.weights[key + 1, j] = T.float32(0) if last else weight(task, key + 1, j)
+        for j in T.vectorized(width):
+            task.inverse[j] += task.weights[key, j] + task.weights[key + 1, j]
+        for j in T.vectorized(width):
+            task.pairs[key // 2, j] = bf16.pair(task.weights[key, j], task.weights[key + 1, j])
 
     @T.inline
     def softmax(task):
         for j in T.vectorized(width):
             task.inverse[j] = T.float32(0)
-        for block in range(task.keys // 4):
-            for i in T.unroll(4):
-                row(task, block * 4 + i)
-        for i in range(task.keys % 4):
-            row(task, task.keys // 4 * 4 + i)
+        if in_pairs:
+            for block in range(task.keys // 2):
+                put_pair(task, block * 2, False)
+            if task.keys % 2 == 1:
+                put_pair(task, task.keys - 1, True)
+        else:
+            for block in range(task.keys // group):
+                for i in T.unroll(group):
+                    row(task, block * group + i)
+            for i in range(task.keys % group):
+                row(task, task.keys // group * group + i)
         for j in T.vectorized(width):
             task.inverse[j] = T.float32(1) / task.inverse[j]
 
     return softmax
 
 
-def weigh_macro(group: int, col_tile: int, head_dim: int) -> Macro:
+def pair_values_macro(lanes: int, head_dim: int) -> Macro:
+    """`pair_values(task, v)`: the values of keys 2i and 2i + 1 side by side in values[i], for all heads' keys at once.
+
+    Columns are filled up to whole vectors with zeros, and so is the partner of a last odd key.
+    """
+    whole = head_dim // lanes * lanes
+
+    def bits(v: Rows, row: Expr, column: Expr) -> Expr:
+        value = v.at(row, column)
+        return T.cast(value, str(value.ty).replace("uint16", "uint32"))
+
+    @T.inline
+    def put(task, v, key, column, last):
+        task.values[key // 2, column] = T.reinterpret(
+            "int32",
+            bits(v, task.begin + key, column)
+            if last
+            else T.bitwise_or(
+                bits(v, task.begin + key, column), T.shift_left(bits(v, task.begin + key + 1, column), T.uint32(16))
+            ),
+        )
+
+    @T.inline
+    def put_row(task, v, key, last):
+        for block in range(head_dim // lanes):
+            for j in T.vectorized(lanes):
+                put(task, v, key, block * lanes + j, last)
+        for j in range(head_dim - whole):
+            put(task, v, key, whole + j, last)
+        for j in range(-head_dim % lanes):
+            task.values[key // 2, head_dim + j] = 0
+
+    @T.inline
+    def pair_values(task, v):
+        for block in range(task.keys // 2):
+            put_row(task, v, block * 2, False)
+        if task.keys % 2 == 1:
+            put_row(task, v, task.keys - 1, True)
+
+    return pair_values
+
+
+def weigh_macro(group: int, lanes: int, col_tile: int, head_dim: int, in_pairs: bool, accumulate: Macro) -> Macro:
     """`weigh(task, v, out)`: step 4, in tiles of `group` queries by `col_tile` columns, a half of it, a quarter ..."""
+    narrowest = lanes if in_pairs else 1
+    padded = -(-head_dim // narrowest) * narrowest
+
+    @T.inline
+    def put(task, out, acc, i, row, query, column, width):
+        if padded == head_dim or column + width <= head_dim:
+            for j in T.vectorized(width):
+                out.buffer[out.index(row, column + j)] = bf16.stored(out.buffer, acc[i, j] * task.inverse[query])
+        else:
+            for j in range(head_dim - column):
+                out.buffer[out.index(row, column + j)] = bf16.stored(out.buffer, acc[i, j] * task.inverse[query])
 
     @T.inline
     def columns(task, v, out, column, width):
@@ -118,27 +224,32 @@ def weigh_macro(group: int, col_tile: int, head_dim: int) -> Macro:
                 for i in T.unroll(group):
                     for j in T.vectorized(width):
                         acc[i, j] = T.float32(0)
-                for key in range(task.keys):
-                    for i in T.unroll(group):
-                        for j in T.vectorized(width):
-                            acc[i, j] += task.weights[key, block * group + i] * v.at(task.begin + key, column + j)
+                if in_pairs:
+                    for pair in range((task.keys + 1) // 2):
+                        for i in T.unroll(group):
+                            accumulate(acc, i, task.pairs[pair, block * group + i], task.values, pair, column, width)
+                else:
+                    for key in range(task.keys):
+                        for i in T.unroll(group):
+                            for j in T.vectorized(width):
+                                acc[i, j] += task.weights[key, block * group + i] * v.at(task.begin + key, column + j)
                 for i in T.unroll(group):
                     row = T.meta_var(task.first + block * group + i)
                     if row < task.last:
-                        for j in T.vectorized(width):
-                            out.buffer[out.index(row, column + j)] = acc[i, j] * task.inverse[block * group + i]
+                        put(task, out, acc, i, row, block * group + i, column, width)
 
     @T.inline
     def rest(task, v, out, width, again):
-        if head_dim & width > 0:
-            columns(task, v, out, head_dim // (2 * width) * (2 * width), width)
-        if width > 1:
+        if padded & width > 0:
+            columns(task, v, out, padded // (2 * width) * (2 * width), width)
+        if width > narrowest:
             again(task, v, out, width // 2, again)
 
     @T.inline
     def weigh(task, v, out):
-        for block in range(head_dim // col_tile):
+        for block in range(padded // col_tile):
             columns(task, v, out, block * col_tile, col_tile)
-        rest(task, v, out, col_tile // 2, rest)
+        if narrowest < col_tile:
+            rest(task, v, out, col_tile // 2, rest)
 
     return weigh

@@ -5,7 +5,6 @@ A task is up to Q queries of one head against all keys of their sequence.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,16 +13,19 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 from tvm.tirx import Shuffle
 
-from turbo_tvm.schedules.script import CACHE_LINE_FLOATS
+from turbo_tvm.schedules.script import CACHE_LINE_BYTES
 
 Macro = Callable[..., None]
 
-LOWEST = -1e38  # stands for -infinity: differences of such scores stay finite
+LOWEST = -1e37  # stands for -infinity: differences of such scores stay finite
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The columns of one head in an activation buffer, addressed by packed row."""
+    """The columns of one head in an activation buffer, addressed by packed row.
+
+    The buffer holds fp32, bf16 bits (uint16), or pairs of bf16 as int32; then `first_column` and `head_dim` count pairs.
+    """
 
     buffer: tvm.tirx.Buffer
     first_column: Expr
@@ -41,12 +43,16 @@ class Rows:
     @property
     def cache_lines(self) -> int:
         """How many lines a row of the head covers."""
-        return -(-self.head_dim // CACHE_LINE_FLOATS)
+        return -(-self.head_dim // self._per_line)
+
+    @property
+    def _per_line(self) -> int:
+        return CACHE_LINE_BYTES // tvm.DataType(str(self.buffer.dtype)).itemsize
 
     def prefetch(self, row: Expr, line: Expr, write: bool = False) -> Expr:
         """Bring a line of a row into L1; the last row stands for those past the buffer."""
         row = T.min(row, self.buffer.shape[0] * self.buffer.shape[1] - 1)
-        address = T.address_of(self.at(row, line * CACHE_LINE_FLOATS))
+        address = T.address_of(self.at(row, line * self._per_line))
         flags = (T.int32(int(write)), T.int32(3), T.int32(1))
         return T.evaluate(tvm.tirx.call_llvm_intrin("void", "llvm.prefetch.p0", address, *flags))
 
@@ -61,6 +67,8 @@ class Task:
     end: Expr
     panel: tvm.tirx.Buffer
     weights: tvm.tirx.Buffer
+    pairs: tvm.tirx.Buffer
+    values: tvm.tirx.Buffer
     diagonal: tvm.tirx.Buffer
     peak: tvm.tirx.Buffer
     inverse: tvm.tirx.Buffer
@@ -104,10 +112,10 @@ def _transpose(lanes: int) -> Macro:
     return transpose
 
 
-def load_queries_macro(lanes: int, queries: int, head_dim: int, scale: float) -> Macro:
-    """`load_queries(task, q, out)`: step 1. Lanes past the last query repeat it."""
+def load_queries_macro(lanes: int, queries: int, columns: int, dtype: str) -> Macro:
+    """`load_queries(task, q, out)`: step 1, for rows of q with so many columns. Lanes past the last query repeat it."""
     transpose, swapped = _transpose(lanes), lanes.bit_length() % 2 == 0
-    whole = head_dim // lanes * lanes
+    whole = columns // lanes * lanes
 
     @T.inline
     def prefetch_next(task, q, out):
@@ -119,29 +127,29 @@ def load_queries_macro(lanes: int, queries: int, head_dim: int, scale: float) ->
     @T.inline
     def load_queries(task, q, out):
         prefetch_next(task, q, out)
-        for block, group in T.grid(head_dim // lanes, (task.queries + lanes - 1) // lanes):
+        for block, group in T.grid(columns // lanes, (task.queries + lanes - 1) // lanes):
             with T.sblock("transpose"):
                 T.reads()
                 T.writes()
-                a = T.sblock_alloc_buffer((lanes, lanes), "float32", scope="local")
-                b = T.sblock_alloc_buffer((lanes, lanes), "float32", scope="local")
+                a = T.sblock_alloc_buffer((lanes, lanes), dtype, scope="local")
+                b = T.sblock_alloc_buffer((lanes, lanes), dtype, scope="local")
                 for i in T.unroll(lanes):
                     row = T.meta_var(T.min(task.first + group * lanes + i, task.last - 1))
                     for j in T.vectorized(lanes):
-                        a[i, j] = q.at(row, block * lanes + j) * T.float32(scale)
+                        a[i, j] = q.at(row, block * lanes + j)
                 transpose(a, b)
                 done = T.meta_var(b if swapped else a)
                 for i in T.unroll(lanes):
                     for j in T.vectorized(lanes):
                         task.panel[block * lanes + i, group * lanes + j] = done[i, j]
-        for d, j in T.grid(head_dim - whole, queries):
-            task.panel[whole + d, j] = q.at(T.min(task.first + j, task.last - 1), whole + d) * T.float32(scale)
+        for d, j in T.grid(columns - whole, queries):
+            task.panel[whole + d, j] = q.at(T.min(task.first + j, task.last - 1), whole + d)
 
     return load_queries
 
 
-def load_bias_macro(queries: int, max_length: int) -> Macro:
-    """`load_bias(task, bias, head)`: the bias of query lane i, key j goes to diagonal[keys - 1 - j + i].
+def load_bias_macro(queries: int, max_length: int, scale: float) -> Macro:
+    """`load_bias(task, bias, head)`: the bias of query lane i, key j, over scale, goes to diagonal[keys - 1 - j + i].
 
     Reversed on the way in, so that the lanes of a score tile read it forwards. Lanes past the sequence may lie before
     the table: they read its first element.
@@ -151,6 +159,6 @@ def load_bias_macro(queries: int, max_length: int) -> Macro:
     def load_bias(task, bias, head):
         for i in range(task.keys + queries - 1):
             column = T.meta_var(T.max(max_length - 1 + (task.end - 1 - task.first) - i, 0))
-            task.diagonal[i] = T.max(bias[head, column] * T.float32(math.log2(math.e)), T.float32(LOWEST))
+            task.diagonal[i] = T.max(bias[head, column] * T.float32(1 / scale), T.float32(LOWEST))
 
     return load_bias

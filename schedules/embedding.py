@@ -1,4 +1,4 @@
-"""Token embedding on the CPU: the sum of one row from each table, then layer norm. fp32, ids int32.
+"""Token embedding on the CPU: the sum of one row from each table, then layer norm. fp32 arithmetic, ids int32.
 
 Layout: ids `(t, R)`, tables `(rows_i, hidden)`, out `(t, R, hidden)`, R = `tiles.row_tile`, t symbolic. The ids of
 surplus rows are looked up like any other, so they must be valid too (0 will do). Any hidden.
@@ -19,7 +19,9 @@ import tvm
 from tvm.ir import Expr
 from tvm.script import tirx as T
 
+from turbo_tvm.schedules import bf16
 from turbo_tvm.schedules.normalization import normalize_row, row_of
+from turbo_tvm.schedules.rows import RowFormat
 from turbo_tvm.schedules.script import without_parameters
 from turbo_tvm.schedules.tiles import CpuTiles
 
@@ -29,17 +31,26 @@ MAX_TABLES = 3
 def _sum_of_rows(
     ids: Sequence[tvm.tirx.Buffer], tables: Sequence[tvm.tirx.Buffer], tile: Expr, row: Expr, column: Expr
 ) -> Expr:
-    first, *others = [table[T.cast(i[tile, row], "int64"), column] for i, table in zip(ids, tables, strict=True)]
+    first, *others = [bf16.load(table, T.cast(i[tile, row], "int64"), column) for i, table in zip(ids, tables, strict=True)]
     for other in others:
         first = first + other
     return first
 
 
-def embedding(tiles: CpuTiles, *, hidden: int, tables: int, norm_eps: float | None = None) -> tvm.tirx.PrimFunc:
+def embedding(
+    tiles: CpuTiles,
+    *,
+    hidden: int,
+    tables: int,
+    norm_eps: float | None = None,
+    table_type: str = "float32",
+    out: RowFormat | None = None,
+) -> tvm.tirx.PrimFunc:
     """`(ids_0, ..., table_0, ..., [gamma, beta,] out)`: out = [layer_norm](sum of table_i[ids_i]).
 
-    ids_i: int32 `(t, R)`, in 0 .. rows_i - 1: the caller checks. table_i: fp32 `(rows_i, hidden)`, rows_i symbolic.
-    gamma, beta: fp32 `(hidden,)`, present when `norm_eps` is given. out: fp32 `(t, R, hidden)`.
+    ids_i: int32 `(t, R)`, in 0 .. rows_i - 1: the caller checks. table_i: `(rows_i, hidden)` of `table_type`, fp32 or
+    uint16 for bf16; rows_i symbolic. gamma, beta: fp32 `(hidden,)`, present when `norm_eps` is given. out: fp32
+    `(t, R, hidden)` unless the format says else.
     """
     if not 1 <= tables <= MAX_TABLES:
         raise ValueError(f"tables = {tables}: an embedding sums 1 to {MAX_TABLES} tables")
@@ -47,14 +58,17 @@ def embedding(tiles: CpuTiles, *, hidden: int, tables: int, norm_eps: float | No
     whole = hidden // lanes * lanes
     normalize = normalize_row(lanes, hidden, norm_eps or 0.0)
     used = slice(0, tables)
+    out_rows = out or RowFormat(hidden)
 
     @T.inline
     def gather(ids, table, tile, row, out):
         for block in range(hidden // lanes):
             for lane in T.vectorized(lanes):
-                out[tile, row, block * lanes + lane] = _sum_of_rows(ids, table, tile, row, block * lanes + lane)
+                out[tile, row, block * lanes + lane] = bf16.stored(
+                    out, _sum_of_rows(ids, table, tile, row, block * lanes + lane)
+                )
         for rest in range(hidden - whole):
-            out[tile, row, whole + rest] = _sum_of_rows(ids, table, tile, row, whole + rest)
+            out[tile, row, whole + rest] = bf16.stored(out, _sum_of_rows(ids, table, tile, row, whole + rest))
 
     @T.prim_func(private=True, s_tir=True)
     def kernel(
@@ -76,17 +90,17 @@ def embedding(tiles: CpuTiles, *, hidden: int, tables: int, norm_eps: float | No
         ids_0 = T.match_buffer(ids_0_arg, (t, rows), "int32")
         ids_1 = T.match_buffer(ids_1_arg, (t, rows), "int32")
         ids_2 = T.match_buffer(ids_2_arg, (t, rows), "int32")
-        table_0 = T.match_buffer(table_0_arg, (rows_0, hidden), "float32")
-        table_1 = T.match_buffer(table_1_arg, (rows_1, hidden), "float32")
-        table_2 = T.match_buffer(table_2_arg, (rows_2, hidden), "float32")
+        table_0 = T.match_buffer(table_0_arg, (rows_0, hidden), table_type)
+        table_1 = T.match_buffer(table_1_arg, (rows_1, hidden), table_type)
+        table_2 = T.match_buffer(table_2_arg, (rows_2, hidden), table_type)
         gamma = T.match_buffer(gamma_arg, (hidden,), "float32")
         beta = T.match_buffer(beta_arg, (hidden,), "float32")
-        out = T.match_buffer(out_arg, (t, rows, hidden), "float32")
+        result = T.match_buffer(out_arg, (t, rows, out_rows.width), out_rows.dtype)
         for tile in T.parallel(t):
             for row in range(rows):
-                gather((ids_0, ids_1, ids_2)[used], (table_0, table_1, table_2)[used], tile, row, out)
+                gather((ids_0, ids_1, ids_2)[used], (table_0, table_1, table_2)[used], tile, row, result)
                 if norm_eps is not None:
-                    normalize(out, tile, row, row_of(tile, row, out), gamma, beta)
+                    normalize(result, tile, row, row_of(tile, row, result), gamma, beta)
 
     unused = [f"{name}_{i}" for name in ("ids", "table") for i in range(tables, MAX_TABLES)]
     return without_parameters(kernel, unused + ([] if norm_eps is not None else ["gamma", "beta"]))

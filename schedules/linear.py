@@ -1,29 +1,31 @@
-"""The matrix kernel on the CPU, `norm(activation(x @ W + bias) + residual)` in one call; packing W.
+"""The matrix kernel on the CPU, `norm(activation(x @ W + bias) + residual)` in one call, fp32 or bf16.
 
-Shapes, all fp32: x `(t, R, k)`, weight `(P, k, C)`, bias `(P * C,)`, residual and out `(t, R, n)`, gamma and
-beta `(n,)`. t is symbolic; R = `tiles.row_tile`, C = `tiles.col_tile`, P = `tiles.panels(n)`. A panel is C
-columns of W, one row of them per k; the last panel and the bias are padded with zeros.
+Shapes: x `(t, R, k)`, weight `(P, k, C)`, bias `(P * C,)`, residual and out `(t, R, n)`, gamma and beta `(n,)`. t is
+symbolic; R = `tiles.row_tile`, C = `tiles.col_tile`, P = `tiles.panels(n)`. A panel is C columns of W, one row of them
+per k; the last panel and the bias are padded with zeros. In bf16, x holds bf16 and the weight pairs of them along k,
+`(P, k / 2, C)` int32 (`schedules/bf16.py`); everything is accumulated in fp32, bias, gamma and beta are fp32, and
+residual and out may be either.
 
 Strategy
-1. A task is one R x C tile of the output: R * C accumulators in registers, rows unrolled, columns
-   vectorised, one pass over k, and per k one load of C weights and R broadcasts of x (24 FMAs for 12 x 32 on
-   AVX-512).
-2. Tasks are numbered row block, panel, tile within the block, and the thread pool hands out contiguous runs
-   of numbers: the load is even to one tile, a large batch splits by rows, a small one by panels. In a row
-   block of about `_BLOCK_ROWS` rows a panel stays in L2 while the tiles pass over it, and the block's x
-   stays there from panel to panel. Splitting whole row blocks was rejected: 11 tiles on 2 threads come out
-   as 8 + 3.
-3. Each step of k prefetches the weights `_AHEAD_FLOATS` further on. Panels lie one after another, so this
-   runs on into the next one. The hardware's prefetchers stop at every 4 KB page: without this a single tile,
-   which is bound by memory, reads at two thirds of the speed. The lines to be written are asked for before
-   the k loop.
-4. Bias, activation and residual apply to the tile in registers. If n is no multiple of C, those columns of
-   the last panel that exist are copied one by one.
+1. A task is one register tile of the output, H x C with H of up to `tiles.tile_rows` rows: H * C accumulators in
+   registers, rows unrolled, columns vectorised, one pass over k, and per k one load of C weights and H broadcasts of x
+   (24 FMAs for 12 x 32 on AVX-512; in bf16 24 products of pairs). The tiles of a batch differ by one row tile at most:
+   a short request does not pay for rows that it does not have.
+2. Tasks are numbered row block, panel, tile within the block, and the thread pool hands out contiguous runs of numbers:
+   the load is even to one tile, a large batch splits by rows, a small one by panels. In a row block of at most
+   `_BLOCK_ROWS` rows a panel stays in L2 while the tiles pass over it. Blocks are of equal size, so that none is left
+   with a single tile that reads all weights for itself. Splitting whole row blocks over the threads was rejected: 11
+   tiles on 2 threads come out as 8 + 3.
+3. Weights are prefetched into L2. With one tile per panel, `_AHEAD_FLOATS` ahead: panels lie one after another, so this
+   runs on into the next one. With several, one panel ahead, each tile asking for its share: arithmetic hides the
+   memory. The hardware's prefetchers stop at every 4 KB page: without this a single tile, which is bound by memory,
+   reads at two thirds of the speed. The lines to be written are asked for before the k loop.
+4. Bias, activation and residual apply to the tile in registers. If n is no multiple of C, those columns of the last
+   panel that exist are copied one by one.
 5. The norm needs whole rows: a second parallel loop normalises `out` in place.
 
-The accumulators are two buffers, because TVM keeps "global" buffers below 1 KB, and no others, on the stack:
-a call to the workspace pool costs 50 ns. `T.let`, because a plain assignment in TVMScript makes such a call
-as well.
+The accumulators are two buffers, because TVM keeps "global" buffers below 1 KB, and no others, on the stack: a call to
+the workspace pool costs 50 ns. `T.let`, because a plain assignment in TVMScript makes such a call as well.
 
 Rejected after measuring (Zen 5): unrolling k by 2 or 4, row blocks of 48 and 192 rows, prefetching x or the
 residual (no gain); 6 x 64 (slower where bound by memory); 14 x 32 (1 % faster, but rounds short requests up further).
@@ -34,14 +36,19 @@ beforehand, and neither k blocked nor x packed: x has so few columns that a bloc
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import tvm
 from tvm.ir import Expr
 from tvm.script import tirx as T
 
+from turbo_tvm.schedules import bf16
 from turbo_tvm.schedules.normalization import normalize_row, row_of
+from turbo_tvm.schedules.rows import RowFormat
 from turbo_tvm.schedules.script import (
+    CACHE_LINE_BYTES,
     CACHE_LINE_FLOATS,
-    PREFETCH_LLVM,
+    CPU_LLVM,
     prefetch_read,
     prefetch_write,
     without_parameters,
@@ -49,9 +56,12 @@ from turbo_tvm.schedules.script import (
 from turbo_tvm.schedules.tiles import CpuTiles
 from turbo_tvm.schedules.vector_math import activation as activation_by_name
 
-_BLOCK_ROWS = 96
+_BLOCK_ROWS = 192
 _AHEAD_FLOATS = 4096
-_PACK_ROWS = 16
+_PANEL, _TILE, _UNIT, _MISSING, _AHEAD, _RATE, _IN_BLOCK, _BLOCK, _IN_TILE, _WHOLE = range(10)
+_PLACES = 10
+
+Macro = Callable[..., None]
 
 
 def linear(
@@ -62,86 +72,145 @@ def linear(
     activation: str | None = None,
     residual: bool = False,
     norm_eps: float | None = None,
-    x_width: int | None = None,
-    out_width: int | None = None,
+    x: RowFormat | None = None,
+    extra: RowFormat | None = None,
+    out: RowFormat | None = None,
 ) -> tvm.tirx.PrimFunc:
     """`(x, weight, bias, [residual,] [gamma, beta,] out)`; gamma, beta and the norm if `norm_eps` is given.
 
-    x_width, out_width: columns of the buffers that hold x and out, if they are wider than k and n. Not with a norm.
+    x, extra, out: how x, the residual and out are stored, by default fp32 and k, n and n columns wide. x in bf16 makes
+    it a product of bf16 numbers; k and the width of x are then even.
     """
-    x_width, out_width = x_width or k, out_width or n
-    rows, columns, panels = tiles.row_tile, tiles.col_tile, tiles.panels(n)
-    half, block_tiles, lines = rows // 2, max(1, _BLOCK_ROWS // rows), max(1, columns // CACHE_LINE_FLOATS)
+    x_rows, extra_rows, out_rows = x or RowFormat(k), extra or RowFormat(n), out or RowFormat(n)
+    in_bf16 = x_rows.dtype == bf16.STORAGE
+    rows, columns, panels, units = tiles.row_tile, tiles.col_tile, tiles.panels(n), tiles.tile_units
+    block_tiles, lines = max(1, _BLOCK_ROWS // tiles.tile_rows), max(1, columns // CACHE_LINE_FLOATS)
     whole_panels, tail_columns, has_tail = n // columns, n % columns, n % columns != 0
     normalized = norm_eps is not None
     activate = activation_by_name(activation)
     normalize = normalize_row(tiles.lanes, n, norm_eps or 0.0)
+    steps, weight_type = (k // 2, bf16.PAIR) if in_bf16 else (k, "float32")
+    step = _bf16_step(tiles) if in_bf16 else _fp32_step(tiles)
+    out_line = CACHE_LINE_BYTES // tvm.DataType(out_rows.dtype).itemsize
 
     def add_residual(value: Expr, buffer: tvm.tirx.Buffer, tile: Expr, row: Expr, column: Expr) -> Expr:
-        return value + buffer[tile, row, column] if residual else value
+        return value + bf16.load(buffer, tile, row, column) if residual else value
 
     @T.inline
     def start(acc, bias, panel):
-        for r in T.unroll(half):
+        for r in T.unroll(acc.shape[0]):
             for c in T.vectorized(columns):
                 acc[r, c] = bias[panel * columns + c]
 
     @T.inline
-    def step(acc, x, weight, tile, first_row, panel, i):
-        for r in T.unroll(half):
+    def store(acc, extra, out, unit, first_row, panel):
+        for r in T.unroll(acc.shape[0]):
             for c in T.vectorized(columns):
-                acc[r, c] = acc[r, c] + x[tile, first_row + r, i] * weight[panel, i, c]
-
-    @T.inline
-    def store(acc, extra, out, tile, first_row, panel):
-        for r in T.unroll(half):
-            for c in T.vectorized(columns):
-                out[tile, first_row + r, panel * columns + c] = add_residual(
-                    activate(acc[r, c]), extra, tile, first_row + r, panel * columns + c
+                out[unit + (first_row + r) // rows, (first_row + r) % rows, panel * columns + c] = bf16.stored(
+                    out,
+                    add_residual(
+                        activate(acc[r, c]),
+                        extra,
+                        unit + (first_row + r) // rows,
+                        (first_row + r) % rows,
+                        panel * columns + c,
+                    ),
                 )
 
     @T.inline
-    def store_tail(acc, extra, out, tile, first_row):
-        for r in range(half):
+    def store_tail(acc, extra, out, unit, first_row):
+        for r in range(acc.shape[0]):
             for c in T.vectorized(columns):
                 acc[r, c] = activate(acc[r, c])
             for c in range(tail_columns):
-                out[tile, first_row + r, whole_panels * columns + c] = add_residual(
-                    acc[r, c], extra, tile, first_row + r, whole_panels * columns + c
+                out[unit + (first_row + r) // rows, (first_row + r) % rows, whole_panels * columns + c] = bf16.stored(
+                    out,
+                    add_residual(
+                        acc[r, c],
+                        extra,
+                        unit + (first_row + r) // rows,
+                        (first_row + r) % rows,
+                        whole_panels * columns + c,
+                    ),
                 )
 
     @T.inline
-    def compute_tile(x, weight, bias, extra, out, tile, panel):
+    def compute_tile(height, place, x, weight, bias, extra, out):
         with T.sblock("tile"):
             T.reads()
             T.writes()
-            upper = T.sblock_alloc_buffer((half, columns), "float32")
-            lower = T.sblock_alloc_buffer((half, columns), "float32")
+            unit = T.meta_var(place[_UNIT])
+            panel = T.meta_var(place[_PANEL])
+            upper = T.sblock_alloc_buffer((height // 2, columns), "float32")
+            lower = T.sblock_alloc_buffer((height // 2, columns), "float32")
             start(upper, bias, panel)
             start(lower, bias, panel)
-            for r in T.unroll(rows):
+            for r in T.unroll(height):
+                for line in T.unroll(columns // out_line):
+                    prefetch_write(out, (unit * rows + r) * out_rows.width + panel * columns + line * out_line)
+            for i in range(steps):
                 for line in T.unroll(lines):
-                    prefetch_write(out, (tile * rows + r) * out_width + panel * columns + line * CACHE_LINE_FLOATS)
-            for i in range(k):
-                for line in T.unroll(lines):
-                    prefetch_read(weight, (panel * k + i) * columns + line * CACHE_LINE_FLOATS + _AHEAD_FLOATS)
-                step(upper, x, weight, tile, 0, panel, i)
-                step(lower, x, weight, tile, half, panel, i)
+                    prefetch_read(weight, place[_AHEAD] + T.shift_right(i * place[_RATE], T.int64(16)) * columns + line * CACHE_LINE_FLOATS)
+                step(upper, x, weight, unit, 0, panel, i)
+                step(lower, x, weight, unit, height // 2, panel, i)
             if has_tail:
                 if panel < whole_panels:
-                    store(upper, extra, out, tile, 0, panel)
-                    store(lower, extra, out, tile, half, panel)
+                    store(upper, extra, out, unit, 0, panel)
+                    store(lower, extra, out, unit, height // 2, panel)
                 else:
-                    store_tail(upper, extra, out, tile, 0)
-                    store_tail(lower, extra, out, tile, half)
+                    store_tail(upper, extra, out, unit, 0)
+                    store_tail(lower, extra, out, unit, height // 2)
             else:
-                store(upper, extra, out, tile, 0, panel)
-                store(lower, extra, out, tile, half, panel)
+                store(upper, extra, out, unit, 0, panel)
+                store(lower, extra, out, unit, height // 2, panel)
+
+    @T.inline
+    def compute(height_units, again, place, x, weight, bias, extra, out):
+        if height_units == 1:
+            compute_tile(rows, place, x, weight, bias, extra, out)
+        else:
+            if place[_MISSING] == units - height_units:
+                compute_tile(height_units * rows, place, x, weight, bias, extra, out)
+            else:
+                again(height_units - 1, again, place, x, weight, bias, extra, out)
+
+    @T.inline
+    def locate(place, task, t, count, blocks):
+        # the first count % blocks of the blocks have one tile more than the others
+        large = T.meta_var(count % blocks)
+        if task < large * (count // blocks + 1) * panels:
+            place[_IN_BLOCK] = count // blocks + 1
+            place[_TILE] = 0
+            place[_PANEL] = task
+        else:
+            place[_IN_BLOCK] = count // blocks
+            place[_TILE] = large * (count // blocks + 1)
+            place[_PANEL] = task - place[_TILE] * panels
+        place[_BLOCK] = place[_PANEL] // (place[_IN_BLOCK] * panels)
+        place[_PANEL] = place[_PANEL] - place[_BLOCK] * (place[_IN_BLOCK] * panels)
+        place[_TILE] = place[_TILE] + place[_BLOCK] * place[_IN_BLOCK]
+        place[_BLOCK] = place[_PANEL] // place[_IN_BLOCK]
+        place[_IN_TILE] = place[_PANEL] - place[_BLOCK] * place[_IN_BLOCK]
+        place[_PANEL] = place[_BLOCK]
+        place[_TILE] = place[_TILE] + place[_IN_TILE]
+        # the last tiles are one row tile short, a single one two
+        place[_WHOLE] = T.max(count - (count * units - t), 0)
+        place[_UNIT] = place[_TILE] * units - T.max(place[_TILE] - place[_WHOLE], 0)
+        place[_MISSING] = T.if_then_else(
+            place[_TILE] < place[_WHOLE], T.int64(0), T.if_then_else(count == 1, count * units - t, T.int64(1))
+        )
+        place[_RATE] = T.int64(65536) // place[_IN_BLOCK]
+        if place[_IN_BLOCK] == 1:
+            place[_AHEAD] = place[_PANEL] * (steps * columns) + _AHEAD_FLOATS
+        else:
+            place[_AHEAD] = (place[_PANEL] + 1) * (steps * columns) + T.shift_right(
+                place[_IN_TILE] * steps * place[_RATE], T.int64(16)
+            ) * columns
 
     @T.prim_func(private=True, s_tir=True)
     def kernel(
         x_arg: T.handle,
-        weight: T.Buffer((panels, k, columns), "float32"),
+        weight: T.Buffer((panels, steps, columns), weight_type),
         bias: T.Buffer((panels * columns,), "float32"),
         residual_arg: T.handle,
         gamma: T.Buffer((n,), "float32"),
@@ -150,63 +219,58 @@ def linear(
     ):
         T.func_attr({"tirx.noalias": True})
         t = T.int64()
-        x = T.match_buffer(x_arg, (t, rows, x_width), "float32")
-        residual_rows = T.match_buffer(residual_arg, (t, rows, n), "float32")
-        out = T.match_buffer(out_arg, (t, rows, out_width), "float32")
-        with T.attr(T.int32(0), "pragma_import_llvm", PREFETCH_LLVM):
-            for task in T.parallel(t * panels):
-                block: T.let = task // (block_tiles * panels)
-                tiles_in_block: T.let = T.min(block_tiles, t - block * block_tiles)
-                within: T.let = task - block * (block_tiles * panels)
-                panel: T.let = within // tiles_in_block
-                tile: T.let = block * block_tiles + within - panel * tiles_in_block
-                compute_tile(x, weight, bias, residual_rows, out, tile, panel)
+        source = T.match_buffer(x_arg, (t, rows, x_rows.width), x_rows.dtype)
+        residual_rows = T.match_buffer(residual_arg, (t, rows, extra_rows.width), extra_rows.dtype)
+        result = T.match_buffer(out_arg, (t, rows, out_rows.width), out_rows.dtype)
+        with T.attr(T.int32(0), "pragma_import_llvm", CPU_LLVM + (bf16.DOT_LLVM if in_bf16 else "")):
+            count: T.let = (t + units - 1) // units
+            blocks: T.let = (count + block_tiles - 1) // block_tiles
+            for task in T.parallel(count * panels):
+                with T.sblock("task"):
+                    T.reads()
+                    T.writes()
+                    place = T.sblock_alloc_buffer((_PLACES,), "int64")
+                    locate(place, task, t, count, blocks)
+                    compute(units, compute, place, source, weight, bias, residual_rows, result)
         if normalized:
             for task in T.parallel(t * rows):
                 row_tile: T.let = task // rows
                 row: T.let = task % rows
-                normalize(out, row_tile, row, row_of(row_tile, row, out), gamma, beta)
+                normalize(result, row_tile, row, row_of(row_tile, row, result), gamma, beta)
 
     absent = [] if residual else ["residual_rows"]
     return without_parameters(kernel, absent if normalized else [*absent, "gamma", "beta"])
 
 
-def pack_weight(tiles: CpuTiles, *, k: int, n: int) -> tvm.tirx.PrimFunc:
-    """`(w, packed)`: fp32 `(n, k)`, PyTorch's layout, to `(P, k, C)` with zeros for the columns beyond n.
+def _fp32_step(tiles: CpuTiles) -> Macro:
+    """`step(acc, x, weight, unit, first_row, panel, i)`: acc += column i of x times row i of the panel."""
+    rows, columns = tiles.row_tile, tiles.col_tile
 
-    One task per panel and `_PACK_ROWS` of its rows: the block is read along the rows of w, a cache line each,
-    and the lines that it scatters to all fit L1.
-    """
-    columns, panels = tiles.col_tile, tiles.panels(n)
-    blocks = -(-k // _PACK_ROWS)
+    @T.inline
+    def step(acc, x, weight, unit, first_row, panel, i):
+        for r in T.unroll(acc.shape[0]):
+            for c in T.vectorized(columns):
+                acc[r, c] = acc[r, c] + x[unit + (first_row + r) // rows, (first_row + r) % rows, i] * weight[panel, i, c]
 
-    @T.prim_func(private=True, s_tir=True)
-    def kernel(w: T.Buffer((n, k), "float32"), packed: T.Buffer((panels, k, columns), "float32")):
-        T.func_attr({"tirx.noalias": True})
-        for task in T.parallel(panels * blocks):
-            panel: T.let = task // blocks
-            first: T.let = (task % blocks) * _PACK_ROWS
-            for c in range(columns):
-                if panel * columns + c < n:
-                    for i in range(T.min(_PACK_ROWS, k - first)):
-                        packed[panel, first + i, c] = w[panel * columns + c, first + i]
-                else:
-                    for i in range(T.min(_PACK_ROWS, k - first)):
-                        packed[panel, first + i, c] = T.float32(0)
-
-    return kernel
+    return step
 
 
-def pack_bias(tiles: CpuTiles, *, n: int) -> tvm.tirx.PrimFunc:
-    """`(bias, packed)`: fp32 `(n,)` to `(P * C,)`, padded with zeros."""
-    padded = tiles.panels(n) * tiles.col_tile
+def _bf16_step(tiles: CpuTiles) -> Macro:
+    """The same for pair i of the columns of x and of the rows of the panel."""
+    rows, columns, lanes = tiles.row_tile, tiles.col_tile, tiles.lanes
 
-    @T.prim_func(private=True, s_tir=True)
-    def kernel(bias: T.Buffer((n,), "float32"), packed: T.Buffer((padded,), "float32")):
-        T.func_attr({"tirx.noalias": True})
-        for i in range(n):
-            packed[i] = bias[i]
-        for i in range(padded - n):
-            packed[n + i] = T.float32(0)
+    @T.inline
+    def step(acc, x, weight, unit, first_row, panel, i):
+        with T.sblock("pairs"):
+            T.reads()
+            T.writes()
+            pairs = T.decl_buffer((x.shape[0], rows, x.shape[2] // 2), bf16.PAIR, data=x.data)
+            for r in T.unroll(acc.shape[0]):
+                for v in T.unroll(columns // lanes):
+                    acc[r, T.ramp(v * lanes, 1, lanes)] = bf16.dot(
+                        acc[r, T.ramp(v * lanes, 1, lanes)],
+                        T.broadcast(pairs[unit + (first_row + r) // rows, (first_row + r) % rows, i], lanes),
+                        weight[panel, i, T.ramp(v * lanes, 1, lanes)],
+                    )
 
-    return kernel
+    return step

@@ -1,6 +1,7 @@
-"""Row normalisation on the CPU: layer norm, with or without a residual, and L2 norm. fp32 throughout.
+"""Row normalisation on the CPU: layer norm, with or without a residual, and L2 norm. fp32 arithmetic.
 
-Layout: activations `(t, R, n)`, R = `tiles.row_tile`, t symbolic; `gamma`, `beta`: `(n,)`. Any n.
+Layout: activations `(t, R, n)` or wider, fp32 or bf16 (`schedules/bf16.py`), R = `tiles.row_tile`, t symbolic; `gamma`,
+`beta`: fp32 `(n,)`. Any n.
 
 Strategy
 1. One task per row, all rows in one parallel loop: a row is a few KB, its sweeps after the first read L1.
@@ -24,6 +25,8 @@ import tvm
 from tvm.ir import Expr
 from tvm.script import tirx as T
 
+from turbo_tvm.schedules import bf16
+from turbo_tvm.schedules.rows import RowFormat
 from turbo_tvm.schedules.script import tree_sum, without_parameters
 from turbo_tvm.schedules.tiles import CpuTiles
 
@@ -36,8 +39,8 @@ Macro = Callable[..., None]
 def row_of(tile: Expr, row: Expr, x: tvm.tirx.Buffer, residual: tvm.tirx.Buffer | None = None) -> Row:
     """Column index -> element of that row of `x`, plus the residual's if there is one."""
     if residual is None:
-        return lambda column: x[tile, row, column]
-    return lambda column: x[tile, row, column] + residual[tile, row, column]
+        return lambda column: bf16.load(x, tile, row, column)
+    return lambda column: bf16.load(x, tile, row, column) + bf16.load(residual, tile, row, column)
 
 
 def _lane_sum(partial: tvm.tirx.Buffer) -> Expr:
@@ -76,9 +79,9 @@ def _row_store(lanes: int, n: int) -> Macro:
     def row_store(out, tile, row, element):
         for block in range(n // lanes):
             for lane in T.vectorized(lanes):
-                out[tile, row, block * lanes + lane] = element(block * lanes + lane)
+                out[tile, row, block * lanes + lane] = bf16.stored(out, element(block * lanes + lane))
         for tail in range(n - vectors):
-            out[tile, row, vectors + tail] = element(vectors + tail)
+            out[tile, row, vectors + tail] = bf16.stored(out, element(vectors + tail))
 
     return row_store
 
@@ -124,12 +127,23 @@ def normalize_row(lanes: int, n: int, eps: float) -> Macro:
     return normalize
 
 
-def layer_norm(tiles: CpuTiles, *, n: int, eps: float, residual: bool = False) -> tvm.tirx.PrimFunc:
+def layer_norm(
+    tiles: CpuTiles,
+    *,
+    n: int,
+    eps: float,
+    residual: bool = False,
+    x: RowFormat | None = None,
+    extra: RowFormat | None = None,
+    out: RowFormat | None = None,
+) -> tvm.tirx.PrimFunc:
     """`(x, [residual,] gamma, beta, out)`: (v - mean v) / sqrt(var v + eps) * gamma + beta, v = x + residual.
 
-    x, residual, out: fp32 `(t, R, n)`. gamma, beta: fp32 `(n,)`. The variance divides by n.
+    x, extra, out: how x, the residual and out are stored, by default fp32 `(t, R, n)`. gamma, beta: fp32 `(n,)`. The
+    variance divides by n.
     """
     rows = tiles.row_tile
+    x_rows, extra_rows, out_rows = (rows_format or RowFormat(n) for rows_format in (x, extra, out))
     normalize = normalize_row(tiles.lanes, n, eps)
 
     def row_source(tile: Expr, row: Expr, x: tvm.tirx.Buffer, extra: tvm.tirx.Buffer) -> Row:
@@ -145,28 +159,31 @@ def layer_norm(tiles: CpuTiles, *, n: int, eps: float, residual: bool = False) -
     ):
         T.func_attr({"tirx.noalias": True})
         t = T.int64()
-        x = T.match_buffer(x_arg, (t, rows, n), "float32")
-        residual_rows = T.match_buffer(residual_arg, (t, rows, n), "float32")
-        out = T.match_buffer(out_arg, (t, rows, n), "float32")
+        source = T.match_buffer(x_arg, (t, rows, x_rows.width), x_rows.dtype)
+        residual_rows = T.match_buffer(residual_arg, (t, rows, extra_rows.width), extra_rows.dtype)
+        result = T.match_buffer(out_arg, (t, rows, out_rows.width), out_rows.dtype)
         for task in T.parallel(t * rows):
             tile: T.let = task // rows
             row: T.let = task % rows
-            normalize(out, tile, row, row_source(tile, row, x, residual_rows), gamma, beta)
+            normalize(result, tile, row, row_source(tile, row, source, residual_rows), gamma, beta)
 
     return kernel if residual else without_parameters(kernel, ["residual_rows"])
 
 
-def l2_normalize(tiles: CpuTiles, *, n: int, eps: float = 1e-12) -> tvm.tirx.PrimFunc:
-    """`(x, out)`: each row of x over max(its Euclidean length, eps). fp32 `(t, R, n)` both."""
+def l2_normalize(
+    tiles: CpuTiles, *, n: int, eps: float = 1e-12, x: RowFormat | None = None, out: RowFormat | None = None
+) -> tvm.tirx.PrimFunc:
+    """`(x, out)`: each row of x over max(its Euclidean length, eps). `(t, R, n)` both, fp32 unless x and out say else."""
     rows, lanes = tiles.row_tile, tiles.lanes
+    x_rows, out_rows = x or RowFormat(n), out or RowFormat(n)
     row_sum, row_store = _row_sum(lanes, n), _row_store(lanes, n)
 
     @T.prim_func(private=True, s_tir=True)
     def kernel(x_arg: T.handle, out_arg: T.handle):
         T.func_attr({"tirx.noalias": True})
         t = T.int64()
-        x = T.match_buffer(x_arg, (t, rows, n), "float32")
-        out = T.match_buffer(out_arg, (t, rows, n), "float32")
+        source = T.match_buffer(x_arg, (t, rows, x_rows.width), x_rows.dtype)
+        result = T.match_buffer(out_arg, (t, rows, out_rows.width), out_rows.dtype)
         for task in T.parallel(t * rows):
             with T.sblock("row"):
                 T.reads()
@@ -174,9 +191,9 @@ def l2_normalize(tiles: CpuTiles, *, n: int, eps: float = 1e-12) -> tvm.tirx.Pri
                 partial = T.sblock_alloc_buffer((_CHAINS, lanes), "float32")
                 tile: T.let = task // rows
                 row: T.let = task % rows
-                row_sum(partial, _squared(row_of(tile, row, x)))
+                row_sum(partial, _squared(row_of(tile, row, source)))
                 length: T.let = T.sqrt(_lane_sum(partial))
                 inverse: T.let = T.float32(1) / T.max(length, T.float32(eps))
-                row_store(out, tile, row, _scaled(row_of(tile, row, x), inverse))
+                row_store(result, tile, row, _scaled(row_of(tile, row, source), inverse))
 
     return kernel

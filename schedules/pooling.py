@@ -1,6 +1,6 @@
-"""Pooling on the CPU: one row per sequence of a packed ragged batch, its first row or the mean of its rows. fp32.
+"""Pooling on the CPU: one row per sequence of a packed ragged batch, its first row or the mean of its rows.
 
-Layout: x `(t, R, hidden)`, out `(bt, R, hidden)` with bt = ceil(b / R), R = `tiles.row_tile`; t, b and bt symbolic.
+Layout: x `(t, R, hidden)` or wider, fp32 or bf16, out fp32 `(bt, R, hidden)` with bt = ceil(b / R), R = `tiles.row_tile`; t, b and bt symbolic.
 Row r of either is [r // R, r % R]. `cu_seqlens`: int32 `(b + 1,)`. Surplus rows of out become zero. Any hidden.
 
 Strategy
@@ -20,6 +20,8 @@ import tvm
 from tvm.ir import Expr
 from tvm.script import tirx as T
 
+from turbo_tvm.schedules import bf16
+from turbo_tvm.schedules.rows import RowFormat
 from turbo_tvm.schedules.script import tree_sum
 from turbo_tvm.schedules.tiles import CpuTiles
 
@@ -46,7 +48,7 @@ def _for_each_column(lanes: int, hidden: int) -> Macro:
 
 def _sum_of_rows(buffer: tvm.tirx.Buffer, rows: list[Expr]) -> Callable[[Expr], Expr]:
     tile = buffer.shape[1]
-    return lambda column: tree_sum([buffer[row // tile, row % tile, column] for row in rows])
+    return lambda column: tree_sum([bf16.load(buffer, row // tile, row % tile, column) for row in rows])
 
 
 def _added(buffer: tvm.tirx.Buffer, row: Expr, value: Callable[[Expr], Expr]) -> Callable[[Expr], Expr]:
@@ -62,15 +64,16 @@ def _zero(column: Expr) -> Expr:
     return T.float32(0)
 
 
-def pool(tiles: CpuTiles, *, hidden: int, mode: str) -> tvm.tirx.PrimFunc:
+def pool(tiles: CpuTiles, *, hidden: int, mode: str, x: RowFormat | None = None) -> tvm.tirx.PrimFunc:
     """`(x, cu_seqlens, out)`: out row i = the first row of sequence i, or the mean of its rows.
 
-    x: fp32 `(t, R, hidden)`. cu_seqlens: int32 `(b + 1,)`, ascending from 0: every sequence has a row.
+    x: fp32 `(t, R, hidden)` unless the format says else. cu_seqlens: int32 `(b + 1,)`, ascending from 0: every sequence has a row.
     out: fp32 `(bt, R, hidden)`; its rows from b on become zero.
     """
     if mode not in MODES:
         raise ValueError(f"unknown pooling mode {mode!r}: use one of {', '.join(MODES)}")
     row_tile = tiles.row_tile
+    x_rows = x or RowFormat(hidden)
     assign = _for_each_column(tiles.lanes, hidden)
 
     @T.inline
@@ -90,7 +93,7 @@ def pool(tiles: CpuTiles, *, hidden: int, mode: str) -> tvm.tirx.PrimFunc:
         t = T.int64()
         bounds = T.int64()
         bt = T.int64()
-        x = T.match_buffer(x_arg, (t, row_tile, hidden), "float32")
+        source = T.match_buffer(x_arg, (t, row_tile, x_rows.width), x_rows.dtype)
         cu_seqlens = T.match_buffer(cu_seqlens_arg, (bounds,), "int32")
         out = T.match_buffer(out_arg, (bt, row_tile, hidden), "float32")
         for row in T.parallel(bt * row_tile):
@@ -101,9 +104,9 @@ def pool(tiles: CpuTiles, *, hidden: int, mode: str) -> tvm.tirx.PrimFunc:
                     begin: T.let = T.cast(cu_seqlens[row], "int64")
                     length: T.let = T.cast(cu_seqlens[row + 1], "int64") - begin
                     if mode == "mean":
-                        mean(x, out, row, begin, length)
+                        mean(source, out, row, begin, length)
                     else:
-                        assign(out, row, _sum_of_rows(x, [begin]))
+                        assign(out, row, _sum_of_rows(source, [begin]))
                 else:
                     assign(out, row, _zero)
 

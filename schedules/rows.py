@@ -1,18 +1,30 @@
-"""Copies between flat rows `(rows, columns)` and row tiles `(tiles, row_tile, columns)`, for graphs that stay padded.
+"""How rows are stored, and copies between storages: flat rows to row tiles and back, fp32 to bf16.
 
-One pass over the data each way, in parallel over rows; surplus rows of the last tile are zero.
+Activations are `(tiles, row_tile, width)`: a row may be wider than its columns, and holds fp32 or the bits of bf16. The
+copies take one pass over the data, in parallel over rows.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from tvm import tirx
 from tvm.script import tirx as T
 
+from turbo_tvm.schedules import bf16
 from turbo_tvm.schedules.tiles import CpuTiles
 
 
+@dataclass(frozen=True)
+class RowFormat:
+    """width: columns of the buffer, of which the first are used; dtype: "float32", or "uint16" for bf16."""
+
+    width: int
+    dtype: str = "float32"
+
+
 def tile_rows(tiles: CpuTiles, *, columns: int) -> tirx.PrimFunc:
-    """x (rows, columns) f32 -> out (t, R, columns) f32 with t = ceil(rows / R)."""
+    """x (rows, columns) f32 -> out (t, R, columns) f32 with t = ceil(rows / R); surplus rows are zero."""
     R = tiles.row_tile
 
     @T.prim_func(private=True, s_tir=True)
@@ -51,5 +63,29 @@ def untile_rows(tiles: CpuTiles, *, columns: int) -> tirx.PrimFunc:
                     T.reads(X[row // R, row % R, column])
                     T.writes(Out[row, column])
                     Out[row, column] = X[row // R, row % R, column]
+
+    return kernel
+
+
+def to_bf16(tiles: CpuTiles, *, columns: int, out: RowFormat | None = None) -> tirx.PrimFunc:
+    """x (t, R, columns) f32 -> out (t, R, width) bf16."""
+    R, lanes = tiles.row_tile, tiles.lanes
+    out_rows = out or RowFormat(columns, bf16.STORAGE)
+    whole = columns // lanes * lanes
+
+    @T.prim_func(private=True, s_tir=True)
+    def kernel(x_arg: T.handle, out_arg: T.handle):
+        T.func_attr({"tirx.noalias": True})
+        t = T.int64()
+        x = T.match_buffer(x_arg, (t, R, columns), "float32")
+        result = T.match_buffer(out_arg, (t, R, out_rows.width), out_rows.dtype)
+        for row in T.parallel(t * R):
+            for block in range(columns // lanes):
+                for lane in T.vectorized(lanes):
+                    result[row // R, row % R, block * lanes + lane] = bf16.from_float(
+                        x[row // R, row % R, block * lanes + lane]
+                    )
+            for rest in range(columns - whole):
+                result[row // R, row % R, whole + rest] = bf16.from_float(x[row // R, row % R, whole + rest])
 
     return kernel

@@ -8,21 +8,22 @@ import tvm
 from tvm.ir import Expr
 from tvm.script import tirx as T
 
+CACHE_LINE_BYTES = 64
 CACHE_LINE_FLOATS = 16
 
 # TVM cannot call LLVM's intrinsic, which is overloaded on a pointer type. The memory attribute says that no
 # variable changes: without it LLVM stores a tile's accumulators after each prefetch.
-PREFETCH_LLVM = """
+CPU_LLVM = """
 declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
 
 define i32 @turbo_prefetch_read(ptr %base, i64 %index) alwaysinline nounwind {
-  %address = getelementptr float, ptr %base, i64 %index
+  %address = getelementptr i8, ptr %base, i64 %index
   call void @llvm.prefetch.p0(ptr %address, i32 0, i32 2, i32 1) memory(inaccessiblemem: readwrite)
   ret i32 0
 }
 
 define i32 @turbo_prefetch_write(ptr %base, i64 %index) alwaysinline nounwind {
-  %address = getelementptr float, ptr %base, i64 %index
+  %address = getelementptr i8, ptr %base, i64 %index
   call void @llvm.prefetch.p0(ptr %address, i32 1, i32 3, i32 1) memory(inaccessiblemem: readwrite)
   ret i32 0
 }
@@ -30,16 +31,21 @@ define i32 @turbo_prefetch_write(ptr %base, i64 %index) alwaysinline nounwind {
 
 
 def prefetch_read(buffer: tvm.tirx.Buffer, index: Expr) -> Expr:
-    """Bring the cache line of element `index` of a flat fp32 buffer into L2; any address is allowed.
+    """Bring the cache line of an element of a buffer, by its flat index, into L2; any address is allowed.
 
-    The statement must stand inside `T.attr(T.int32(0), "pragma_import_llvm", PREFETCH_LLVM)`.
+    The statement must stand inside `T.attr(T.int32(0), "pragma_import_llvm", CPU_LLVM)`.
     """
-    return T.evaluate(T.call_extern("int32", "turbo_prefetch_read", buffer.data, T.cast(index, "int64")))
+    return _prefetch("turbo_prefetch_read", buffer, index)
 
 
 def prefetch_write(buffer: tvm.tirx.Buffer, index: Expr) -> Expr:
     """The same into L1, to be written."""
-    return T.evaluate(T.call_extern("int32", "turbo_prefetch_write", buffer.data, T.cast(index, "int64")))
+    return _prefetch("turbo_prefetch_write", buffer, index)
+
+
+def _prefetch(function: str, buffer: tvm.tirx.Buffer, index: Expr) -> Expr:
+    offset = T.cast(index, "int64") * tvm.DataType(str(buffer.dtype)).itemsize
+    return T.evaluate(T.call_extern("int32", function, buffer.data, offset))
 
 
 def tree_sum(terms: Sequence[Expr]) -> Expr:

@@ -1,7 +1,8 @@
 """Tile sizes of the CPU kernels: every other constant of a schedule derives from these four numbers.
 
 Activations travel as `(tiles, row_tile, columns)`: the row count of a batch is rounded up once to the row tile,
-so no kernel tests a row bound. Surplus rows hold anything finite and are never read across rows.
+so no kernel tests a row bound. Surplus rows hold anything finite and are never read across rows. A register tile of
+the matrix kernel spans several row tiles, fewer where a batch ends: 16 rows are 8 + 8 and not 12 + 12.
 """
 
 from __future__ import annotations
@@ -17,13 +18,20 @@ class CpuTiles:
     """Register-tile geometry of one instruction set.
 
     lanes: fp32 values per vector register.
-    row_tile: rows of the matrix kernel's register tile.
-    col_tile: columns of it, a power-of-two multiple of `lanes` (LLVM turns other widths into scalar code).
+    row_tile: rows of the layout's tile.
+    tile_units: row tiles in the matrix kernel's register tile.
+    col_tile: columns of that, a power-of-two multiple of `lanes` (LLVM turns other widths into scalar code).
     """
 
     lanes: int
     row_tile: int
+    tile_units: int
     col_tile: int
+
+    @property
+    def tile_rows(self) -> int:
+        """Rows of the matrix kernel's register tile."""
+        return self.row_tile * self.tile_units
 
     @property
     def query_tile(self) -> int:
@@ -35,10 +43,10 @@ class CpuTiles:
         return -(-columns // self.col_tile)
 
 
-AVX512 = CpuTiles(lanes=16, row_tile=12, col_tile=32)  # 24 of 32 registers hold the tile
-AVX2 = CpuTiles(lanes=8, row_tile=6, col_tile=16)  # 12 of 16
-NEON = CpuTiles(lanes=4, row_tile=12, col_tile=8)  # 24 of 32
-BASELINE = CpuTiles(lanes=4, row_tile=4, col_tile=8)  # SSE: 8 of 16, and any other CPU
+AVX512 = CpuTiles(lanes=16, row_tile=4, tile_units=3, col_tile=32)  # 24 of 32 registers hold 12 x 32
+AVX2 = CpuTiles(lanes=8, row_tile=2, tile_units=3, col_tile=16)  # 12 of 16 hold 6 x 16
+NEON = CpuTiles(lanes=4, row_tile=4, tile_units=3, col_tile=8)  # 24 of 32 hold 12 x 8
+BASELINE = CpuTiles(lanes=4, row_tile=2, tile_units=2, col_tile=8)  # SSE, 8 of 16 hold 4 x 8; and any other CPU
 
 
 def cpu_tiles(target: tvm.target.Target) -> CpuTiles:

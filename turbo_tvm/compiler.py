@@ -15,7 +15,7 @@ import turbo_tvm
 from turbo_tvm import config, pipeline, targets
 from turbo_tvm.artifact import Artifact
 from turbo_tvm.errors import ArtifactError, CompileError, TargetError, TurboError, UnsupportedModelError, summary
-from turbo_tvm.frontends.imported import TOLERANCE, Imported
+from turbo_tvm.frontends.imported import TOLERANCES, Imported
 from turbo_tvm.loader import open_model
 from turbo_tvm.passes.rewriter import dims_of
 from turbo_tvm.progress import Progress
@@ -26,7 +26,7 @@ from turbo_tvm.runtime.model import CompiledModel
 from turbo_tvm.runtime.text import TextTokenizer
 from turbo_tvm.schedules.tiles import CpuTiles, cpu_tiles
 
-PRECISIONS = ("fp32",)
+PRECISIONS = ("fp32", "bf16")
 _KINDS = {"input_ids": "token_ids"}  # other inputs are named after their kind
 _MAIN_OUTPUTS = ("sentence_embedding", "logits", "last_hidden_state", "output", "output_0")
 
@@ -47,7 +47,8 @@ def compile(
     model: a `torch.nn.Module` (a Hugging Face encoder with or without head, or any module whose forward takes
         input_ids and attention_mask), or the path of a model folder with config.json and model.safetensors.
     target: "cpu" for this machine, or "cpu:<name>" for another CPU, such as "cpu:x86-64-v3".
-    precision: "fp32".
+    precision: "fp32", or "bf16": weights, products and the rows between kernels in bf16, sums, norms and softmax in
+        fp32, outputs in fp32. Needs a CPU with AVX512-BF16.
     name: what the artifact is called; by default the folder's or class's name.
     max_length: the longest sequence in tokens; by default what the model allows.
     tokenizer: the path of a `tokenizer.json` for `encode`; a model folder brings its own.
@@ -58,20 +59,21 @@ def compile(
     UnsupportedModelError, TargetError or CompileError, all of them TurboError.
     """
     if precision not in PRECISIONS:
-        raise TargetError(f"precision {precision!r} is not supported by this version; {', '.join(PRECISIONS)} is")
+        raise TargetError(f"precision {precision!r} is not supported; use one of {', '.join(PRECISIONS)}")
     count = config.num_threads(threads)
     machine = targets.resolve(target)
+    targets.check_precision(machine, precision)
     _check_compiler()
     with Progress("compile", progress) as show:
         show("importing the model")
         imported = _import(model, name, max_length, tokenizer)
         show("optimising the graph")
         tiles = cpu_tiles(machine)
-        optimized = pipeline.optimize(imported.mod, tiles, imported.bounds.max_length)
+        optimized = pipeline.optimize(imported.mod, tiles, imported.bounds.max_length, precision)
         show("generating code and packing weights")
         built = _build(optimized, imported, machine, tiles)
         show("linking")
-        manifest = _manifest(imported, optimized, built, targets.describe(target, machine), tiles)
+        manifest = _manifest(imported, optimized, built, targets.describe(target, machine), precision, tiles)
         library = _link(built.executable)
         artifact = Artifact(manifest, library, built.parameters, imported.tokenizer, Path(f"{imported.name}.turbo"))
         model = _open(artifact, count)
@@ -86,7 +88,7 @@ def _check_answers(compiled: CompiledModel, imported: Imported) -> None:
         return
     answers = compiled(imported.sample.token_ids, imported.sample.mask)
     for name, difference in imported.sample.differences(answers).items():
-        if not difference <= TOLERANCE:  # NaN too
+        if not difference <= TOLERANCES[compiled.manifest.precision]:  # NaN too
             raise UnsupportedModelError(
                 f"{imported.name} is not supported: compiled, its output {name!r} differs from the original's by "
                 f"{difference:.2g} of its largest value"
@@ -179,7 +181,12 @@ def _link(executable: relax.VMExecutable) -> bytes:
 
 
 def _manifest(
-    imported: Imported, optimized: pipeline.Optimized, built: pipeline.Built, target: Any, tiles: CpuTiles
+    imported: Imported,
+    optimized: pipeline.Optimized,
+    built: pipeline.Built,
+    target: Any,
+    precision: str,
+    tiles: CpuTiles,
 ) -> Manifest:
     func = optimized.mod["main"]
     inputs = [(p.name, str(p.ty.dtype)) for p in func.params[: int(func.attrs["num_input"])]]
@@ -192,6 +199,7 @@ def _manifest(
         name=imported.name,
         model_type=imported.model_type,
         target=target,
+        precision=precision,  # type: ignore[arg-type]
         layout=optimized.layout,  # type: ignore[arg-type]
         row_tile=tiles.row_tile,
         query_tile=tiles.query_tile,

@@ -17,7 +17,8 @@ from turbo_tvm.passes import composite
 from turbo_tvm.passes.composite import Composite
 from turbo_tvm.passes.rewriter import dims_of, shape_of
 from turbo_tvm.runtime.manifest import KernelSpec
-from turbo_tvm.schedules import attention, embedding, linear, normalization, pooling, position_bias, rows
+from turbo_tvm.schedules import attention, bf16, embedding, linear, normalization, pooling, position_bias, rows, weights
+from turbo_tvm.schedules.rows import RowFormat
 from turbo_tvm.schedules.tiles import CpuTiles
 
 Recipe = tuple[Callable[..., tirx.PrimFunc], dict[str, Any]]  # a schedule and its parameters
@@ -32,18 +33,22 @@ class CpuKernels:
     def __call__(self, fused: Composite, out: relax.TensorType) -> tuple[str, tirx.PrimFunc]:
         """The kernel's name, unique for its parameters, and its PrimFunc."""
         factory, options = getattr(self, "_" + fused.name)(fused, dims_of(out))
+        for role, ty in row_types(fused, out).items():
+            options[role] = RowFormat(int(dims_of(ty)[-1]), str(ty.dtype))
         return kernel_name(fused, out), _build(factory, self.tiles, tuple(sorted(options.items())))
 
     def _linear(self, fused: Composite, out: list) -> Recipe:
         options = {key: value for key, value in fused.attrs.items() if key != "columns"}
-        options |= {"k": int(shape_of(fused.tensors[1])[1]), "n": int(fused.attrs.get("columns", out[-1]))}
-        return linear.linear, options | {"x_width": int(shape_of(fused.tensors[0])[-1]), "out_width": int(out[-1])}
+        return linear.linear, options | {"k": reduced_columns(fused), "n": true_columns(fused, out)}
 
     def _pack_weight(self, fused: Composite, out: list) -> Recipe:
-        return linear.pack_weight, fused.attrs
+        return weights.pack_weight, fused.attrs
 
     def _pack_bias(self, fused: Composite, out: list) -> Recipe:
-        return linear.pack_bias, fused.attrs
+        return weights.pack_bias, fused.attrs
+
+    def _table_to_bf16(self, fused: Composite, out: list) -> Recipe:
+        return weights.table_to_bf16, fused.attrs
 
     def _attention(self, fused: Composite, out: list) -> Recipe:
         options = {key: value for key, value in fused.attrs.items() if key != "columns"}
@@ -51,16 +56,20 @@ class CpuKernels:
         return attention.attention, options | {"position_bias": has_position_bias(fused)}
 
     def _norm(self, fused: Composite, out: list) -> Recipe:
-        return normalization.layer_norm, {"n": int(out[-1]), **fused.attrs}
+        return normalization.layer_norm, {"n": true_columns(fused, out), **fused.attrs}
 
     def _normalize(self, fused: Composite, out: list) -> Recipe:
         return normalization.l2_normalize, {"n": int(out[-1]), **fused.attrs}
 
     def _embedding(self, fused: Composite, out: list) -> Recipe:
-        return embedding.embedding, {"hidden": int(out[-1]), **fused.attrs}
+        table = fused.tensors[fused.attrs["tables"]]
+        return embedding.embedding, {"hidden": true_columns(fused, out), "table_type": str(table.ty.dtype), **fused.attrs}
 
     def _pool(self, fused: Composite, out: list) -> Recipe:
         return pooling.pool, {"hidden": int(out[-1]), **fused.attrs}
+
+    def _to_bf16(self, fused: Composite, out: list) -> Recipe:
+        return rows.to_bf16, {"columns": int(out[-1])}
 
     def _toeplitz(self, fused: Composite, out: list) -> Recipe:
         return position_bias.toeplitz, {"heads": int(out[0]), "length": (int(out[1]) + 1) // 2}
@@ -93,36 +102,81 @@ def has_position_bias(fused: Composite) -> bool:
     return fused.name == "attention" and len(fused.tensors) > 4
 
 
+def row_types(fused: Composite, out: relax.TensorType) -> dict[str, relax.TensorType]:
+    """The types of a composite's rows, by the schedules' name for them, where schedules allow a choice."""
+    t = fused.tensors
+    extra = {"extra": t[3 if fused.name == "linear" else 1].ty} if fused.attrs.get("residual") else {}
+    if fused.name in ("linear", "norm"):
+        return {"x": t[0].ty, **extra, "out": out}
+    if fused.name == "attention":
+        return {"x": t[0].ty, "out": out}
+    return {name: ty for name, ty in (("x", t[0].ty), ("out", out)) if name in _CHOICES.get(fused.name, ())}
+
+
+_CHOICES = {"normalize": ("x", "out"), "embedding": ("out",), "pool": ("x",), "to_bf16": ("out",)}
+
+
+def true_columns(fused: Composite, out: list) -> int:
+    """How many columns of a composite's output rows are used; the rows may be wider."""
+    if fused.name == "linear":
+        return int(fused.attrs.get("columns", out[-1]))
+    if fused.name == "norm":
+        return int(shape_of(fused.tensors[-1])[0])
+    if fused.name == "embedding":
+        return int(shape_of(fused.tensors[fused.attrs["tables"]])[1])
+    if fused.name == "attention":
+        return fused.attrs["heads"] * fused.attrs["head_dim"]
+    return int(out[-1])
+
+
+def reduced_columns(linear: Composite) -> int:
+    """The k of a product: how many columns of x it sums over."""
+    steps = int(shape_of(linear.tensors[1])[1])
+    return steps * (2 if str(linear.tensors[1].ty.dtype) == bf16.PAIR else 1)
+
+
 def kernel_name(fused: Composite, out: relax.TensorType) -> str:
     """A readable name that says everything the kernel's code depends on: `linear_768x3072_gelu`."""
-    shape = _shape(fused, out)
     options = [_option(key, value) for key, value in sorted(fused.attrs.items()) if key not in _IN_SHAPE]
     extra = ["bias"] if has_position_bias(fused) else []
-    text = "_".join([fused.name, shape, *(o for o in options if o), *extra])
+    text = "_".join([fused.name, *_shape(fused, out), *(o for o in options if o), *extra, *_formats(fused, out)])
     return "".join(c if c.isalnum() or c == "_" else "_" for c in text)
 
 
-_IN_SHAPE = ("k", "n", "columns", "heads", "head_dim", "max_length", "scale")
+_IN_SHAPE = ("k", "n", "rows", "columns", "heads", "head_dim", "max_length", "scale")
 
 
-def _shape(fused: Composite, out: relax.TensorType) -> str:
-    columns = dims_of(out)[-1]
+def _shape(fused: Composite, out: relax.TensorType) -> list[str]:
+    columns = true_columns(fused, dims_of(out))
     if fused.name == "linear":
-        k, n = shape_of(fused.tensors[1])[1], fused.attrs.get("columns", columns)
-        wide_x, wide_out = shape_of(fused.tensors[0])[-1] > k, columns > n
-        x_width = shape_of(fused.tensors[0])[-1]
-        return f"{k}x{n}" + (f"_from{x_width}" if wide_x else "") + (f"_to{columns}" if wide_out else "")
-    if fused.name in ("pack_weight", "pack_bias"):
-        return "x".join(str(fused.attrs[key]) for key in ("k", "n") if key in fused.attrs)
-    if fused.name == "attention":
-        return _attention_shape(fused)
-    return str(columns)
+        return [f"{reduced_columns(fused)}x{columns}"]
+    if fused.name in ("pack_weight", "pack_bias", "table_to_bf16"):
+        return ["x".join(str(fused.attrs[key]) for key in ("k", "n", "rows", "columns") if key in fused.attrs)]
+    return [_attention_shape(fused)] if fused.name == "attention" else [str(columns)]
+
+
+def _formats(fused: Composite, out: relax.TensorType) -> list[str]:
+    """How rows are stored, where that is not fp32 and as wide as their columns."""
+    natural = {"x": true_columns(fused, dims_of(out)), "extra": true_columns(fused, dims_of(out))}
+    natural |= {"out": natural["x"]}
+    if fused.name == "linear":
+        natural["x"] = reduced_columns(fused)
+    types = row_types(fused, out)
+    words = {"x": "from", "extra": "plus", "out": "to"}
+    widths = {role: int(dims_of(ty)[-1]) for role, ty in types.items()}
+    wide = [f"{words[r]}{w}" for r, w in widths.items() if w > natural[r] and (fused.name, r) != ("attention", "x")]
+    short = [role for role, ty in types.items() if str(ty.dtype) != bf16.STORAGE]
+    if len(short) == len(types):
+        return wide
+    return [*wide, "bf16", *(f"{role}_fp32" for role in short)]
 
 
 def _attention_shape(fused: Composite) -> str:
     a = fused.attrs
     inner = a["heads"] * a["head_dim"]
+    width = a["columns"][0][0]
     known = {"merged": [[3 * inner, i * inner] for i in range(3)], "separate": [[inner, 0]] * 3}
+    known[f"merged_in{width}"] = [[width, i * inner] for i in range(3)]
     spelt = "_".join(f"{width}at{offset}" for width, offset in a["columns"])
     merged = next((word for word, columns in known.items() if columns == a["columns"]), spelt)
     scale, usual = np.float32(a["scale"]), np.float32(a["head_dim"] ** -0.5)
@@ -167,12 +221,12 @@ def composites(func: relax.Function) -> Iterable[tuple[Composite, relax.TensorTy
 
 
 def _describe(name: str, fused: Composite, out: relax.TensorType, counts: bool) -> KernelSpec:
-    columns = int(fused.attrs.get("columns", 0) if fused.name == "linear" else 0) or int(dims_of(out)[-1])
-    weights = [shape_of(t) for t in fused.tensors]
-    weight_bytes = sum(4 * _count(shape) for shape in weights if all(isinstance(d, int) for d in shape))
+    columns = true_columns(fused, dims_of(out))
+    constant = [t for t in fused.tensors if all(isinstance(d, int) for d in shape_of(t))]
+    weight_bytes = sum(np.dtype(str(t.ty.dtype)).itemsize * _count(shape_of(t)) for t in constant)
     per_token, per_pair, text = 0.0, 0.0, str(columns)
     if fused.name == "linear":
-        k = int(weights[1][1])
+        k = reduced_columns(fused)
         per_token, text = 2.0 * k * columns, f"{k} -> {columns}"
     elif fused.name == "attention":
         per_pair = 4.0 * fused.attrs["heads"] * fused.attrs["head_dim"]

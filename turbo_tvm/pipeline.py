@@ -24,6 +24,7 @@ from turbo_tvm.passes.fuse_norm import fuse_norm
 from turbo_tvm.passes.fuse_pooling import fuse_pooling
 from turbo_tvm.passes.hoist_weights import TRANSFORM, hoist_weights
 from turbo_tvm.passes.lower_kernels import lower_kernels
+from turbo_tvm.passes.lower_precision import lower_precision
 from turbo_tvm.passes.merge_qkv import merge_qkv
 from turbo_tvm.passes.normalize import normalize
 from turbo_tvm.passes.pack_weights import pack_weights
@@ -71,7 +72,7 @@ class Built:
     outputs: tuple[relax.TensorType, ...]
 
 
-def packed(tiles: CpuTiles, max_length: int) -> list[Pass]:
+def packed(tiles: CpuTiles, max_length: int, precision: str) -> list[Pass]:
     """Passes for a model whose padding can be removed."""
     return [
         # Recognise: what mixes tokens, while the mask is still there to say how.
@@ -85,6 +86,8 @@ def packed(tiles: CpuTiles, max_length: int) -> list[Pass]:
         merge_qkv,
         fuse_norm,
         fuse_embedding,
+        # Store: in which format, and how far apart.
+        *([lower_precision] if precision == "bf16" else []),
         widen_rows,
         # Weights: into the kernels' layout, and out of the model's function.
         lambda mod: pack_weights(mod, tiles.col_tile),
@@ -92,25 +95,26 @@ def packed(tiles: CpuTiles, max_length: int) -> list[Pass]:
     ]
 
 
-def padded(tiles: CpuTiles) -> list[Pass]:
+def padded(tiles: CpuTiles, precision: str) -> list[Pass]:
     """Passes for any other model: products are fused, everything else is TVM's."""
     return [
         normalize,
         fuse_linear,
         fuse_norm,
         lambda mod: tile_rows(mod, tiles.row_tile),
+        *([lower_precision] if precision == "bf16" else []),
         lambda mod: pack_weights(mod, tiles.col_tile),
         hoist_weights,
     ]
 
 
-def optimize(mod: ir.IRModule, tiles: CpuTiles, max_length: int) -> Optimized:
+def optimize(mod: ir.IRModule, tiles: CpuTiles, max_length: int, precision: str = "fp32") -> Optimized:
     """Graph to composites: packed if every part allows it, else padded with the reason kept."""
     try:
-        done = _run(mod, packed(tiles, max_length), "packed")
+        done = _run(mod, packed(tiles, max_length, precision), "packed")
         return Optimized(done, "packed")
     except Declined as why:
-        done = _run(mod, padded(tiles), "padded")
+        done = _run(mod, padded(tiles, precision), "padded")
         return Optimized(done, "padded", (f"padding was not removed: {why}",))
 
 

@@ -20,7 +20,7 @@ from turbo_tvm.sealed_zip import ALIGNMENT, DAMAGED, Span
 __all__ = ["WEIGHTS", "file_bytes", "pieces", "views"]
 
 WEIGHTS = "weights.safetensors"
-DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "int64": "I64", "int32": "I32"}
+DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "int64": "I64", "int32": "I32", "uint16": "U16"}
 DTYPES |= {"int8": "I8", "uint8": "U8", "bool": "BOOL"}
 
 

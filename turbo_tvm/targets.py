@@ -42,6 +42,18 @@ def resolve(name: str) -> tvm.target.Target:
     return tvm.target.Target(target)
 
 
+def check_precision(target: tvm.target.Target, precision: str) -> None:
+    """Raises TargetError if the target has no instructions for this precision."""
+    if precision != "bf16":
+        return
+    with target:
+        if not codegen.target_has_features("avx512bf16"):
+            raise TargetError(
+                f"precision 'bf16' needs a CPU with AVX512-BF16, which {target.attrs['mcpu']} lacks: compile with "
+                "precision='fp32', or for a CPU that has it, such as target='cpu:znver4' or 'cpu:cooperlake'"
+            )
+
+
 def describe(name: str, target: tvm.target.Target) -> TargetSpec:
     """What the artifact records of its target: architecture, CPU and the features that loading it checks."""
     arch = str(target.attrs["mtriple"]).split("-")[0]

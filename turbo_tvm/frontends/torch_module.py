@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from turbo_tvm.errors import UnsupportedModelError, summary
-from turbo_tvm.frontends.imported import TOLERANCE, Imported, Sample
+from turbo_tvm.frontends.imported import TOLERANCES, Imported, Sample
 from turbo_tvm.frontends.torch_export import to_relax
 from turbo_tvm.frontends.torch_wrapper import (
     FixedInputs,
@@ -113,7 +113,7 @@ def _sample(model: nn.Module, longest: int | None) -> Sample:
 def _check_wrapper(wrapper: FixedInputs, sample: Sample) -> None:
     """UnsupportedModelError if the wrapper changes what the model answers for real tokens."""
     inputs = wrapper.example(torch.from_numpy(sample.token_ids), torch.from_numpy(sample.mask))
-    if any(difference > TOLERANCE for difference in sample.differences(wrapper.named(*inputs)).values()):
+    if any(difference > TOLERANCES["fp32"] for difference in sample.differences(wrapper.named(*inputs)).values()):
         raise UnsupportedModelError(
             f"{type(wrapper.model).__name__} attends otherwise than an encoder, where every token sees every token "
             "that is not padding (is it a decoder?); only encoders are supported"

@@ -1,0 +1,76 @@
+"""Weights in the kernels' layout: packed for products, tables in bf16. Each runs once, when a model is compiled."""
+
+from __future__ import annotations
+
+import tvm
+from tvm.ir import Expr
+from tvm.script import tirx as T
+
+from turbo_tvm.schedules import bf16
+from turbo_tvm.schedules.tiles import CpuTiles
+
+_PACK_ROWS = 16
+
+
+def pack_weight(tiles: CpuTiles, *, k: int, n: int, pairs: bool = False) -> tvm.tirx.PrimFunc:
+    """`(w, packed)`: fp32 `(n, k)`, PyTorch's layout, to `(P, k, C)` with zeros for the columns beyond n.
+
+    pairs: to bf16 pairs along k, int32 `(P, k / 2, C)`; k is even. One task per panel and `_PACK_ROWS` of its rows: the
+    block is read along the rows of w, a cache line each, and the lines that it scatters to all fit L1.
+    """
+    columns, panels = tiles.col_tile, tiles.panels(n)
+    step, dtype = (2, bf16.PAIR) if pairs else (1, "float32")
+    if k % step:
+        raise ValueError(f"k = {k}: pairs need an even number of columns")
+    steps = k // step
+    blocks = -(-steps // _PACK_ROWS)
+
+    def element(w: tvm.tirx.Buffer, column: Expr, i: Expr) -> Expr:
+        return bf16.pair(w[column, 2 * i], w[column, 2 * i + 1]) if pairs else w[column, i]
+
+    def zero() -> Expr:
+        return T.int32(0) if pairs else T.float32(0)
+
+    @T.prim_func(private=True, s_tir=True)
+    def kernel(w: T.Buffer((n, k), "float32"), packed: T.Buffer((panels, steps, columns), dtype)):
+        T.func_attr({"tirx.noalias": True})
+        for task in T.parallel(panels * blocks):
+            panel: T.let = task // blocks
+            first: T.let = (task % blocks) * _PACK_ROWS
+            for c in range(columns):
+                if panel * columns + c < n:
+                    for i in range(T.min(_PACK_ROWS, steps - first)):
+                        packed[panel, first + i, c] = element(w, panel * columns + c, first + i)
+                else:
+                    for i in range(T.min(_PACK_ROWS, steps - first)):
+                        packed[panel, first + i, c] = zero()
+
+    return kernel
+
+
+def pack_bias(tiles: CpuTiles, *, n: int) -> tvm.tirx.PrimFunc:
+    """`(bias, packed)`: fp32 `(n,)` to `(P * C,)`, padded with zeros."""
+    padded = tiles.panels(n) * tiles.col_tile
+
+    @T.prim_func(private=True, s_tir=True)
+    def kernel(bias: T.Buffer((n,), "float32"), packed: T.Buffer((padded,), "float32")):
+        T.func_attr({"tirx.noalias": True})
+        for i in range(n):
+            packed[i] = bias[i]
+        for i in range(padded - n):
+            packed[n + i] = T.float32(0)
+
+    return kernel
+
+
+def table_to_bf16(tiles: CpuTiles, *, rows: int, columns: int) -> tvm.tirx.PrimFunc:
+    """`(x, out)`: fp32 `(rows, columns)` to bf16, for the tables of an embedding."""
+
+    @T.prim_func(private=True, s_tir=True)
+    def kernel(x: T.Buffer((rows, columns), "float32"), out: T.Buffer((rows, columns), bf16.STORAGE)):
+        T.func_attr({"tirx.noalias": True})
+        for row in T.parallel(rows):
+            for column in range(columns):
+                out[row, column] = bf16.from_float(x[row, column])
+
+    return kernel
