@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,12 @@ from tvm.runtime.vm import VirtualMachine
 from turbo_tvm.errors import TurboError
 from turbo_tvm.runtime import batch as packing
 from turbo_tvm.runtime.batch import Batch
-from turbo_tvm.runtime.buffers import Buffers
+from turbo_tvm.runtime.buffers import Buffers, Input
 from turbo_tvm.runtime.manifest import Manifest, OutputSpec
 
 BIG_CORES = 1  # a mode of TVM's thread pool
+
+Results = dict[str, list[np.ndarray]]
 
 
 class Executor:
@@ -32,17 +35,21 @@ class Executor:
         self.threads = threads
         self._module = module
         self._main = self.another_vm()["main"]
+        self._inputs = [Input(spec.dtype) for spec in manifest.inputs]
         self._weights = [tvm.runtime.from_dlpack(weights[p.name]) for p in manifest.parameters]
         self.buffers = Buffers(manifest.buffers, manifest.row_tile)
         self._lock = threading.RLock()
         self._config_threadpool = tvm.get_global_func("runtime.config_threadpool")
 
-    def run(self, batch: Batch) -> dict[str, list[np.ndarray]]:
-        """Every output of the model: one array per sequence, in order, (length, columns) or (columns,), fp32."""
+    def run(self, batch: Batch, output: str | None = None) -> Results:
+        """Outputs by name: one array per sequence, in order, (length, columns) or (columns,), fp32.
+
+        output: the one that is wanted; all by default. The arrays of an output share one piece of memory.
+        """
         with self._lock:
             # TVM keeps one thread pool per calling thread, for all models: another may have set it since (1 us)
             self._config_threadpool(BIG_CORES, self.threads)
-            return self._packed(batch) if self.manifest.layout == "packed" else self._padded(batch)
+            return self._packed(batch, output) if self.manifest.layout == "packed" else self._padded(batch, output)
 
     @property
     def function(self) -> Callable[..., Any]:
@@ -63,48 +70,53 @@ class Executor:
             finally:
                 self._main = own
 
-    def _call(self, inputs: list[np.ndarray], buffers: list[tvm.runtime.Tensor]) -> list[np.ndarray]:
+    def _call(
+        self, arrays: Mapping[str, Callable[[], np.ndarray]], buffers: list[tvm.runtime.Tensor], output: str | None
+    ) -> list[tuple[OutputSpec, np.ndarray]]:
+        """The wanted outputs, which the next call overwrites. arrays: what makes each kind of input."""
+        manifest = self.manifest
+        inputs = [
+            memory.tensor(arrays[spec.kind]()) for memory, spec in zip(self._inputs, manifest.inputs, strict=True)
+        ]
         try:
-            out = self._main(*[tvm.runtime.tensor(x) for x in inputs], *self._weights, *buffers)
+            out = self._main(*inputs, *self._weights, *buffers)
         except tvm.error.TVMError as error:
             raise TurboError(f"the compiled model failed: {error}") from error
-        fields = [out] if isinstance(out, tvm.runtime.Tensor) else list(out)
-        return [np.from_dlpack(field) for field in fields]
+        fields = [out] if isinstance(out, tvm.runtime.Tensor) else out
+        return [
+            (spec, np.from_dlpack(fields[i]))
+            for i, spec in enumerate(manifest.outputs)
+            if output is None or output == spec.name
+        ]
 
-    def _packed(self, batch: Batch) -> dict[str, list[np.ndarray]]:
-        manifest, lengths = self.manifest, batch.lengths
-        tiles = packing.row_tiles(lengths, manifest.row_tile)
-        pooled = -(-len(lengths) // manifest.row_tile)
+    def _packed(self, batch: Batch, output: str | None) -> Results:
+        row_tile, limits = self.manifest.row_tile, batch.boundaries
         arrays = {
-            "token_ids": lambda: packing.pack_rows(batch.token_ids, manifest.row_tile),
-            "token_type_ids": lambda: packing.pack_rows(batch.token_type_ids, manifest.row_tile),
-            "position_ids": lambda: packing.pack_rows(batch.positions, manifest.row_tile),
-            "cu_seqlens": lambda: packing.boundaries(lengths),
-            "query_tiles": lambda: packing.query_tiles(lengths, manifest.query_tile),
+            "token_ids": lambda: packing.pack_rows(batch.token_ids, row_tile),
+            "token_type_ids": lambda: packing.pack_rows(batch.token_type_ids, row_tile),
+            "position_ids": lambda: packing.pack_rows(batch.positions, row_tile),
+            "cu_seqlens": lambda: limits,
+            "query_tiles": lambda: packing.query_tiles(limits, self.manifest.query_tile),
         }
-        inputs = [arrays[spec.kind]() for spec in manifest.inputs]
-        results = self._call(inputs, self.buffers.tensors(tiles, pooled))
-        ends = np.cumsum(lengths)
-        return {
-            spec.name: _split_packed(spec, result, ends - lengths, ends)
-            for spec, result in zip(manifest.outputs, results, strict=True)
-        }
+        tokens, pooled = (packing.tiles(rows, row_tile) for rows in (len(batch.token_ids), len(limits) - 1))
+        results = self._call(arrays, self.buffers.tensors(tokens, pooled), output)
+        return {spec.name: _split_packed(spec, result, limits.tolist()) for spec, result in results}
 
-    def _padded(self, batch: Batch) -> dict[str, list[np.ndarray]]:
+    def _padded(self, batch: Batch, output: str | None) -> Results:
         lengths = batch.lengths
-        width = int(lengths.max())
+        mask = np.arange(lengths.max()) < lengths[:, None]
         arrays = {
-            "token_ids": lambda: _pad(batch.token_ids, width),
-            "token_type_ids": lambda: _pad(batch.token_type_ids, width),
-            "position_ids": lambda: _pad(batch.positions, width),
-            "attention_mask": lambda: (np.arange(width)[None, :] < lengths[:, None]).astype(np.int64),
+            "token_ids": lambda: _pad(batch.token_ids, mask),
+            "token_type_ids": lambda: _pad(batch.token_type_ids, mask),
+            "position_ids": lambda: _pad(batch.positions, mask),
+            "attention_mask": lambda: mask,
         }
-        results = self._call([arrays[spec.kind]() for spec in self.manifest.inputs], [])
         return {
             spec.name: [
-                row[:n].copy() if spec.kind == "token" else row.copy() for row, n in zip(result, lengths, strict=True)
+                row[:n].copy() if spec.kind == "token" else row.copy()
+                for row, n in zip(result, lengths.tolist(), strict=True)
             ]
-            for spec, result in zip(self.manifest.outputs, results, strict=True)
+            for spec, result in self._call(arrays, [], output)
         }
 
 
@@ -121,21 +133,22 @@ class ForeignExecutor:
         """Why this machine cannot run the model."""
         return TurboError(f"{self._reason} (the model can be saved here and loaded on such a machine)")
 
-    def run(self, batch: Batch) -> dict[str, list[np.ndarray]]:
+    def run(self, batch: Batch, output: str | None = None) -> Results:
         """Raises TurboError: why this machine cannot run the model."""
         raise self.error
 
 
-def _split_packed(spec: OutputSpec, result: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> list[np.ndarray]:
-    """One copy per sequence out of packed rows, which the next call overwrites."""
+def _split_packed(spec: OutputSpec, result: np.ndarray, limits: list[int]) -> list[np.ndarray]:
+    """An array per sequence, in one copy of the packed rows."""
     rows = result.reshape(-1) if spec.squeeze else result.reshape(-1, spec.columns)
     if spec.kind == "sequence":
-        return [rows[i].copy() for i in range(len(begins))]
-    return [rows[begin:end].copy() for begin, end in zip(begins, ends, strict=True)]
+        return list(rows[: len(limits) - 1].copy())
+    copy = rows[: limits[-1]].copy()
+    return [copy[begin:end] for begin, end in pairwise(limits)]
 
 
-def _pad(parts: tuple[np.ndarray, ...], width: int) -> np.ndarray:
-    matrix = np.zeros((len(parts), width), np.int64)
-    for row, part in zip(matrix, parts, strict=True):
-        row[: len(part)] = part
+def _pad(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """A value per token as a matrix: in order where the mask is set, 0 elsewhere."""
+    matrix = np.zeros(mask.shape, np.int64)
+    matrix[mask] = values
     return matrix

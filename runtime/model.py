@@ -13,7 +13,7 @@ from turbo_tvm.errors import InputError, TurboError
 from turbo_tvm.runtime import batch as packing
 from turbo_tvm.runtime import profiler
 from turbo_tvm.runtime.batch import Batch
-from turbo_tvm.runtime.executor import Executor, ForeignExecutor
+from turbo_tvm.runtime.executor import Executor, ForeignExecutor, Results
 from turbo_tvm.runtime.manifest import Manifest, OutputSpec
 from turbo_tvm.runtime.profiler import MachineLimits, ProfileReport
 from turbo_tvm.runtime.text import TextTokenizer
@@ -76,13 +76,14 @@ class CompiledModel:
         shapes; 0 by default. output: which output to return; by default the model's main one.
 
         Returns a list in the same order: fp32 arrays (length, hidden) for an output per token, (columns,) for one per
-        sequence. A model without one main output (question answering) gives a `ModelOutput` per sequence.
+        sequence. A model without one main output (question answering) gives a `ModelOutput` per sequence. They are the
+        caller's to keep and change; as views of one copy, each keeps the memory of all.
 
         Long lists run in groups of at most `max_batch_tokens` tokens. Raises InputError before anything runs.
         """
         name = self._output_name(output)
         batch = packing.from_sequences(sequences, token_type_ids, self.manifest.bounds, self.manifest.positions)
-        results = self._run(batch)
+        results = self._run(batch, name)
         if name is not None:
             return results[name]
         return [ModelOutput(zip(results, parts, strict=True)) for parts in zip(*results.values(), strict=True)]
@@ -155,12 +156,11 @@ class CompiledModel:
             raise InputError(f"the model has no output {asked!r}; it has {', '.join(names)}")
         return asked or self.manifest.primary
 
-    def _run(self, batch: Batch) -> dict[str, list[np.ndarray]]:
-        results: dict[str, list[np.ndarray]] = {spec.name: [] for spec in self.manifest.outputs}
-        for group in _groups(batch, self.max_batch_tokens):
-            for name, parts in self._executor.run(group).items():
-                results[name].extend(parts)
-        return results
+    def _run(self, batch: Batch, output: str | None = None) -> Results:
+        if len(batch.token_ids) <= self.max_batch_tokens:
+            return self._executor.run(batch, output)
+        groups = [self._executor.run(group, output) for group in _groups(batch, self.max_batch_tokens)]
+        return {name: [part for group in groups for part in group[name]] for name in groups[0]}
 
 
 def _groups(batch: Batch, max_tokens: int) -> Iterator[Batch]:
@@ -169,14 +169,10 @@ def _groups(batch: Batch, max_tokens: int) -> Iterator[Batch]:
     lengths = batch.lengths.tolist()
     for i, length in enumerate(lengths):
         if i > start and total + length > max_tokens:
-            yield _part(batch, start, i)
+            yield batch.part(start, i)
             start, total = i, 0
         total += length
-    yield _part(batch, start, len(lengths))
-
-
-def _part(batch: Batch, start: int, end: int) -> Batch:
-    return Batch(batch.token_ids[start:end], batch.token_type_ids[start:end], batch.positions[start:end])
+    yield batch.part(start, len(lengths))
 
 
 def _to_matrix(spec: OutputSpec, parts: list[np.ndarray], batch: Batch, shape: tuple[int, ...]) -> np.ndarray:

@@ -241,6 +241,7 @@ def _work(
         tokens, pairs = sum(b * n for b, n in shapes), sum(b * n * n for b, n in shapes)
     weights = float(spec.calls * len(shapes) * spec.bytes_weights)
     if spec.family == "embedding":
-        weights = min(weights, 4.0 * spec.calls * spec.flops_per_token * tokens)
+        width = 2.0 if manifest.precision == "bf16" else 4.0
+        weights = min(weights, width * spec.calls * spec.flops_per_token * tokens)
     flops = spec.calls * (spec.flops_per_token * tokens + spec.flops_per_pair * pairs)
     return Work(flops, weights, float(activations), footprint)

@@ -1,4 +1,4 @@
-"""The command line of the benchmarks: `scripts/bench [encoder] [options]`, `scripts/bench report DIR`."""
+"""The command line of the benchmarks: `scripts/bench [encoder | overhead] [options]`, `scripts/bench report DIR`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from . import overhead
 from .contenders import RIVALS
 from .encoder import PRECISIONS, Settings, run
 from .measure import Limits
@@ -30,7 +31,9 @@ EXAMPLES = """examples:
   scripts/bench --only ragged                         the ragged sets; --only 32x for a batch, --only 8x128 for a point
   scripts/bench --out benchmarks --resume             the committed results; goes on where an interrupted run stopped
   scripts/bench report benchmarks                     Markdown and plots again from the JSON, without measuring"""
-COMMANDS = ("encoder", "report")
+OVERHEAD = """Time what CompiledModel.run adds to its kernels on a one-layer toy model: Python and TVM's VM apart, with
+hot and with cold caches. Prints medians and quartiles and writes overhead.json with every sample."""
+COMMANDS = ("encoder", "overhead", "report")
 QUICK_LIMITS = {"rounds": 3, "seconds": 5.0}
 
 
@@ -46,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=raw,
     )
     _encoder_options(encoder)
+    _overhead_options(commands.add_parser("overhead", help="what run() costs above its kernels", description=OVERHEAD))
     again = commands.add_parser("report", help="Markdown and plots from existing JSON", description="Measures nothing.")
     again.add_argument("directory", type=Path, metavar="DIR", help="where the JSON files are")
     return made
@@ -71,6 +75,14 @@ def _encoder_options(encoder: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="of weights, lengths and token ids (default %(default)s)")
     add("--out", type=Path, default=Path("bench_results"), help="output directory (default %(default)s)")
     add("--resume", action="store_true", help="skip what the JSON there holds of this machine and these versions")
+
+
+def _overhead_options(overhead: argparse.ArgumentParser) -> None:
+    add = overhead.add_argument
+    add("--rounds", type=_positive, default=500, help="hot rounds per workload (default %(default)s)")
+    add("--threads", type=_positive, help="default: the physical cores")
+    add("--seed", type=int, default=0, help="of weights, lengths and token ids (default %(default)s)")
+    add("--out", type=Path, default=Path("bench_results"), help="output directory (default %(default)s)")
 
 
 def _positive(text: str) -> int:
@@ -119,9 +131,15 @@ def main(argv: list[str]) -> int:
         print(f"error: there are no results in {args.directory}", file=sys.stderr)
         return 1
     try:
-        run(settings(args, argv), console)
+        if args.command == "overhead":
+            from turbo_tvm import config
+
+            overhead.run(args.rounds, config.num_threads(args.threads), args.seed, args.out, console)
+        else:
+            run(settings(args, argv), console)
     except KeyboardInterrupt:
-        print(f"interrupted: {args.out} holds every finished workload; go on with --resume", file=sys.stderr)
+        kept = f": {args.out} holds every finished workload; go on with --resume" if args.command == "encoder" else ""
+        print(f"interrupted{kept}", file=sys.stderr)
         return 130
     return 0
 

@@ -22,24 +22,46 @@ def from_padded(ids, mask=None, types=None, *, contiguous=False, first_token=Fal
 
 @given(LENGTHS, st.sampled_from([4, 6, 12]))
 def test_packed_rows_hold_every_token_once_and_only_the_last_tile_has_room(lengths, row_tile):
-    parts = [np.arange(n, dtype=np.int32) + i for i, n in enumerate(lengths)]
-    rows = packing.pack_rows(parts, row_tile)
-    total = sum(lengths)
-    assert rows.shape == (packing.row_tiles(np.array(lengths), row_tile), row_tile)
-    assert 0 <= rows.size - total < row_tile
-    np.testing.assert_array_equal(rows.reshape(-1)[:total], np.concatenate(parts))
-    assert not rows.reshape(-1)[total:].any()
+    values = np.arange(1, sum(lengths) + 1, dtype=np.int32)
+    rows = packing.pack_rows(values, row_tile)
+    assert rows.shape == (packing.tiles(len(values), row_tile), row_tile)
+    assert 0 <= rows.size - len(values) < row_tile
+    np.testing.assert_array_equal(rows.reshape(-1)[: len(values)], values)
+    assert not rows.reshape(-1)[len(values) :].any()
 
 
 @given(LENGTHS, st.sampled_from([8, 16, 32]))
 def test_query_tiles_cover_every_row_of_every_sequence_exactly_once(lengths, query_tile):
-    array = np.array(lengths)
-    cu = packing.boundaries(array)
-    tiles = packing.query_tiles(array, query_tile)
+    cu = packing.boundaries(lengths)
+    tiles = packing.query_tiles(cu, query_tile)
+    assert cu.dtype == tiles.dtype == np.int32
     covered = [row for first, _, end in tiles for row in range(first, min(first + query_tile, end))]
     assert covered == list(range(sum(lengths)))
     assert {(b, e) for _, b, e in tiles.tolist()} == set(zip(cu[:-1].tolist(), cu[1:].tolist(), strict=True))
     assert all(begin <= first < end for first, begin, end in tiles)
+
+
+@given(LENGTHS, st.sampled_from([ARANGE, PositionRule("arange", 2), PositionRule("count_non_pad", 1, 3)]))
+def test_a_batch_holds_what_its_sequences_hold(lengths, rule):
+    rng = np.random.default_rng(sum(lengths))
+    ids = [rng.integers(0, 5, n, np.uint8) for n in lengths]
+    types = [rng.integers(0, 2, n) for n in lengths]
+    batch = packing.from_sequences(ids, types, BOUNDS, rule)
+    assert all(x.dtype == np.int32 for x in batch[:4]) and batch.lengths.tolist() == lengths
+    np.testing.assert_array_equal(batch.token_ids, np.concatenate(ids))
+    np.testing.assert_array_equal(batch.token_type_ids, np.concatenate(types))
+    np.testing.assert_array_equal(batch.positions, np.concatenate([packing.position_ids(rule, s) for s in ids]))
+
+
+@given(LENGTHS, st.data())
+def test_a_part_of_a_batch_is_the_batch_of_those_sequences(lengths, data):
+    start = data.draw(st.integers(0, len(lengths) - 1))
+    end = data.draw(st.integers(start + 1, len(lengths)))
+    ids = [[i % 100] * n for i, n in enumerate(lengths)]
+    part = packing.from_sequences(ids, None, BOUNDS, ARANGE).part(start, end)
+    wanted = packing.from_sequences(ids[start:end], None, BOUNDS, ARANGE)
+    for one, other in zip(part[:4], wanted[:4], strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_positions_count_from_the_offset():
@@ -55,14 +77,14 @@ def test_right_and_left_padding_keep_the_matrix_positions():
     ids = np.array([[5, 6, 0], [0, 7, 8]])
     mask = np.array([[1, 1, 0], [0, 1, 1]])
     batch = from_padded(ids, mask)
-    assert [s.tolist() for s in batch.token_ids] == [[5, 6], [7, 8]]
-    assert [p.tolist() for p in batch.positions] == [[0, 1], [1, 2]]
+    assert batch.token_ids.tolist() == [5, 6, 7, 8] and batch.boundaries.tolist() == [0, 2, 4]
+    assert batch.positions.tolist() == [0, 1, 1, 2]
     assert [c.tolist() for c in batch.columns] == [[0, 1], [1, 2]]
 
 
 def test_a_mask_with_holes_is_packed_unless_the_model_looks_at_distances():
     ids, mask = np.array([[5, 6, 7]]), np.array([[1, 0, 1]])
-    assert from_padded(ids, mask).positions[0].tolist() == [0, 2]
+    assert from_padded(ids, mask).positions.tolist() == [0, 2]
     with pytest.raises(InputError, match="has holes"):
         from_padded(ids, mask, contiguous=True)
 
@@ -81,6 +103,10 @@ def test_a_hidden_first_token_is_refused_by_models_that_pool_it():
         ([[1, 100]], "token id 100 is out of range.*100 entries"),
         ([[-1]], "token id -1 is out of range"),
         ([[2**40]], "out of range"),
+        ([np.array([2**64 - 1], np.uint64)], "token id 18446744073709551615 is out of range"),
+        ([[1], np.array([5, 2**63], np.uint64)], "sequence 1: token id 9223372036854775808 is out of range"),
+        ([[1], [101], []], "sequence 1: token id 101 is out of range"),
+        ([[1], [], [101]], "sequence 1 is empty"),
         ([[1.5]], "holds float64 values"),
         ([[True, False]], "holds bool values"),
         ([["a"]], "token ids are integers"),
@@ -95,6 +121,11 @@ def test_a_hidden_first_token_is_refused_by_models_that_pool_it():
 def test_bad_sequences_are_refused_with_what_is_wrong(sequences, message):
     with pytest.raises(InputError, match=message):
         packing.from_sequences(sequences, None, BOUNDS, ARANGE)
+
+
+def test_sequences_of_every_integer_type_go_together():
+    ids = [np.array([5], np.uint64), [6], np.array([7, 8], np.int8), (9,), np.arange(6)[::3]]
+    assert packing.from_sequences(ids, None, BOUNDS, ARANGE).token_ids.tolist() == [5, 6, 7, 8, 9, 0, 3]
 
 
 @pytest.mark.parametrize(
@@ -133,4 +164,4 @@ def test_bad_matrices_are_refused(ids, mask, message):
 def test_bool_and_float_masks_of_zeros_and_ones_are_masks():
     ids = np.array([[5, 6, 7]])
     for mask in (np.array([[True, True, False]]), np.array([[1.0, 1.0, 0.0]])):
-        assert from_padded(ids, mask).token_ids[0].tolist() == [5, 6]
+        assert from_padded(ids, mask).token_ids.tolist() == [5, 6]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from turbo_tvm.runtime.buffers import ALIGNMENT, Buffers, aligned_empty
+from turbo_tvm.runtime.buffers import ALIGNMENT, KEPT_SHAPES, Buffers, Input, aligned_empty
 from turbo_tvm.runtime.manifest import BufferSpec
 
 SPECS = (
@@ -66,3 +66,28 @@ def test_views_of_many_shapes_do_not_pile_up():
     for tiles in range(1, 200):
         buffers.tensors(tiles, 1)
     assert len(buffers._views) <= 64
+
+
+def test_an_input_is_filled_in_place_and_keeps_its_tensors():
+    memory = Input("int32")
+    large = memory.tensor(np.full((5, 12), 7))
+    small = memory.tensor(np.arange(24).reshape(2, 12))
+    assert small.data_ptr() == large.data_ptr() and small.data_ptr() % ALIGNMENT == 0
+    np.testing.assert_array_equal(np.from_dlpack(small), np.arange(24).reshape(2, 12))
+    assert memory.tensor(np.zeros((5, 12))).same_as(large) and str(large.dtype) == "int32"
+    assert not np.from_dlpack(large).any()
+
+
+def test_an_input_grows_and_forgets_its_old_memory():
+    memory = Input("int64")
+    old = memory.tensor(np.ones((1, 3), np.int64))
+    memory.tensor(np.ones((50, 3), np.int64))
+    assert memory.tensor(np.zeros((1, 3), np.int64)).data_ptr() != old.data_ptr()
+    assert np.from_dlpack(old).all()
+
+
+def test_inputs_of_many_shapes_do_not_pile_up():
+    memory = Input("int32")
+    for length in [*range(1, 200), *range(200, 1, -1)]:
+        assert tuple(memory.tensor(np.zeros(length, np.int32)).shape) == (length,)
+    assert len(memory._views) <= KEPT_SHAPES

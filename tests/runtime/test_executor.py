@@ -111,3 +111,27 @@ def test_growing_and_shrinking_batches(served, random_requests):
     for count in (1, len(large), 1, len(large) * 2, 1):
         compiled.run((large * 2)[:count])
         np.testing.assert_array_equal(compiled.run(one)[0], first)
+
+
+def test_only_the_wanted_output_is_given(served):
+    executor = served("bert").compiled._executor
+    manifest = executor.manifest
+    batch = packing.from_sequences([[5, 6, 7], [8]], None, manifest.bounds, manifest.positions)
+    everything = executor.run(batch)
+    for name, parts in everything.items():
+        (only,) = executor.run(batch, name).items()
+        assert only[0] == name
+        for one, other in zip(only[1], parts, strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("name", ["bert", "padded"])
+def test_a_shape_that_was_seen_makes_no_tensor(served, name, monkeypatch):
+    compiled = served(name).compiled
+    requests = [[[5, 6, 7]], [[8] * 30, [9]]]
+    wanted = [arrays(compiled.run(request)) for request in requests]
+    for maker in ("tensor", "from_dlpack", "empty"):
+        monkeypatch.setattr(tvm.runtime, maker, lambda *_, **__: pytest.fail("a tensor was made"))
+    for request, want in zip(requests * 2, wanted * 2, strict=True):
+        for got, other in zip(arrays(compiled.run(request)), want, strict=True):
+            np.testing.assert_array_equal(got, other)

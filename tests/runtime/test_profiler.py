@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -55,6 +56,16 @@ def test_bytes(served, report):
     rows = -(-sum(LENGTHS) // manifest.row_tile) * manifest.row_tile
     assert work.bytes_weights == spec.calls * spec.bytes_weights
     assert work.bytes_activations == spec.calls * rows * (32 + 96) * 4
+
+
+def test_an_embedding_in_bf16_reads_half_as_much(served):
+    manifest = served("bert").compiled.manifest
+    spec = replace(next(k for k in manifest.kernels if k.family == "embedding"), bytes_weights=1 << 30)
+    made = [
+        profiler._work(spec, replace(manifest, precision=precision), LENGTHS, [(1,)], 0, 0.0).bytes_weights
+        for precision in ("fp32", "bf16")
+    ]
+    assert made == [4 * 3 * 32 * sum(LENGTHS), 2 * 3 * 32 * sum(LENGTHS)]
 
 
 def test_an_embedding_reads_rows_of_its_tables(served, report):

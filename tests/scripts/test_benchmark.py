@@ -17,7 +17,19 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
 from benchmark import __main__ as command_line
-from benchmark import contenders, encoder, figures, machine, models, plots, render, report, strategies, workloads
+from benchmark import (
+    contenders,
+    encoder,
+    figures,
+    machine,
+    models,
+    overhead,
+    plots,
+    render,
+    report,
+    strategies,
+    workloads,
+)
 from benchmark.contenders import OURS
 from benchmark.measure import Entry, Limits, measure, more_rounds, rotated, rule_out
 from benchmark.results import Results, read
@@ -379,3 +391,25 @@ def test_a_tiny_model_from_building_to_markdown(tmp_path: Path, monkeypatch: pyt
     resumed = encoder.Settings(**{**vars(settings), "resume": True, "command": "scripts/bench --resume"})
     encoder.run(resumed, Console(quiet=True))
     assert read(tmp_path / "tiny-fp32.json") == result
+
+
+def test_overhead_of_a_toy_model(served, monkeypatch):
+    monkeypatch.setattr(overhead, "EVICTED_BYTES", 1 << 10)
+    compiled = served("bert").compiled
+    found = overhead.measure(compiled, (5, 3), 20, 0)
+    assert {part: len(samples) for part, samples in found.items()} == {
+        "run above kernels": 20,
+        "VM": 20,
+        "Python, hot": 20,
+        "Python, cold": 2,
+        "kernels": 20,
+    }
+    assert min(found["Python, hot"]) > 0
+    assert overhead.quartiles_us({"a": [1e-6, 2e-6, 3e-6]}) == {"a": [1.5, 2.0, 2.5]}
+    assert overhead.table({"1x8": found}).row_count == 5
+    assert compiled.run([[5]])[0].shape == (1, 32)
+
+
+def test_overhead_on_the_command_line():
+    args = command_line.arguments(["overhead", "--rounds", "7"])
+    assert (args.command, args.rounds, args.out) == ("overhead", 7, Path("bench_results"))
