@@ -66,10 +66,14 @@ def match(expr: relax.Expr | None, name: str | None = None) -> Composite | None:
 
 
 def read_by_operators(func: relax.Function) -> set[relax.Var]:
-    """Variables that something else than a composite reads, or that the function returns: their type is fixed."""
+    """Variables that something else than a composite reads, or that the function returns: their type is fixed.
+
+    Rows that leave their tiles do so for an operator, so `untile_rows` counts as one.
+    """
     fixed: set[relax.Var] = set(relax.analysis.free_vars(func.body.body))
     for block in func.body.blocks:
         for binding in block.bindings:
-            if match(binding.value) is None:
+            fused = match(binding.value)
+            if fused is None or fused.name == "untile_rows":
                 fixed.update(relax.analysis.free_vars(binding.value))
     return fixed

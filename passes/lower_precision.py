@@ -57,6 +57,8 @@ class _LowerPrecision(Rewriter):
         return x if str(x.ty.dtype) == BF16 else self._converted("to_bf16", x)
 
     def _table(self, x: relax.Expr) -> relax.Expr:
+        if str(x.ty.dtype) == BF16:
+            return x
         rows, columns = shape_of(x)
         return self._converted("table_to_bf16", x, rows=int(rows), columns=int(columns))
 
@@ -69,4 +71,6 @@ class _LowerPrecision(Rewriter):
 
 def _check_even(columns: int, what: str) -> None:
     if columns % 2:
-        raise CompileError(f"bf16 multiplies pairs, and {what} width of {columns} is odd: compile with precision='fp32'")
+        raise CompileError(
+            f"bf16 multiplies pairs, and {what} width of {columns} is odd: compile with precision='fp32'"
+        )

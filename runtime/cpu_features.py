@@ -1,17 +1,19 @@
-"""Which CPU features this machine has, in LLVM's names, so that code it cannot run is never started.
+"""Which CPU features this machine has, in LLVM's names, so that code it cannot run is never started; AMX's permission.
 
 The operating system's list is the source (`flags` or `Features` in /proc/cpuinfo): what the processor offers
 and the system enables. A machine with several kinds of core has what all of them have.
 """
 
+import ctypes
+import os
 import platform
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from turbo_tvm.errors import ArtifactError, TargetError
 from turbo_tvm.runtime.manifest import TargetSpec
 
-__all__ = ["check_host", "checkable", "host_arch", "host_features", "missing"]
+__all__ = ["check_host", "checkable", "host_arch", "host_features", "missing", "request_amx"]
 
 CPUINFO = Path("/proc/cpuinfo")
 
@@ -71,6 +73,8 @@ _SAME_NAME = {
 }
 _TABLE = {arch: renamed | {name: name for name in _SAME_NAME[arch].split()} for arch, renamed in _RENAMED.items()}
 
+_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18  # x86-64's call; ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+
 
 def host_arch() -> str:
     """This machine's architecture: "x86_64", "aarch64", or what the system calls it where it is neither."""
@@ -126,6 +130,24 @@ def check_host(target: TargetSpec, cpuinfo: str | None = None, arch: str | None 
             f"the artifact was compiled for {target.name!r} ({target.mcpu}), and this machine's CPU lacks "
             f'{", ".join(lacking)}: compile the model again with target="cpu" on this machine{portable}'
         )
+
+
+def request_amx(target: TargetSpec, syscall: Callable[..., int] | None = None) -> None:
+    """Ask Linux to let this process use AMX's tiles, if the target has them; asking again does no harm.
+
+    Without it the first such instruction kills the process. It holds for every thread, later ones too. syscall: the
+    system's, with `ctypes.get_errno()`. ArtifactError if it is refused.
+    """
+    if "amx-tile" not in target.features:
+        return
+    call = syscall or ctypes.CDLL(None, use_errno=True).syscall
+    if call(*map(ctypes.c_long, (_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA))) == 0:
+        return
+    raise ArtifactError(
+        f"the artifact was compiled for {target.name!r} ({target.mcpu}) and uses AMX, which the system refuses this "
+        f"process ({os.strerror(ctypes.get_errno())}): run it on Linux 5.16 or later, outside a sandbox that forbids "
+        'arch_prctl, or compile the model again with precision="fp32" or target="cpu:cooperlake"'
+    )
 
 
 def _cpuinfo() -> str:

@@ -31,7 +31,9 @@ MAX_TABLES = 3
 def _sum_of_rows(
     ids: Sequence[tvm.tirx.Buffer], tables: Sequence[tvm.tirx.Buffer], tile: Expr, row: Expr, column: Expr
 ) -> Expr:
-    first, *others = [bf16.load(table, T.cast(i[tile, row], "int64"), column) for i, table in zip(ids, tables, strict=True)]
+    first, *others = [
+        bf16.load(table, T.cast(i[tile, row], "int64"), column) for i, table in zip(ids, tables, strict=True)
+    ]
     for other in others:
         first = first + other
     return first

@@ -173,7 +173,7 @@ def layer_norm(
 def l2_normalize(
     tiles: CpuTiles, *, n: int, eps: float = 1e-12, x: RowFormat | None = None, out: RowFormat | None = None
 ) -> tvm.tirx.PrimFunc:
-    """`(x, out)`: each row of x over max(its Euclidean length, eps). `(t, R, n)` both, fp32 unless x and out say else."""
+    """`(x, out)`: each row of x over max(its Euclidean length, eps). Both fp32 `(t, R, n)` unless x, out say else."""
     rows, lanes = tiles.row_tile, tiles.lanes
     x_rows, out_rows = x or RowFormat(n), out or RowFormat(n)
     row_sum, row_store = _row_sum(lanes, n), _row_store(lanes, n)

@@ -1,7 +1,8 @@
 """Pooling on the CPU: one row per sequence of a packed ragged batch, its first row or the mean of its rows.
 
-Layout: x `(t, R, hidden)` or wider, fp32 or bf16, out fp32 `(bt, R, hidden)` with bt = ceil(b / R), R = `tiles.row_tile`; t, b and bt symbolic.
-Row r of either is [r // R, r % R]. `cu_seqlens`: int32 `(b + 1,)`. Surplus rows of out become zero. Any hidden.
+Layout: x `(t, R, hidden)` or wider, fp32 or bf16, out fp32 `(bt, R, hidden)` with bt = ceil(b / R), R =
+`tiles.row_tile`; t, b and bt symbolic. Row r of either is [r // R, r % R]. `cu_seqlens`: int32 `(b + 1,)`. Surplus rows
+of out become zero. Any hidden.
 
 Strategy
 1. One parallel task per pooled row.
@@ -67,8 +68,8 @@ def _zero(column: Expr) -> Expr:
 def pool(tiles: CpuTiles, *, hidden: int, mode: str, x: RowFormat | None = None) -> tvm.tirx.PrimFunc:
     """`(x, cu_seqlens, out)`: out row i = the first row of sequence i, or the mean of its rows.
 
-    x: fp32 `(t, R, hidden)` unless the format says else. cu_seqlens: int32 `(b + 1,)`, ascending from 0: every sequence has a row.
-    out: fp32 `(bt, R, hidden)`; its rows from b on become zero.
+    x: fp32 `(t, R, hidden)` unless the format says else. cu_seqlens: int32 `(b + 1,)`, ascending from 0: every sequence
+    has a row. out: fp32 `(bt, R, hidden)`; its rows from b on become zero.
     """
     if mode not in MODES:
         raise ValueError(f"unknown pooling mode {mode!r}: use one of {', '.join(MODES)}")

@@ -7,7 +7,7 @@ the matrix kernel spans several row tiles, fewer where a batch ends: 16 rows are
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import tvm
 from tvm.target import codegen
@@ -21,12 +21,14 @@ class CpuTiles:
     row_tile: rows of the layout's tile.
     tile_units: row tiles in the matrix kernel's register tile.
     col_tile: columns of that, a power-of-two multiple of `lanes` (LLVM turns other widths into scalar code).
+    amx: products of bf16 run in AMX tiles, whose sizes are the instructions' own.
     """
 
     lanes: int
     row_tile: int
     tile_units: int
     col_tile: int
+    amx: bool = False
 
     @property
     def tile_rows(self) -> int:
@@ -44,6 +46,7 @@ class CpuTiles:
 
 
 AVX512 = CpuTiles(lanes=16, row_tile=4, tile_units=3, col_tile=32)  # 24 of 32 registers hold 12 x 32
+AMX = replace(AVX512, amx=True)  # bf16 in tiles of 32 x 32; fp32 as ever
 AVX2 = CpuTiles(lanes=8, row_tile=2, tile_units=3, col_tile=16)  # 12 of 16 hold 6 x 16
 NEON = CpuTiles(lanes=4, row_tile=4, tile_units=3, col_tile=8)  # 24 of 32 hold 12 x 8
 BASELINE = CpuTiles(lanes=4, row_tile=2, tile_units=2, col_tile=8)  # SSE, 8 of 16 hold 4 x 8; and any other CPU
@@ -53,7 +56,7 @@ def cpu_tiles(target: tvm.target.Target) -> CpuTiles:
     """The tile geometry for an `llvm` target, from the features of its `mcpu` and `mattr`."""
     with target:
         if codegen.target_has_features("avx512f"):
-            return AVX512
+            return AMX if codegen.target_has_features("amx-bf16") else AVX512
         if codegen.target_has_features("avx2") and codegen.target_has_features("fma"):
             return AVX2
         if codegen.target_has_features("neon"):

@@ -17,7 +17,18 @@ from turbo_tvm.passes import composite
 from turbo_tvm.passes.composite import Composite
 from turbo_tvm.passes.rewriter import dims_of, shape_of
 from turbo_tvm.runtime.manifest import KernelSpec
-from turbo_tvm.schedules import attention, bf16, embedding, linear, normalization, pooling, position_bias, rows, weights
+from turbo_tvm.schedules import (
+    attention,
+    bf16,
+    embedding,
+    linear,
+    linear_amx,
+    normalization,
+    pooling,
+    position_bias,
+    rows,
+    weights,
+)
 from turbo_tvm.schedules.rows import RowFormat
 from turbo_tvm.schedules.tiles import CpuTiles
 
@@ -35,11 +46,12 @@ class CpuKernels:
         factory, options = getattr(self, "_" + fused.name)(fused, dims_of(out))
         for role, ty in row_types(fused, out).items():
             options[role] = RowFormat(int(dims_of(ty)[-1]), str(ty.dtype))
-        return kernel_name(fused, out), _build(factory, self.tiles, tuple(sorted(options.items())))
+        return kernel_name(fused, out, self.tiles.amx), _build(factory, self.tiles, tuple(sorted(options.items())))
 
     def _linear(self, fused: Composite, out: list) -> Recipe:
         options = {key: value for key, value in fused.attrs.items() if key != "columns"}
-        return linear.linear, options | {"k": reduced_columns(fused), "n": true_columns(fused, out)}
+        factory = linear_amx.linear if self.tiles.amx and is_bf16_product(fused) else linear.linear
+        return factory, options | {"k": reduced_columns(fused), "n": true_columns(fused, out)}
 
     def _pack_weight(self, fused: Composite, out: list) -> Recipe:
         return weights.pack_weight, fused.attrs
@@ -63,7 +75,8 @@ class CpuKernels:
 
     def _embedding(self, fused: Composite, out: list) -> Recipe:
         table = fused.tensors[fused.attrs["tables"]]
-        return embedding.embedding, {"hidden": true_columns(fused, out), "table_type": str(table.ty.dtype), **fused.attrs}
+        options = {"hidden": true_columns(fused, out), "table_type": str(table.ty.dtype)}
+        return embedding.embedding, options | fused.attrs
 
     def _pool(self, fused: Composite, out: list) -> Recipe:
         return pooling.pool, {"hidden": int(out[-1]), **fused.attrs}
@@ -102,6 +115,11 @@ def has_position_bias(fused: Composite) -> bool:
     return fused.name == "attention" and len(fused.tensors) > 4
 
 
+def is_bf16_product(fused: Composite) -> bool:
+    """Whether this is a product of bf16 numbers."""
+    return fused.name == "linear" and str(fused.tensors[0].ty.dtype) == bf16.STORAGE
+
+
 def row_types(fused: Composite, out: relax.TensorType) -> dict[str, relax.TensorType]:
     """The types of a composite's rows, by the schedules' name for them, where schedules allow a choice."""
     t = fused.tensors
@@ -135,11 +153,15 @@ def reduced_columns(linear: Composite) -> int:
     return steps * (2 if str(linear.tensors[1].ty.dtype) == bf16.PAIR else 1)
 
 
-def kernel_name(fused: Composite, out: relax.TensorType) -> str:
-    """A readable name that says everything the kernel's code depends on: `linear_768x3072_gelu`."""
+def kernel_name(fused: Composite, out: relax.TensorType, amx: bool = False) -> str:
+    """A readable name that says everything the kernel's code depends on: `linear_768x3072_gelu`.
+
+    amx: whether products of bf16 run in AMX tiles.
+    """
     options = [_option(key, value) for key, value in sorted(fused.attrs.items()) if key not in _IN_SHAPE]
     extra = ["bias"] if has_position_bias(fused) else []
-    text = "_".join([fused.name, *_shape(fused, out), *(o for o in options if o), *extra, *_formats(fused, out)])
+    formats = [*_formats(fused, out), *(["amx"] if amx and is_bf16_product(fused) else [])]
+    text = "_".join([fused.name, *_shape(fused, out), *(o for o in options if o), *extra, *formats])
     return "".join(c if c.isalnum() or c == "_" else "_" for c in text)
 
 
@@ -165,8 +187,11 @@ def _formats(fused: Composite, out: relax.TensorType) -> list[str]:
     words = {"x": "from", "extra": "plus", "out": "to"}
     widths = {role: int(dims_of(ty)[-1]) for role, ty in types.items()}
     wide = [f"{words[r]}{w}" for r, w in widths.items() if w > natural[r] and (fused.name, r) != ("attention", "x")]
-    short = [role for role, ty in types.items() if str(ty.dtype) != bf16.STORAGE]
-    if len(short) == len(types):
+    stored = {role: str(ty.dtype) for role, ty in types.items()}
+    if fused.name == "embedding":
+        stored["tables"] = str(fused.tensors[fused.attrs["tables"]].ty.dtype)
+    short = [role for role, dtype in stored.items() if dtype != bf16.STORAGE]
+    if len(short) == len(stored):
         return wide
     return [*wide, "bf16", *(f"{role}_fp32" for role in short)]
 
@@ -192,16 +217,16 @@ def _option(key: str, value: Any) -> str:
     return key if value is True else f"{key}{value:g}"
 
 
-def inventory(mod: ir.IRModule) -> tuple[KernelSpec, ...]:
+def inventory(mod: ir.IRModule, amx: bool = False) -> tuple[KernelSpec, ...]:
     """The kernels that `main` calls, before they are lowered: how often, and what one call costs per token.
 
-    A kernel on one row per sequence counts as nothing: next to the tokens there are few of them.
+    amx: as for `kernel_name`. A kernel on one row per sequence counts as nothing: next to the tokens there are few.
     """
     calls: Counter[str] = Counter()
     specs: dict[str, KernelSpec] = {}
     batch = dims_of(mod["main"].params[0].ty)[0]
     for fused, out in composites(mod["main"]):
-        name = kernel_name(fused, out)
+        name = kernel_name(fused, out, amx)
         calls[name] += 1
         per_token = any(v.same_as(batch) for v in tirx.analysis.undefined_vars(dims_of(out)[0]))
         specs.setdefault(name, _describe(name, fused, out, per_token))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import tvm
 from tvm.script import tirx as T
 
-from turbo_tvm.schedules.script import CACHE_LINE_FLOATS, PREFETCH_LLVM, prefetch_read
+from turbo_tvm.schedules.script import CACHE_LINE_FLOATS, CPU_LLVM, prefetch_read
 from turbo_tvm.schedules.tiles import CpuTiles
 
 _AHEAD_FLOATS = 4096  # as the matrix kernel: the hardware's prefetchers stop at every 4 KB page
@@ -32,7 +32,7 @@ define <16 x float> @turbo_limit_dot(<16 x float> %c, <16 x i32> %a, <16 x i32> 
 
 def accumulators(tiles: CpuTiles) -> int:
     """Vector registers that hold sums: those of the matrix kernel's tile, 24 on AVX-512 and NEON, 12 on AVX2."""
-    return tiles.row_tile * tiles.col_tile // tiles.lanes
+    return tiles.tile_rows * tiles.col_tile // tiles.lanes
 
 
 def multiply_add(tiles: CpuTiles) -> tvm.tirx.PrimFunc:
@@ -148,7 +148,7 @@ def read(tiles: CpuTiles) -> tvm.tirx.PrimFunc:
         blocks, tasks = T.int64(), T.int64()
         data = T.match_buffer(data_arg, (blocks, block), "float32")
         out = T.match_buffer(out_arg, (tasks, lanes), "float32")
-        with T.attr(T.int32(0), "pragma_import_llvm", PREFETCH_LLVM):
+        with T.attr(T.int32(0), "pragma_import_llvm", CPU_LLVM):
             for task in T.parallel(tasks):
                 with T.sblock("task"):
                     T.reads()

@@ -7,7 +7,7 @@ from os import PathLike
 from turbo_tvm import artifact, config
 from turbo_tvm.artifact import Artifact
 from turbo_tvm.errors import ArtifactError
-from turbo_tvm.runtime.cpu_features import check_host
+from turbo_tvm.runtime.cpu_features import check_host, request_amx
 from turbo_tvm.runtime.model import CompiledModel
 
 
@@ -24,7 +24,7 @@ def load(path: str | PathLike[str], *, threads: int | None = None) -> CompiledMo
 
 
 def open_model(opened: Artifact, threads: int) -> CompiledModel:
-    """A model from a verified artifact: checks the CPU and TVM's version, then loads the code."""
+    """A model from a verified artifact: checks the CPU, the system and TVM's version, then loads the code."""
     check_host(opened.manifest.target)
     import tvm
 
@@ -33,6 +33,8 @@ def open_model(opened: Artifact, threads: int) -> CompiledModel:
             f"{opened.path} was compiled with TVM {opened.manifest.tvm_version}, this is TVM {tvm.__version__}: "
             "install that version or compile the model again"
         )
+    if opened.manifest.precision == "bf16":
+        request_amx(opened.manifest.target)  # no code in fp32 uses it
     from turbo_tvm.runtime.executor import Executor
     from turbo_tvm.runtime.library import load_library
 

@@ -40,16 +40,20 @@ Pass = Callable[[ir.IRModule], ir.IRModule]
 
 @dataclass(frozen=True)
 class Optimized:
-    """A module in composites, ready to lower. layout: "packed" or "padded"; declined: why, if not packed."""
+    """A module in composites, ready to lower.
+
+    layout: "packed" or "padded"; declined: why, if not packed; amx: whether products of bf16 will run in AMX tiles.
+    """
 
     mod: ir.IRModule
     layout: str
     declined: tuple[str, ...] = ()
+    amx: bool = False
 
     @property
     def kernels(self) -> tuple[KernelSpec, ...]:
         """What `main` calls and what it costs."""
-        return inventory(self.mod)
+        return inventory(self.mod, self.amx)
 
     @property
     def relative_positions(self) -> bool:
@@ -112,10 +116,10 @@ def optimize(mod: ir.IRModule, tiles: CpuTiles, max_length: int, precision: str 
     """Graph to composites: packed if every part allows it, else padded with the reason kept."""
     try:
         done = _run(mod, packed(tiles, max_length, precision), "packed")
-        return Optimized(done, "packed")
+        return Optimized(done, "packed", amx=tiles.amx)
     except Declined as why:
         done = _run(mod, padded(tiles, precision), "padded")
-        return Optimized(done, "padded", (f"padding was not removed: {why}",))
+        return Optimized(done, "padded", (f"padding was not removed: {why}",), tiles.amx)
 
 
 def build(

@@ -18,7 +18,7 @@ def resolve(name: str) -> tvm.target.Target:
     """The TVM target for a name.
 
     "cpu" is this machine; "cpu:<name>" any CPU of this machine's architecture that LLVM knows: "cpu:x86-64-v3",
-    "cpu:x86-64-v4", "cpu:znver4", "cpu:neoverse-n1". Raises TargetError for any other name.
+    "cpu:x86-64-v4", "cpu:znver4", "cpu:sapphirerapids", "cpu:neoverse-n1". Raises TargetError for any other name.
     """
     kind, _, cpu = str(name).partition(":")
     if kind == "cuda":

@@ -69,6 +69,57 @@ def test_panels_are_rounded_up_and_shared_weights_packed_once():
     tvm.ir.assert_structural_equal(pack_weights(Tied, 8), Expected)
 
 
+def test_products_of_bf16_get_pairs():
+    @I.ir_module
+    class Before:
+        @R.function
+        def main(
+            x: R.Tensor((t, 4, 10), "uint16"),
+            r: R.Tensor((t, 4, 10), "float32"),
+            w: R.Tensor((10, 10), "float32"),
+            c: R.Tensor((10,), "float32"),
+        ):
+            R.func_attr({"num_input": 2})
+            with R.dataflow():
+                y = R.call_dps_packed("turbo.linear", (x, w, c, R.str(PLAIN)), out_ty=R.Tensor((t, 4, 10), "float32"))
+                z = R.call_dps_packed("turbo.linear", (y, w, c, R.str(PLAIN)), out_ty=R.Tensor((t, 4, 10), "float32"))
+                R.output(z)
+            return z
+
+    @I.ir_module
+    class Expected:
+        @R.function
+        def main(
+            x: R.Tensor((t, 4, 10), "uint16"),
+            r: R.Tensor((t, 4, 10), "float32"),
+            w: R.Tensor((10, 10), "float32"),
+            c: R.Tensor((10,), "float32"),
+        ):
+            R.func_attr({"num_input": 2})
+            with R.dataflow():
+                pairs = R.call_dps_packed(
+                    "turbo.pack_weight",
+                    (w, R.str('{"k": 10, "n": 10, "pairs": true}')),
+                    out_ty=R.Tensor((2, 5, 8), "int32"),
+                )
+                e = R.call_dps_packed("turbo.pack_bias", (c, R.str('{"n": 10}')), out_ty=R.Tensor((16,), "float32"))
+                y = R.call_dps_packed(
+                    "turbo.linear", (x, pairs, e, R.str(PLAIN)), out_ty=R.Tensor((t, 4, 10), "float32")
+                )
+                panels = R.call_dps_packed(
+                    "turbo.pack_weight", (w, R.str('{"k": 10, "n": 10}')), out_ty=R.Tensor((2, 10, 8), "float32")
+                )
+                z = R.call_dps_packed(
+                    "turbo.linear", (y, panels, e, R.str(PLAIN)), out_ty=R.Tensor((t, 4, 10), "float32")
+                )
+                R.output(z)
+            return z
+
+    packed = pack_weights(Before, 8)
+    tvm.ir.assert_structural_equal(packed, Expected)
+    tvm.ir.assert_structural_equal(pack_weights(packed, 8), packed)
+
+
 def test_packed_weights_are_left_alone():
     once = pack_weights(Tied, 8)
     tvm.ir.assert_structural_equal(pack_weights(once, 8), once)

@@ -1,4 +1,4 @@
-"""One cache line more per row, for what only products read."""
+"""One cache line more per row, for what only composites read."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from turbo_tvm.passes import composite
 from turbo_tvm.passes.widen_rows import widen_rows
 
 t = TypeVar("t")
+
+TILES = tirx.Var("t", "int64")
 
 PLAIN = '{"activation": null, "norm_eps": null, "residual": false}'
 WIDE = '{"activation": null, "columns": 1024, "norm_eps": null, "residual": false}'
@@ -113,10 +115,125 @@ def test_what_anything_else_reads_is_left_alone(reader):
     assert widths(reader=reader) == [1024, 8]
 
 
-def test_what_is_a_residual_is_left_alone():
-    assert 1040 not in widths(reader="residual")
+def test_a_residual_is_widened_and_so_is_its_sum():
+    assert widths(reader="residual") == [1040, 1040, 8]
 
 
 @pytest.mark.parametrize("first", [{"norm_eps": 1e-5}, {"residual": True}])
-def test_products_with_norm_or_residual_are_left_alone(first):
-    assert widths(first=first) == [1024, 8]
+def test_products_with_norm_or_residual_are_widened(first):
+    assert widths(first=first) == [1040, 8]
+
+
+def rows(columns: int, dtype: str = "float32") -> relax.TensorType:
+    return relax.TensorType((TILES, 4, columns), dtype)
+
+
+def widened(params: list[relax.Var], *steps, result: int = -1) -> list[tuple[int, dict]]:
+    """Width and attributes of composites in a row; a step makes one from what there is so far; `result` is returned."""
+    bb = relax.BlockBuilder()
+    with bb.function("main", params, attrs={"num_input": 1}):
+        with bb.dataflow():
+            values = list(params)
+            for step in steps:
+                values.append(bb.emit(step(*values)))
+            out = bb.emit_output(values[result])
+        bb.emit_func_output(out)
+    mod = widen_rows(bb.finalize())
+    again = widen_rows(mod)
+    tvm.ir.assert_structural_equal(again, mod)
+    bindings = [b for block in mod["main"].body.blocks for b in block.bindings]
+    found = [(b.value, composite.match(b.value)) for b in bindings]
+    return [(int(value.ty_args[0].shape.values[-1]), fused.attrs) for value, fused in found if fused is not None]
+
+
+def weight(name: str, *shape: int) -> relax.Var:
+    return relax.Var(name, relax.TensorType(shape, "float32"))
+
+
+def norm(x: relax.Var, gamma: relax.Var, dtype: str = "float32") -> relax.Call:
+    return composite.make(
+        "norm", [x, gamma, gamma], rows(int(gamma.ty.shape.values[0]), dtype), eps=1e-5, residual=False
+    )
+
+
+def product(x: relax.Var, w: relax.Var, bias: relax.Var, dtype: str = "float32") -> relax.Call:
+    attrs = {"activation": None, "norm_eps": None, "residual": False}
+    return composite.make("linear", [x, w, bias], rows(int(w.ty.shape.values[0]), dtype), **attrs)
+
+
+def attend(q, k, v, bounds, columns, dtype: str = "float32") -> relax.Call:
+    attrs = {"heads": 16, "head_dim": 64, "scale": 0.125, "max_length": 24, "columns": columns}
+    return composite.make("attention", [q, k, v, bounds], rows(1024, dtype), **attrs)
+
+
+BOUNDS = relax.Var("query_tiles", relax.TensorType((tirx.Var("n", "int64"), 3), "int32"))
+
+
+def test_norms_and_embeddings_are_widened():
+    params = [relax.Var("ids", relax.TensorType((TILES, 4), "int32")), weight("table", 9, 1024), weight("gamma", 1024)]
+    params += [weight("w", 8, 1024), weight("c", 8)]
+    found = widened(
+        params,
+        lambda ids, table, *_: composite.make("embedding", [ids, table], rows(1024), tables=1, norm_eps=None),
+        lambda *v: norm(v[5], v[2]),
+        lambda *v: product(v[6], v[3], v[4]),
+    )
+    assert [width for width, _ in found] == [1040, 1040, 8]
+    assert [attrs.get("columns") for _, attrs in found] == [None, None, None]
+
+
+def test_attention_says_how_wide_its_inputs_have_become():
+    params = [relax.Var("x", rows(8)), BOUNDS, weight("w", 3072, 8), weight("c", 3072), weight("v", 8, 1024)]
+    found = widened(
+        [*params, weight("d", 8)],
+        lambda *v: product(v[0], v[2], v[3]),
+        lambda *v: attend(v[6], v[6], v[6], v[1], [[3072, 1024 * i] for i in range(3)]),
+        lambda *v: product(v[7], v[4], v[5]),
+    )
+    assert [width for width, _ in found] == [3088, 1040, 8]
+    assert found[1][1]["columns"] == [[3088, 0], [3088, 1024], [3088, 2048]]
+
+
+def test_only_those_inputs_of_attention_that_are_widened_have_other_columns():
+    params = [relax.Var("x", rows(8)), relax.Var("k", rows(1024)), BOUNDS, weight("w", 1024, 8), weight("c", 1024)]
+    found = widened(
+        params,
+        lambda *v: product(v[0], v[3], v[4]),
+        lambda *v: attend(v[5], v[1], v[5], v[2], [[1024, 0]] * 3),
+    )
+    assert [width for width, _ in found] == [1040, 1024]
+    assert found[1][1]["columns"] == [[1040, 0], [1024, 0], [1040, 0]]
+
+
+@pytest.mark.parametrize(("columns", "wanted"), [(1024, 1024), (2048, 2080), (3072, 3072), (4096, 4128)])
+def test_bf16_has_more_columns_to_a_page_and_to_a_line(columns, wanted):
+    params = [relax.Var("x", rows(8, "uint16")), weight("w", columns, 8), weight("c", columns)]
+    found = widened(
+        [*params, weight("v", 8, columns), weight("d", 8)],
+        lambda *v: product(v[0], v[1], v[2], "uint16"),
+        lambda *v: product(v[5], v[3], v[4]),
+    )
+    assert [width for width, _ in found] == [wanted, 8]
+
+
+@pytest.mark.parametrize("made", ["norm", "attention", "embedding"])
+def test_outputs_of_the_model_keep_their_width(made):
+    ids = relax.Var("ids", relax.TensorType((TILES, 4), "int32"))
+    params = [relax.Var("x", rows(1024)), BOUNDS, weight("gamma", 1024), ids]
+    steps = {
+        "norm": lambda *v: norm(v[0], v[2]),
+        "attention": lambda *v: attend(v[0], v[0], v[0], v[1], [[1024, 0]] * 3),
+        "embedding": lambda *v: composite.make("embedding", [v[3], v[2]], rows(1024), tables=1, norm_eps=None),
+    }
+    assert [width for width, _ in widened(params, steps[made])] == [1024]
+
+
+@pytest.mark.parametrize("name", ["pool", "normalize"])
+def test_kernels_that_write_no_wider_rows_are_left_alone(name):
+    params = [relax.Var("x", rows(1024)), weight("v", 8, 1024), weight("d", 8)]
+    found = widened(
+        params,
+        lambda *v: composite.make(name, [v[0]], rows(1024), eps=1e-12),
+        lambda *v: product(v[3], v[1], v[2]),
+    )
+    assert [width for width, _ in found] == [1024, 8]

@@ -1,12 +1,14 @@
 """CPU features: the translation to LLVM's names, and the refusal of code that this machine cannot run."""
 
+import ctypes
+import errno
 import platform
 
 import pytest
 
 from turbo_tvm.errors import ArtifactError, TargetError
 from turbo_tvm.runtime import cpu_features
-from turbo_tvm.runtime.cpu_features import check_host, checkable, host_arch, host_features, missing
+from turbo_tvm.runtime.cpu_features import check_host, checkable, host_arch, host_features, missing, request_amx
 from turbo_tvm.runtime.manifest import TargetSpec
 
 V3_FLAGS = "cmov cx8 cx16 mmx sse sse2 pni ssse3 sse4_1 sse4_2 lahf_lm popcnt abm movbe bmi1 bmi2 avx f16c avx2 fma"
@@ -149,3 +151,48 @@ def test_the_table_covers_what_llvm_may_use():
     assert {*V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"} <= set(checkable(features, "x86_64"))
     left = set(features) - set(checkable(features, "x86_64"))
     assert not [name for name in left if name.startswith(("avx", "sse", "amx", "bmi"))]
+
+
+AMX = ("amx-bf16", "amx-tile", *V3)
+
+
+@pytest.fixture
+def system():
+    """`system(error=0)`: a system call that gives this error, and the arguments of its calls."""
+
+    def make(error=0):
+        calls = []
+
+        def syscall(*arguments):
+            calls.append([argument.value for argument in arguments])
+            ctypes.set_errno(error)
+            return -1 if error else 0
+
+        return syscall, calls
+
+    return make
+
+
+def test_amx_is_asked_for_where_the_code_may_use_it(system):
+    syscall, calls = system()
+    request_amx(_spec(features=AMX), syscall)
+    assert calls == [[158, 0x1023, 18]]  # arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)
+    request_amx(_spec(), syscall)
+    request_amx(_spec("aarch64", ["neon"]), syscall)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("error", [errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM])
+def test_a_system_that_refuses_amx(system, error):
+    message = rf"uses AMX, which the system refuses this process \({cpu_features.os.strerror(error)}\): run it on Linux"
+    with pytest.raises(ArtifactError, match=message + r'.*precision="fp32"'):
+        request_amx(_spec(features=AMX), system(error)[0])
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="a system call of x86-64")
+def test_this_machine_grants_amx_if_it_has_it():
+    if "amx-tile" in host_features():
+        request_amx(_spec(features=AMX))
+    else:
+        with pytest.raises(ArtifactError, match="which the system refuses this process"):
+            request_amx(_spec(features=AMX))

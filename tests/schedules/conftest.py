@@ -1,16 +1,37 @@
-"""Compile one kernel and run it on NumPy arrays."""
+"""Compile one kernel and run it on NumPy arrays, in fp32 or bf16."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
+import ml_dtypes
 import numpy as np
 import pytest
 import tvm
 from tvm.target import codegen
 
 KERNEL = "kernel"
+FP32, BF16 = "float32", "uint16"
+GUARD_BYTES = 4096
+POISON = 0xFF  # as a byte; numbers made of it are NaN, or -1
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """A CPU, and how rows and weights are stored there: "float32", or "uint16" for bf16."""
+
+    target: tvm.target.Target
+    dtype: str
+
+    @property
+    def bf16(self) -> bool:
+        return self.dtype == BF16
+
+    def even(self, columns: int) -> int:
+        """So many columns, or one more where they come in pairs."""
+        return columns + columns % 2 if self.bf16 else columns
 
 
 def host() -> tvm.target.Target:
@@ -37,6 +58,46 @@ def avx2_target() -> tvm.target.Target:
 
 
 @pytest.fixture(scope="session")
+def bf16_target() -> tvm.target.Target:
+    """This machine's CPU, if it multiplies bf16."""
+    if not _has(host(), "avx512bf16"):
+        pytest.skip("needs a CPU with AVX512-BF16")
+    return host()
+
+
+@pytest.fixture(params=["fp32", "fp32-avx2", "bf16"])
+def arithmetic(request: pytest.FixtureRequest) -> Arithmetic:
+    """Every way in which this machine can multiply."""
+    name = {"fp32": "host_target", "fp32-avx2": "avx2_target", "bf16": "bf16_target"}[request.param]
+    return Arithmetic(request.getfixturevalue(name), BF16 if request.param == "bf16" else FP32)
+
+
+@pytest.fixture(scope="session")
+def stored() -> Callable[..., np.ndarray]:
+    """`stored(values, dtype, width=None)`: fp32 values as rows in memory; what is wider than the values is poisoned."""
+
+    def store(values: np.ndarray, dtype: str, width: int | None = None) -> np.ndarray:
+        columns = values.shape[-1]
+        rows = poisoned((*values.shape[:-1], width or columns), dtype)
+        rows[..., :columns] = values if dtype == FP32 else values.astype(ml_dtypes.bfloat16).view(BF16)
+        return rows
+
+    return store
+
+
+@pytest.fixture(scope="session")
+def loaded() -> Callable[..., np.ndarray]:
+    """`loaded(rows, columns)`: the values of rows in memory in float64; fails if a kernel wrote beyond its columns."""
+
+    def load(rows: np.ndarray, columns: int) -> np.ndarray:
+        assert (np.ascontiguousarray(rows[..., columns:]).view("uint8") == POISON).all(), "columns beyond the last"
+        values = np.ascontiguousarray(rows[..., :columns])
+        return (values if rows.dtype == FP32 else values.view(ml_dtypes.bfloat16)).astype("float64")
+
+    return load
+
+
+@pytest.fixture(scope="session")
 def neon_target() -> tvm.target.Target:
     """A 64-bit ARM server. Tests compile for it and read the assembly; they do not run it."""
     return tvm.target.Target({"kind": "llvm", "mtriple": "aarch64-linux-gnu", "mcpu": "neoverse-n1"})
@@ -49,7 +110,12 @@ def _has(target: tvm.target.Target, feature: str) -> bool:
 
 @pytest.fixture(scope="session")
 def run_kernel() -> Callable[..., np.ndarray]:
-    """`run_kernel(prim_func, inputs, out_shape, target=None)`: the filled output, the last argument."""
+    """`run_kernel(prim_func, inputs, out_shape, target=None)`: the filled output, the last argument.
+
+    The output starts poisoned, so that an element that the kernel forgets to write fails its test, and lies between
+    guards, so that one that it writes beyond the end fails as well. `out`: what it starts with instead; if it is one of
+    the inputs, the kernel works in place.
+    """
     # Read when TVM's thread pool starts; without it a machine with two logical cores gets one thread.
     os.environ.setdefault("TVM_NUM_THREADS", "2")
     compiled: dict[tuple[int, str], tuple[tvm.tirx.PrimFunc, Callable[..., None]]] = {}
@@ -65,16 +131,31 @@ def run_kernel() -> Callable[..., np.ndarray]:
         inputs: Sequence[np.ndarray],
         out_shape: Sequence[int],
         target: tvm.target.Target | None = None,
-        dtype: str = "float32",
+        dtype: str = FP32,
+        out: np.ndarray | None = None,
     ) -> np.ndarray:
         kernel = compile_once(prim_func, target or host())
-        # Poisoned, so that an element that the kernel forgets to write fails its test.
-        poison = np.full(out_shape, np.nan if dtype.startswith("float") else -1, dtype)
-        arguments = [tvm.runtime.tensor(array) for array in (*inputs, poison)]
-        kernel(*arguments)
-        return arguments[-1].numpy()
+        memory, result = guarded(out_shape, dtype)
+        if out is not None:
+            result[...] = out
+        filled = tvm.runtime.from_dlpack(result)
+        kernel(*(filled if array is out else tvm.runtime.tensor(array) for array in inputs), filled)
+        assert (memory[:GUARD_BYTES] == POISON).all() and (memory[-GUARD_BYTES:] == POISON).all(), "out of bounds"
+        return result.copy()
 
     return run
+
+
+def poisoned(shape: Sequence[int], dtype: str) -> np.ndarray:
+    return np.full((*shape, np.dtype(dtype).itemsize), POISON, "uint8").view(dtype)[..., 0]
+
+
+def guarded(shape: Sequence[int], dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    """Poisoned bytes, and the array in their middle, aligned to a cache line."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    memory = np.full(size + 2 * GUARD_BYTES + 64, POISON, "uint8")
+    memory = memory[-memory.ctypes.data % 64 :][: size + 2 * GUARD_BYTES]
+    return memory, memory[GUARD_BYTES : GUARD_BYTES + size].view(dtype).reshape(shape)
 
 
 @pytest.fixture(scope="session")

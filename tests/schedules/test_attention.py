@@ -1,45 +1,62 @@
-"""Attention against float64 over ragged batches, and what must not leak between sequences."""
+"""Attention against float64 over ragged batches, in fp32 and bf16, and what must not leak between sequences."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
+import ml_dtypes
 import numpy as np
 import pytest
 import tvm
 
 from turbo_tvm.schedules.attention import attention
+from turbo_tvm.schedules.rows import RowFormat
 from turbo_tvm.schedules.tiles import NEON, CpuTiles, cpu_tiles
 
 MAX_LENGTH = 512
 RAGGED = (1, 2, 7, 11, 12, 13, 31, 32, 33, 128, 511, 512)
-UNTOUCHED = 7.0
+FP32, BF16 = "float32", "uint16"
+HALF_ULP = 2.0**-8  # of a bf16 number, relative to it
+POISON = 0xFF  # as a byte: NaN
 
 
 @dataclass(frozen=True)
 class Heads:
-    """heads x head_dim, with Q, K and V side by side in one buffer or in three."""
+    """heads x head_dim, with Q, K and V side by side in one buffer or in three.
+
+    dtype: of Q, K and V; out: of the result; wider: by how much rows are wider than their columns.
+    """
 
     heads: int
     head_dim: int
     merged: bool = True
     bias: bool = False
+    dtype: str = FP32
+    out: str = FP32
+    wider: int = 0
+    scale: float | None = None
+
+    @property
+    def factor(self) -> float:
+        return self.head_dim**-0.5 if self.scale is None else self.scale
 
     @property
     def hidden(self) -> int:
         return self.heads * self.head_dim
 
     def kernel(self, tiles: CpuTiles) -> tvm.tirx.PrimFunc:
-        h = self.hidden
-        operands = [(3 * h, 0), (3 * h, h), (3 * h, 2 * h)] if self.merged else [(h, 0)] * 3
+        h, more = self.hidden, self.wider
+        operands = [(3 * h + more, i * h) for i in range(3)] if self.merged else [(h + more, 0)] * 3
         return attention(
             tiles,
             heads=self.heads,
             head_dim=self.head_dim,
-            scale=self.head_dim**-0.5,
+            scale=self.factor,
             max_length=MAX_LENGTH,
             position_bias=self.bias,
+            x=RowFormat(operands[0][0], self.dtype),
+            out=RowFormat(h + more, self.out),
             **dict(zip("qkv", operands, strict=True)),
         )
 
@@ -50,29 +67,56 @@ def query_tiles(lengths, queries: int) -> np.ndarray:
     return np.array(rows, "int32").reshape(-1, 3)
 
 
-def expected(qkv: np.ndarray, lengths, shape: Heads, bias: np.ndarray | None) -> np.ndarray:
-    out, begin = np.zeros((len(qkv), shape.hidden)), 0
+def expected(qkv: np.ndarray, lengths, shape: Heads, bias: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """The result of every row, and how much rounding to bf16 may change it: that of the weights and of the result."""
+    out, begin = np.zeros((2, len(qkv), shape.hidden)), 0
     for length in lengths:
         rows = slice(begin, begin + length)
-        q, k, v = qkv[rows].astype("float64").reshape(length, 3, shape.heads, -1).transpose(1, 2, 0, 3)
-        scores = q @ k.transpose(0, 2, 1) * shape.head_dim**-0.5
+        q, k, v = in_format(qkv[rows], shape.dtype).reshape(length, 3, shape.heads, -1).transpose(1, 2, 0, 3)
+        scores = q @ k.transpose(0, 2, 1) * shape.factor
         if bias is not None:
             scores += bias[:, np.arange(length) - np.arange(length)[:, None] + MAX_LENGTH - 1]
         weights = np.exp(scores - scores.max(-1, keepdims=True))
-        context = weights @ v / weights.sum(-1, keepdims=True)
-        out[rows] = context.transpose(1, 0, 2).reshape(length, -1)
+        weights /= weights.sum(-1, keepdims=True)
+        context = weights @ v
+        rounding = HALF_ULP * ((shape.dtype == BF16) * (weights @ abs(v)) + (shape.out == BF16) * abs(context))
+        out[:, rows] = np.stack([context, rounding]).transpose(0, 2, 1, 3).reshape(2, length, -1)
         begin += length
-    return out[:begin]
+    return out[0, :begin], out[1, :begin]
 
 
-@pytest.fixture(params=["host_target", "avx2_target"])
-def target(request):
-    return request.getfixturevalue(request.param)
+def in_format(values: np.ndarray, dtype: str) -> np.ndarray:
+    return values.astype(FP32 if dtype == FP32 else ml_dtypes.bfloat16).astype("float64")
+
+
+def check(out, qkv, lengths, shape, bias=None, atol=5e-6, rtol=1e-5) -> None:
+    wanted, rounding = expected(qkv, lengths, shape, bias)
+    bound = atol + rtol * np.abs(wanted) + 1.01 * rounding
+    assert (np.abs(out[: len(wanted)] - wanted) - bound).max() <= 0
+    assert np.isnan(out[len(wanted) :]).all(), "surplus rows are left as they are"
+
+
+@pytest.fixture
+def target(arithmetic):
+    return arithmetic.target
+
+
+@pytest.fixture
+def as_stored(arithmetic):
+    """`as_stored(heads)`: these heads in the machine's arithmetic."""
+
+    def as_stored(shape: Heads) -> Heads:
+        return replace(shape, head_dim=arithmetic.even(shape.head_dim), dtype=arithmetic.dtype)
+
+    return as_stored
 
 
 @pytest.fixture(scope="session")
-def compiled():
-    """`compiled(shape, target)`: `run(qkv, lengths, bias=None)` -> the output rows, surplus rows included."""
+def compiled(stored, loaded):
+    """`compiled(shape, target)`: `run(qkv, lengths, bias=None)` -> the output rows, surplus rows included.
+
+    The output starts as NaN, which are left where nothing is written.
+    """
     tvm.get_global_func("runtime.config_threadpool")(1, 2)
     kernels = {}
 
@@ -86,13 +130,15 @@ def compiled():
             parts = [qkv] * 3 if shape.merged else np.split(qkv, 3, axis=1)
             surplus = -len(qkv) % tiles.row_tile
             parts = [np.pad(part, ((0, surplus), (0, 0))) for part in parts]
-            out = np.full((len(qkv) + surplus, shape.hidden), UNTOUCHED, "float32")
+            parts = [stored(part, shape.dtype, part.shape[1] + shape.wider) for part in parts]
+            width = shape.hidden + shape.wider
+            out = np.full(((len(qkv) + surplus) * width * np.dtype(shape.out).itemsize), POISON, "uint8")
             arrays = [part.reshape(-1, tiles.row_tile, part.shape[1]) for part in parts]
             arrays += [query_tiles(lengths, tiles.query_tile)] + ([] if bias is None else [bias])
-            arrays.append(out.reshape(-1, tiles.row_tile, shape.hidden))
+            arrays.append(out.view(shape.out).reshape(-1, tiles.row_tile, width))
             arguments = [tvm.runtime.tensor(array) for array in arrays]
             kernels[shape, str(target)](*arguments)
-            return arguments[-1].numpy().reshape(-1, shape.hidden)
+            return loaded(arguments[-1].numpy(), shape.hidden).reshape(-1, shape.hidden)
 
         return run
 
@@ -114,41 +160,51 @@ SHAPES = [
     Heads(1, 24),
     Heads(2, 36, merged=False),
     Heads(2, 7, bias=True),
+    Heads(2, 80),
+]
+FORMATS = [
+    Heads(3, 32, wider=16),
+    Heads(2, 24, merged=False, bias=True, wider=2),
+    Heads(2, 80, merged=False, out=BF16),
+    Heads(3, 64, out=BF16, wider=32),
+    Heads(2, 32, scale=1.0),
+    Heads(2, 48, bias=True, scale=0.03, out=BF16),
 ]
 
 
+@pytest.mark.parametrize("shape", FORMATS, ids=str)
+@pytest.mark.parametrize("arithmetic", ["fp32", "bf16"], indirect=True)
+def test_other_formats_and_scales_match_float64(shape, as_stored, target, compiled):
+    test_ragged_batch_matches_float64(shape, as_stored, target, compiled)
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_ragged_batch_matches_float64(shape, target, compiled):
-    lengths = np.random.default_rng(2).permutation(RAGGED)
+def test_ragged_batch_matches_float64(shape, as_stored, target, compiled):
+    shape, lengths = as_stored(shape), np.random.default_rng(2).permutation(RAGGED)
     qkv, bias = random_qkv(sum(lengths), shape), random_bias(shape)
-    out = compiled(shape, target)(qkv, lengths, bias)
-    np.testing.assert_allclose(out[: len(qkv)], expected(qkv, lengths, shape, bias), rtol=1e-5, atol=5e-6)
-    assert (out[len(qkv) :] == UNTOUCHED).all()
+    check(compiled(shape, target)(qkv, lengths, bias), qkv, lengths, shape, bias)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5, 33])
-def test_batches_that_end_with_the_buffer(batch, target, compiled):
-    shape = Heads(3, 32, merged=False, bias=True)
+def test_batches_that_end_with_the_buffer(batch, as_stored, target, compiled):
+    shape = as_stored(Heads(3, 32, merged=False, bias=True))
     lengths = np.random.default_rng(batch).integers(1, 40, batch)
     lengths[-1] += -lengths.sum() % 12  # a multiple of every row tile: no surplus row follows
     qkv, bias = random_qkv(sum(lengths), shape), random_bias(shape)
-    out = compiled(shape, target)(qkv, lengths, bias)
-    np.testing.assert_allclose(out, expected(qkv, lengths, shape, bias), rtol=1e-5, atol=5e-6)
+    check(compiled(shape, target)(qkv, lengths, bias), qkv, lengths, shape, bias)
 
 
-@pytest.mark.parametrize("length", [*range(1, 70), 95, 96, 97, 500])
-def test_every_short_length(length, target, compiled):
-    shape = Heads(2, 36, merged=False)
+@pytest.mark.parametrize("length", [*range(1, 70), 95, 96, 97, 500, 511, 512])
+def test_every_short_length(length, as_stored, target, compiled):
+    shape = as_stored(Heads(2, 36, merged=False))
     qkv = random_qkv(length, shape, seed=length)
-    out = compiled(shape, target)(qkv, [length])
-    np.testing.assert_allclose(out[:length], expected(qkv, [length], shape, None), rtol=1e-5, atol=5e-6)
-    assert (out[length:] == UNTOUCHED).all()
+    check(compiled(shape, target)(qkv, [length]), qkv, [length], shape)
 
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf, 1e30])
 @pytest.mark.parametrize("length", [1, 5, 13, 16, 17, 33, 100])
-def test_other_sequences_do_not_leak(length, poison, target, compiled):
-    shape = Heads(3, 32, merged=False, bias=True)
+def test_other_sequences_do_not_leak(length, poison, as_stored, target, compiled):
+    shape = as_stored(Heads(3, 32, merged=False, bias=True))
     lengths, bias = [9, length, 40], random_bias(shape)
     qkv = random_qkv(sum(lengths), shape)
     own = slice(9, 9 + length)
@@ -160,8 +216,8 @@ def test_other_sequences_do_not_leak(length, poison, target, compiled):
     np.testing.assert_array_equal(run(qkv, lengths, bias)[own], clean[own])
 
 
-def test_alone_and_in_a_batch_give_the_same(target, compiled):
-    shape, lengths = Heads(12, 64), [33, 12, 128, 1, 77]
+def test_alone_and_in_a_batch_give_the_same(as_stored, target, compiled):
+    shape, lengths = as_stored(Heads(12, 64)), [33, 12, 128, 1, 77]
     qkv = random_qkv(sum(lengths), shape)
     run = compiled(shape, target)
     together, begin = run(qkv, lengths), 0
@@ -171,37 +227,44 @@ def test_alone_and_in_a_batch_give_the_same(target, compiled):
         begin += length
 
 
-def test_no_sequence_writes_nothing(target, compiled):
-    shape = Heads(12, 64)
-    assert (compiled(shape, target)(random_qkv(12, shape), []) == UNTOUCHED).all()
+def test_no_sequence_writes_nothing(as_stored, target, compiled):
+    shape = as_stored(Heads(12, 64))
+    assert np.isnan(compiled(shape, target)(random_qkv(12, shape), [])).all()
 
 
 @pytest.mark.parametrize("magnitude", [1e2, 1e4])
-def test_large_scores_stay_finite_and_pick_the_largest(magnitude, target, compiled):
-    shape, length = Heads(2, 36, merged=False), 50
+@pytest.mark.parametrize("length", [9, 50])
+def test_large_scores_stay_finite_and_pick_the_largest(magnitude, length, as_stored, target, compiled):
+    shape = as_stored(Heads(2, 36, merged=False))
     qkv = random_qkv(length, shape)
     q, k, _ = np.split(qkv, 3, axis=1)
     q *= np.float32(magnitude**0.5)
     k *= np.float32(magnitude**0.5)
-    out = compiled(shape, target)(qkv, [length])[:length]
-    assert np.isfinite(out).all()
     # a score of 1e4 has an ulp of 1e-3, and the scale's factor log2(e) another
-    np.testing.assert_allclose(out, expected(qkv, [length], shape, None), atol=2e-5 * magnitude)
+    check(compiled(shape, target)(qkv, [length]), qkv, [length], shape, atol=2e-5 * magnitude)
 
 
 @pytest.mark.parametrize("lowest", [-1e4, -1e9, np.finfo("float32").min])
-def test_a_large_negative_bias_masks(lowest, target, compiled):
-    shape, length = Heads(3, 32, merged=False, bias=True), 45
+def test_a_large_negative_bias_masks(lowest, as_stored, target, compiled):
+    shape, length = as_stored(Heads(3, 32, merged=False, bias=True)), 45
     qkv, bias = random_qkv(length, shape), random_bias(shape)
     bias[:, MAX_LENGTH:] = lowest  # causal: keys after the query
-    out = compiled(shape, target)(qkv, [length], bias)[:length]
-    np.testing.assert_allclose(out, expected(qkv, [length], shape, bias), rtol=1e-5, atol=5e-6)
+    check(compiled(shape, target)(qkv, [length], bias), qkv, [length], shape, bias)
 
 
-def test_a_bias_that_masks_every_key_stays_finite(target, compiled):
-    shape, length = Heads(3, 32, merged=False, bias=True), 20
+def test_a_bias_that_masks_every_key_stays_finite(as_stored, target, compiled):
+    shape, length = as_stored(Heads(3, 32, merged=False, bias=True)), 20
     bias = np.full((shape.heads, 2 * MAX_LENGTH - 1), np.finfo("float32").min, "float32")
     assert np.isfinite(compiled(shape, target)(random_qkv(length, shape), [length], bias)[:length]).all()
+
+
+@pytest.mark.parametrize("spread", [0.0, 30.0])
+def test_equal_and_far_apart_values_are_weighted_as_in_float64(spread, as_stored, target, compiled):
+    """Equal scores: the mean of the values, of an odd number of keys; scores far apart: weights down to 0."""
+    shape, length = as_stored(Heads(3, 32)), 101
+    qkv = random_qkv(length, shape)
+    qkv[:, : shape.hidden] *= np.float32(spread)
+    check(compiled(shape, target)(qkv, [length]), qkv, [length], shape, atol=1e-4)
 
 
 def test_neon_uses_vector_fma_and_calls_no_libm(assembly, neon_target):
@@ -214,6 +277,6 @@ def test_neon_uses_vector_fma_and_calls_no_libm(assembly, neon_target):
 def test_parameters_follow_the_position_bias():
     names = [[p.name for p in Heads(2, 32, bias=bias).kernel(NEON).params] for bias in (False, True)]
     assert names == [
-        ["q_in", "k_in", "v_in", "query_tiles", "out"],
-        ["q_in", "k_in", "v_in", "query_tiles", "bias", "out"],
+        ["q_in", "k_in", "v_in", "query_tiles", "result"],
+        ["q_in", "k_in", "v_in", "query_tiles", "bias", "result"],
     ]

@@ -1,4 +1,4 @@
-"""Embedding against float64: one to three tables, with and without the layer norm."""
+"""Embedding against float64: one to three tables, with and without the layer norm, in fp32 and bf16."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from turbo_tvm.schedules.embedding import embedding
+from turbo_tvm.schedules.rows import RowFormat
 from turbo_tvm.schedules.tiles import NEON, cpu_tiles
 
 
@@ -42,6 +43,30 @@ def test_matches_float64(hidden, table_rows, tiles_count, norm_eps, target, run_
     kernel = embedding(tiles, hidden=hidden, tables=len(tables), norm_eps=norm_eps)
     out = run_kernel(kernel, arguments, (tiles_count, tiles.row_tile, hidden), target)
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("norm_eps", [None, 1e-5])
+@pytest.mark.parametrize("wider", [0, 32])
+@pytest.mark.parametrize(
+    ("table_type", "out_type"), [("uint16", "uint16"), ("uint16", "float32"), ("float32", "uint16")]
+)
+def test_formats(table_type, out_type, wider, norm_eps, target, run_kernel, stored, loaded):
+    tiles, hidden = cpu_tiles(target), 100
+    ids, tables = inputs(tiles, hidden, (50, 30, 2), 3)
+    tables = [stored(table, table_type) for table in tables]
+    gamma, beta = np.random.default_rng(1).standard_normal((2, hidden)).astype("float32")
+    out = RowFormat(hidden + wider, out_type)
+    kernel = embedding(tiles, hidden=hidden, tables=3, norm_eps=norm_eps, table_type=table_type, out=out)
+    arguments = [*ids, *tables, *([gamma, beta] if norm_eps else [])]
+    got = loaded(run_kernel(kernel, arguments, (3, tiles.row_tile, out.width), target, out_type), hidden)
+    wanted = sum(loaded(table, hidden)[i] for i, table in zip(ids, tables, strict=True))
+    half_ulp = 2.0**-8 if out_type == "uint16" else 0.0
+    bound = 1e-5 + half_ulp * np.abs(wanted)
+    if norm_eps is not None:  # it reads what was rounded, and a row's mean and deviation move by less than that
+        deviation = np.sqrt(wanted.var(-1, keepdims=True) + norm_eps)
+        wanted = layer_norm(wanted, gamma, beta, norm_eps)
+        bound = 2e-5 + 3 * bound.max(-1, keepdims=True) / deviation * np.abs(gamma) + half_ulp * np.abs(wanted)
+    assert (np.abs(got - wanted) - bound).max() <= 0
 
 
 def test_first_and_last_row_of_a_table(host_target, run_kernel):

@@ -1,4 +1,4 @@
-"""The matrix kernel against float64 over ragged shapes and every epilogue, and a look at its machine code."""
+"""The matrix kernel against float64 over ragged shapes and every epilogue, in fp32 and bf16, and its machine code."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ import re
 
 import numpy as np
 import pytest
+import tvm
 
 from turbo_tvm.schedules import linear, tiles
+from turbo_tvm.schedules.rows import RowFormat
 
 EPS = 1e-5
-
-
-@pytest.fixture(params=["host_target", "avx2_target"])
-def target(request):
-    return request.getfixturevalue(request.param)
+FP32, BF16 = "float32", "uint16"
+HALF_ULP = 2.0**-8  # of a bf16 number, relative to it
 
 
 def gelu64(x):
@@ -37,14 +36,14 @@ def draw(seed, *shape):
 
 
 def pack(geometry, w, bias):
-    """NumPy's version of `pack_weight` and `pack_bias`."""
-    n, k = w.shape
-    panels, columns = geometry.panels(n), geometry.col_tile
-    padded = np.zeros((panels * columns, k), "float32")
-    padded[:n] = w
-    padded_bias = np.zeros(panels * columns, "float32")
-    padded_bias[:n] = bias
-    return np.ascontiguousarray(padded.reshape(panels, columns, k).transpose(0, 2, 1)), padded_bias
+    """NumPy's version of `pack_weight` and `pack_bias`; w is fp32, or bf16 of which pairs are packed."""
+    panels, columns = geometry.panels(len(w)), geometry.col_tile
+    padded = np.zeros((panels * columns, w.shape[1]), w.dtype)
+    padded[: len(w)] = w
+    padded = padded.view("int32" if w.dtype == BF16 else FP32)
+    padded_bias = np.zeros(panels * columns, FP32)
+    padded_bias[: len(w)] = bias
+    return np.ascontiguousarray(padded.reshape(panels, columns, -1).transpose(0, 2, 1)), padded_bias
 
 
 @functools.cache
@@ -52,74 +51,137 @@ def kernel_of(geometry, **options):
     return linear.linear(geometry, **options)
 
 
-def check(run_kernel, target, t, k, n, activation=None, residual=False, norm=False):
-    geometry = tiles.cpu_tiles(target)
-    x, extra = draw(1, t, geometry.row_tile, k), draw(2, t, geometry.row_tile, n)
-    w, bias, gamma, beta = draw(3, n, k) / np.float32(math.sqrt(k)), draw(4, n), draw(5, n), draw(6, n)
-    inputs = [x, *pack(geometry, w, bias)] + [extra] * residual + [gamma, beta] * norm
-    options = {"activation": activation, "residual": residual, "norm_eps": EPS if norm else None}
-    kernel = kernel_of(geometry, k=k, n=n, **options)
-    out = run_kernel(kernel, inputs, (t, geometry.row_tile, n), target)
+@pytest.fixture
+def check(run_kernel, stored, loaded, arithmetic):
+    """`check(t, k, n, ...)`: the kernel on so many row tiles against float64.
 
-    expected = ACTIVATIONS[activation](x.astype("float64") @ w.T.astype("float64") + bias) + extra * residual
-    if norm:
-        mean, variance = expected.mean(-1, keepdims=True), expected.var(-1, keepdims=True)
-        expected = (expected - mean) / np.sqrt(variance + EPS) * gamma + beta
-    np.testing.assert_allclose(out, expected, rtol=2e-5, atol=1e-5 * math.sqrt(max(1, k / 100)))
+    extra, out: the residual's and the output's dtype; wider: by how much the rows of x, residual and output are.
+    """
+
+    def check(t, k, n, activation=None, residual=False, norm=False, extra=FP32, out=FP32, wider=(0, 0, 0)):
+        geometry, k = tiles.cpu_tiles(arithmetic.target), arithmetic.even(k)
+        formats = {
+            "x": RowFormat(k + wider[0], arithmetic.dtype),
+            "extra": RowFormat(n + wider[1], extra),
+            "out": RowFormat(n + wider[2], out),
+        }
+        x = stored(draw(1, t, geometry.row_tile, k), arithmetic.dtype, k + wider[0])
+        extra_rows = stored(draw(2, t, geometry.row_tile, n), extra, n + wider[1])
+        w = stored(draw(3, n, k) / np.float32(math.sqrt(k)), arithmetic.dtype)
+        bias, gamma, beta = draw(4, n), draw(5, n), draw(6, n)
+        inputs = [x, *pack(geometry, w, bias)] + [extra_rows] * residual + [gamma, beta] * norm
+        options = {"activation": activation, "residual": residual, "norm_eps": EPS if norm else None}
+        kernel = kernel_of(geometry, k=k, n=n, **options, **formats)
+        shape = (t, geometry.row_tile, n + wider[2])
+        got = loaded(run_kernel(kernel, inputs, shape, arithmetic.target, out), n)
+
+        wanted = ACTIVATIONS[activation](loaded(x, k) @ loaded(w, k).T + bias)
+        wanted += loaded(extra_rows, n) * residual
+        bound = 1e-5 * math.sqrt(max(1, k / 100)) + 2e-5 * np.abs(wanted)  # fp32 sums of k terms around 1 / sqrt(k)
+        if out == BF16:
+            bound += HALF_ULP * np.abs(wanted)
+        if norm:
+            mean, deviation = wanted.mean(-1, keepdims=True), np.sqrt(wanted.var(-1, keepdims=True) + EPS)
+            wanted = (wanted - mean) / deviation * gamma + beta
+            if out == BF16:  # the norm reads what was rounded, and a row's mean and deviation move by less than that
+                bound = 3 * bound.max(-1, keepdims=True) / deviation * np.abs(gamma) + HALF_ULP * np.abs(wanted)
+            else:
+                bound = 1e-5 * math.sqrt(max(1, k / 100)) + 2e-5 * np.abs(wanted)
+        assert (np.abs(got - wanted) - bound).max() <= 0
+
+    return check
 
 
-@pytest.mark.parametrize("t", [1, 2, 7, 9, 17])
-def test_row_counts(run_kernel, target, t):
-    check(run_kernel, target, t, 96, 96)
+# around a register tile, and around blocks of 192 rows: 48 row tiles on AVX-512, 96 on AVX2
+@pytest.mark.parametrize("t", [*range(1, 21), 47, 48, 49, 95, 96, 97, 98, 145, 193])
+def test_row_counts(check, t):
+    check(t, 96, 96)
+
+
+@pytest.mark.parametrize("n", [32, 70])
+def test_every_row_tile_is_computed_once(run_kernel, stored, loaded, arithmetic, n):
+    """The residual is the output itself: what is computed twice is added twice. Whole numbers, so sums are exact."""
+    geometry, k = tiles.cpu_tiles(arithmetic.target), 4
+    kernel = kernel_of(geometry, k=k, n=n, residual=True, x=RowFormat(k, arithmetic.dtype))
+    rng = np.random.default_rng(0)
+    w = rng.integers(-9, 10, (n, k)).astype(FP32)
+    packed = pack(geometry, stored(w, arithmetic.dtype), np.zeros(n))
+    for t in range(1, 203):
+        x = rng.integers(-9, 10, (t, geometry.row_tile, k)).astype(FP32)
+        before = rng.integers(-9, 10, (t, geometry.row_tile, n)).astype(FP32)
+        inputs = [stored(x, arithmetic.dtype), *packed, before]
+        after = run_kernel(kernel, inputs, before.shape, arithmetic.target, out=before)
+        np.testing.assert_array_equal(after, before + x @ w.T, f"{t} row tiles")
+
+
+def test_no_row_is_none(run_kernel, arithmetic):
+    geometry = tiles.cpu_tiles(arithmetic.target)
+    w = np.zeros((1, 4 if arithmetic.bf16 else 8, geometry.col_tile), "int32" if arithmetic.bf16 else FP32)
+    kernel = kernel_of(geometry, k=8, n=8, x=RowFormat(8, arithmetic.dtype))
+    inputs = [np.zeros((0, geometry.row_tile, 8), arithmetic.dtype), w, np.zeros(geometry.col_tile, FP32)]
+    assert run_kernel(kernel, inputs, (0, geometry.row_tile, 8), arithmetic.target).size == 0
 
 
 @pytest.mark.parametrize("k,n", [(1, 1), (3, 2), (100, 36), (36, 100), (96, 1003), (37, 33), (5, 64)])
-def test_columns_that_do_not_fill_the_last_panel(run_kernel, target, k, n):
-    check(run_kernel, target, 2, k, n, residual=True)
+def test_columns_that_do_not_fill_the_last_panel(check, k, n):
+    check(2, k, n, residual=True)
+
+
+@pytest.mark.parametrize("n", [64, 70])
+@pytest.mark.parametrize("wider", [(16, 0, 0), (0, 16, 0), (0, 0, 16), (2, 4, 6), (32, 32, 32)], ids=str)
+def test_wide_rows(check, wider, n):
+    check(5, 40, n, residual=True, norm=n == 70, wider=wider)
+
+
+@pytest.mark.parametrize("extra", [FP32, BF16])
+@pytest.mark.parametrize("out", [FP32, BF16])
+@pytest.mark.parametrize("n", [32, 35])
+def test_formats_of_residual_and_output(check, extra, out, n):
+    check(7, 48, n, activation="gelu", residual=True, norm=n == 35, extra=extra, out=out)
 
 
 @pytest.mark.parametrize("activation", list(ACTIVATIONS))
-def test_activations(run_kernel, target, activation):
-    check(run_kernel, target, 2, 48, 36, activation=activation)  # whole panels and a tail
+@pytest.mark.parametrize("out", [FP32, BF16])
+def test_activations(check, activation, out):
+    check(2, 48, 36, activation=activation, out=out)  # whole panels and a tail
 
 
 @pytest.mark.parametrize("n,residual,activation", [(96, True, None), (100, False, "gelu"), (7, True, "relu")])
-def test_norm(run_kernel, target, n, residual, activation):
-    check(run_kernel, target, 9, 36, n, activation=activation, residual=residual, norm=True)
+def test_norm(check, n, residual, activation):
+    check(9, 36, n, activation=activation, residual=residual, norm=True)
 
 
-def test_the_sizes_of_a_bert_base_layer(run_kernel, host_target):
-    check(run_kernel, host_target, 2, 768, 3072, activation="gelu")
-    check(run_kernel, host_target, 2, 3072, 768, residual=True, norm=True)
+@pytest.mark.parametrize("hidden", [768, 1024])
+def test_the_sizes_of_a_bert_layer(check, arithmetic, hidden):
+    check(2, hidden, 4 * hidden, activation="gelu", out=arithmetic.dtype, wider=(0, 0, 32))
+    check(
+        2, 4 * hidden, hidden, residual=True, norm=True, extra=arithmetic.dtype, out=arithmetic.dtype, wider=(32, 0, 0)
+    )
 
 
-def test_surplus_rows_do_not_touch_the_others(run_kernel, host_target):
-    geometry = tiles.cpu_tiles(host_target)
-    x, (w, bias) = draw(1, 1, geometry.row_tile, 40), pack(geometry, draw(2, 64, 40), draw(3, 64))
-    huge = x.copy()
-    huge[:, 5:] = 3e38
-    kernel = linear.linear(geometry, k=40, n=64)
-    shape = (1, geometry.row_tile, 64)
-    rows = [run_kernel(kernel, [a, w, bias], shape, host_target)[:, :4] for a in (x, huge)]
-    np.testing.assert_array_equal(*rows)
+@pytest.mark.parametrize("t", [1, 3, 4])
+def test_surplus_rows_do_not_touch_the_others(run_kernel, stored, arithmetic, t):
+    geometry, dtype = tiles.cpu_tiles(arithmetic.target), arithmetic.dtype
+    x, (w, bias) = draw(1, t, geometry.row_tile, 40), pack(geometry, stored(draw(2, 64, 40), dtype), draw(3, 64))
+    kernel = kernel_of(geometry, k=40, n=64, x=RowFormat(40, dtype))
+    rows = []
+    for surplus in (0, 3e38, np.inf, np.nan):
+        x[-1, 1:] = surplus
+        out = run_kernel(kernel, [stored(x, dtype), w, bias], (t, geometry.row_tile, 64), arithmetic.target)
+        rows.append(out.reshape(-1, 64)[: (t - 1) * geometry.row_tile + 1])
+    for other in rows[1:]:
+        np.testing.assert_array_equal(other, rows[0])
 
 
-def test_a_row_does_not_depend_on_its_batch(run_kernel, host_target):
-    geometry = tiles.cpu_tiles(host_target)
-    x, (w, bias) = draw(1, 19, geometry.row_tile, 40), pack(geometry, draw(2, 70, 40), draw(3, 70))
-    kernel = linear.linear(geometry, k=40, n=70, activation="gelu")
-    together = run_kernel(kernel, [x, w, bias], (19, geometry.row_tile, 70), host_target)
-    alone = run_kernel(kernel, [x[11:12], w, bias], (1, geometry.row_tile, 70), host_target)
-    np.testing.assert_array_equal(together[11:12], alone)
-
-
-@pytest.mark.parametrize("k,n", [(1, 1), (16, 32), (100, 36), (37, 1003), (768, 2)])
-def test_packing(run_kernel, target, k, n):
-    geometry = tiles.cpu_tiles(target)
-    w, bias = draw(1, n, k), draw(2, n)
-    packed, padded = pack(geometry, w, bias)
-    np.testing.assert_array_equal(run_kernel(linear.pack_weight(geometry, k=k, n=n), [w], packed.shape, target), packed)
-    np.testing.assert_array_equal(run_kernel(linear.pack_bias(geometry, n=n), [bias], padded.shape, target), padded)
+def test_a_row_does_not_depend_on_its_batch(run_kernel, stored, arithmetic):
+    geometry, dtype = tiles.cpu_tiles(arithmetic.target), arithmetic.dtype
+    x = stored(draw(1, 19, geometry.row_tile, 40), dtype)
+    w, bias = pack(geometry, stored(draw(2, 70, 40), dtype), draw(3, 70))
+    kernel = kernel_of(geometry, k=40, n=70, activation="gelu", x=RowFormat(40, dtype))
+    together = run_kernel(kernel, [x, w, bias], (19, geometry.row_tile, 70), arithmetic.target)
+    for t in range(1, 8):  # register tiles of other heights
+        part = run_kernel(kernel, [x[11 : 11 + t], w, bias], (t, geometry.row_tile, 70), arithmetic.target)
+        np.testing.assert_array_equal(together[11 : 11 + t], part)
 
 
 def test_unknown_activation_is_refused():
@@ -131,35 +193,64 @@ def test_optional_inputs_are_no_parameters():
     def names(**options):
         return [p.name for p in linear.linear(tiles.AVX2, k=8, n=32, **options).params]
 
-    assert names() == ["x", "weight", "bias", "out"]
-    assert names(residual=True) == ["x", "weight", "bias", "residual_rows", "out"]
-    assert names(norm_eps=1e-5) == ["x", "weight", "bias", "gamma", "beta", "out"]
+    assert names() == ["source", "weight", "bias", "result"]
+    assert names(residual=True) == ["source", "weight", "bias", "residual_rows", "result"]
+    assert names(norm_eps=1e-5) == ["source", "weight", "bias", "gamma", "beta", "result"]
     assert names(residual=True, norm_eps=1e-5)[3:6] == ["residual_rows", "gamma", "beta"]
 
 
-def fma_blocks(text: str, instruction: str) -> list[list[str]]:
+def product_loops(text: str, instruction: str) -> list[list[str]]:
     """The basic blocks that multiply and accumulate."""
     blocks = [block.splitlines() for block in re.split(r"\n\.L\w+:|\n\w+:|\n\tj\w+\t.*|\n\tb\.\w+\t.*", text)]
     return [block for block in blocks if any(instruction in line for line in block)]
 
 
+def check_loops(loops, geometry, instruction: str) -> None:
+    """One loop for each height of a register tile, whose steps over k ask once for each line of the panel's row.
+
+    LLVM may unroll the loop of a low tile.
+    """
+    lines = max(1, geometry.col_tile // 16)
+    vectors = geometry.row_tile * geometry.col_tile // geometry.lanes
+    found = []
+    for loop in loops:
+        products = sum(instruction in line for line in loop)
+        steps = sum("prefetch" in line or "prfm" in line for line in loop) / lines
+        assert products <= 36
+        found.append(products / steps)
+    assert sorted(found) == [vectors * units for units in range(1, geometry.tile_units + 1)]
+
+
 @pytest.mark.parametrize("n", [96, 100])
-@pytest.mark.parametrize("mcpu,register,geometry", [("znver4", "zmm", tiles.AVX512), ("x86-64-v3", "ymm", tiles.AVX2)])
-def test_the_inner_loop_keeps_its_tile_in_registers(assembly, mcpu, register, geometry, n):
-    text = assembly(kernel_of(geometry, k=96, n=n), {"kind": "llvm", "mcpu": mcpu})
-    (loop,) = fma_blocks(text, "vfmadd")
-    count = geometry.row_tile * geometry.col_tile // geometry.lanes
-    assert sum("vfmadd" in line for line in loop) == count
-    assert sum("prefetch" in line for line in loop) == geometry.col_tile // 16
-    assert not [line for line in loop if re.search(rf"vmov\w+\s+%{register}\d+, .*\(", line)], "a store"
-    assert not [line for line in loop if re.search(rf"vmov\w+\s+.*\(%r[sb]p\).*%{register}", line)], "a reload"
+@pytest.mark.parametrize(
+    "mcpu,register,geometry,dtype",
+    [
+        ("znver4", "zmm", tiles.AVX512, FP32),
+        ("znver4", "zmm", tiles.AVX512, BF16),
+        ("x86-64-v3", "ymm", tiles.AVX2, FP32),
+    ],
+)
+def test_the_inner_loops_keep_their_tiles_in_registers(assembly, mcpu, register, geometry, dtype, n):
+    kernel = kernel_of(geometry, k=96, n=n, x=RowFormat(96, dtype))
+    text = assembly(kernel, tvm.target.Target({"kind": "llvm", "mtriple": "x86_64-linux-gnu", "mcpu": mcpu}))
+    instruction = "vdpbf16ps" if dtype == BF16 else "vfmadd"
+    loops = product_loops(text, instruction)
+    check_loops(loops, geometry, instruction)
+    for loop in loops:
+        assert not [line for line in loop if re.search(rf"vmov\w+\s+%{register}\d+, .*\(", line)], "a store"
+        assert not [line for line in loop if re.search(rf"vmov\w+\s+.*\(%r[sb]p\).*%{register}", line)], "a reload"
     assert "AllocWorkspace" not in text
 
 
 def test_neon_compiles_to_fused_multiply_adds(assembly, neon_target):
     geometry = tiles.cpu_tiles(neon_target)
     assert geometry is tiles.NEON
-    text = assembly(linear.linear(geometry, k=96, n=100, activation="gelu", residual=True, norm_eps=EPS), neon_target)
-    loop = max(fma_blocks(text, "fmla"), key=lambda block: sum("prfm" in line for line in block))
-    assert sum("fmla" in line for line in loop) == geometry.row_tile * geometry.col_tile // geometry.lanes
-    assert not [line for line in loop if re.search(r"\tst[rp]\tq", line)]
+    text = assembly(linear.linear(geometry, k=96, n=100), neon_target)
+    loops = product_loops(text, "fmla")
+    check_loops(loops, geometry, "fmla")
+    assert not [line for loop in loops for line in loop if re.search(r"\tst[rp]\tq", line)]
+
+
+def test_every_epilogue_compiles_for_neon(assembly, neon_target):
+    kernel = linear.linear(tiles.NEON, k=96, n=100, activation="gelu", residual=True, norm_eps=EPS)
+    assert "AllocWorkspace" not in assembly(kernel, neon_target)

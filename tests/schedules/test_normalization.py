@@ -1,4 +1,4 @@
-"""Layer norm and L2 norm against float64: ragged widths and rows that break naive formulas."""
+"""Layer norm and L2 norm against float64: ragged widths, every storage, and rows that break naive formulas."""
 
 from __future__ import annotations
 
@@ -8,9 +8,17 @@ import numpy as np
 import pytest
 
 from turbo_tvm.schedules import normalization, tiles
+from turbo_tvm.schedules.rows import RowFormat
 
 WIDTHS = [1, 2, 7, 16, 36, 64, 100, 384, 768, 1003]
 EPS = 1e-12
+HALF_ULP = 2.0**-8  # of a bf16 number, relative to it
+FORMATS = [  # dtypes of x, residual and output, and by how much their rows are wider than the columns
+    ("uint16", "uint16", "uint16", (0, 0, 0)),
+    ("uint16", "float32", "float32", (32, 16, 0)),
+    ("float32", "uint16", "uint16", (0, 1, 32)),
+    ("float32", "float32", "float32", (16, 1, 2)),
+]
 
 
 @pytest.fixture(params=["host_target", "avx2_target"])
@@ -43,6 +51,37 @@ def test_layer_norm(run_kernel, target, n, residual):
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
 
 
+def bound(wanted, dtype):
+    return 1e-5 + (1e-5 + HALF_ULP * (dtype == "uint16")) * np.abs(wanted)
+
+
+@pytest.mark.parametrize("n", [36, 100])
+@pytest.mark.parametrize("formats", FORMATS, ids=str)
+def test_formats_of_layer_norm(run_kernel, stored, loaded, target, formats, n):
+    geometry, (*dtypes, wider) = tiles.cpu_tiles(target), formats
+    x, extra, out = (RowFormat(n + more, dtype) for more, dtype in zip(wider, dtypes, strict=True))
+    rows = [stored(draw(i, 3, geometry.row_tile, n), f.dtype, f.width) for i, f in enumerate((x, extra))]
+    gamma, beta = draw(3, n), draw(4, n)
+    kernel = normalization.layer_norm(geometry, n=n, eps=1e-5, residual=True, x=x, extra=extra, out=out)
+    shape = (3, geometry.row_tile, out.width)
+    got = loaded(run_kernel(kernel, [*rows, gamma, beta], shape, target, out.dtype), n)
+    wanted = layer_norm64(loaded(rows[0], n) + loaded(rows[1], n), gamma, beta, 1e-5)
+    assert (np.abs(got - wanted) - bound(wanted, out.dtype)).max() <= 0
+
+
+@pytest.mark.parametrize("n", [36, 100])
+@pytest.mark.parametrize("formats", FORMATS, ids=str)
+def test_formats_of_l2_normalize(run_kernel, stored, loaded, target, formats, n):
+    geometry, (*dtypes, wider) = tiles.cpu_tiles(target), formats
+    x, _, out = (RowFormat(n + more, dtype) for more, dtype in zip(wider, dtypes, strict=True))
+    rows = stored(draw(1, 3, geometry.row_tile, n), x.dtype, x.width)
+    shape = (3, geometry.row_tile, out.width)
+    kernel = normalization.l2_normalize(geometry, n=n, x=x, out=out)
+    got = loaded(run_kernel(kernel, [rows], shape, target, out.dtype), n)
+    wanted = loaded(rows, n) / np.linalg.norm(loaded(rows, n), axis=-1, keepdims=True)
+    assert (np.abs(got - wanted) - bound(wanted, out.dtype)).max() <= 0
+
+
 @pytest.mark.parametrize("mean", [1e4, -1e4, 1e6])
 @pytest.mark.parametrize("n", [100, 768])
 def test_a_mean_far_above_the_deviation_costs_no_accuracy(run_kernel, target, mean, n):
@@ -53,8 +92,8 @@ def test_a_mean_far_above_the_deviation_costs_no_accuracy(run_kernel, target, me
 
 
 def test_one_outlier_costs_no_accuracy(run_kernel, target):
-    x = draw(1, 1, tiles.cpu_tiles(target).row_tile, 768)
-    x[:, :, 0], x[:, 3:, 700] = 1e5, -3e6
+    x = draw(1, 3, tiles.cpu_tiles(target).row_tile, 768)
+    x[:, :, 0], x[1:, :, 700] = 1e5, -3e6
     gamma, beta = np.ones(768, "float32"), np.zeros(768, "float32")
     out = run_layer_norm(run_kernel, target, x, gamma, beta)
     np.testing.assert_allclose(out, layer_norm64(x, gamma, beta), rtol=1e-5, atol=1e-6)
@@ -73,10 +112,10 @@ def test_a_constant_row_gives_beta(run_kernel, target, n):
 @pytest.mark.parametrize("n", WIDTHS)
 def test_l2_normalize(run_kernel, target, n):
     geometry = tiles.cpu_tiles(target)
-    x = draw(1, 2, geometry.row_tile, n)
+    x = draw(1, 4, geometry.row_tile, n)
     x[0, 1] = 0
-    x[0, 2] *= 1e-15
-    x[0, 3] *= 1e15
+    x[1, 0] *= 1e-15
+    x[1, 1] *= 1e15
     out = run_kernel(normalization.l2_normalize(geometry, n=n), [x], x.shape, target)
     length = np.linalg.norm(x.astype("float64"), axis=-1, keepdims=True)
     np.testing.assert_allclose(out, x / np.maximum(length, 1e-12), rtol=1e-5, atol=1e-7)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from turbo_tvm.schedules.pooling import MODES, pool
+from turbo_tvm.schedules.rows import RowFormat
 from turbo_tvm.schedules.tiles import NEON, cpu_tiles
 
 RAGGED = (1, 2, 3, 4, 5, 7, 11, 12, 13, 31, 32, 33, 128, 511, 512)
@@ -39,6 +40,22 @@ def test_matches_float64(hidden, lengths, mode, target, run_kernel):
     x = np.random.default_rng(0).standard_normal((sum(lengths), hidden), dtype="float32")
     out = pooled(run_kernel, target, x, lengths, mode)
     np.testing.assert_allclose(out[: len(lengths)], expected(x, lengths, mode), rtol=1e-5, atol=1e-5)
+    assert (out[len(lengths) :] == 0).all()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("dtype", "wider"), [("uint16", 0), ("uint16", 32), ("float32", 16)])
+def test_formats(dtype, wider, mode, target, run_kernel, stored, loaded):
+    tiles, hidden, lengths = cpu_tiles(target), 100, (1, 7, 3, 12, 1)
+    values = np.random.default_rng(0).standard_normal((sum(lengths), hidden), dtype="float32")
+    x = stored(values, dtype, hidden + wider)
+    tiled = stored(np.pad(values, ((0, -len(x) % tiles.row_tile), (0, 0))), dtype, hidden + wider)
+    cu_seqlens = np.concatenate([[0], np.cumsum(lengths)]).astype("int32")
+    shape = (-(-len(lengths) // tiles.row_tile), tiles.row_tile, hidden)
+    kernel = pool(tiles, hidden=hidden, mode=mode, x=RowFormat(hidden + wider, dtype))
+    out = run_kernel(kernel, [tiled.reshape(-1, tiles.row_tile, hidden + wider), cu_seqlens], shape, target)
+    out = out.reshape(-1, hidden)
+    np.testing.assert_allclose(out[: len(lengths)], expected(loaded(x, hidden), lengths, mode), rtol=1e-5, atol=1e-5)
     assert (out[len(lengths) :] == 0).all()
 
 

@@ -125,6 +125,14 @@ class TestCompile:
     def test_unknown_precision(self, tiny_folder, tmp_path):
         assert "error: precision 'fp3'" in fail("compile", tiny_folder, "-o", tmp_path / "a", "--precision", "fp3")
 
+    def test_help_names_the_precisions(self):
+        assert "fp32, or bf16" in " ".join(succeed("compile", "--help").split())
+
+    def test_bf16_for_a_cpu_without_it(self, tiny_folder, tmp_path):
+        options = "--precision", "bf16", "--target", "cpu:x86-64-v3"
+        said = fail("compile", tiny_folder, "-o", tmp_path / "a", *options)
+        assert "error: precision 'bf16' needs a CPU with AVX512-BF16, which x86-64-v3 lacks" in said
+
     def test_output_is_checked_before_the_work(self, tmp_path):
         assert "create it first" in fail("compile", "none", "-o", tmp_path / "no" / "a.turbo")
         assert "is a directory" in fail("compile", "none", "-o", tmp_path)

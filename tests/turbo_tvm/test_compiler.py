@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import platform
 
 import pytest
 import torch
@@ -141,9 +142,16 @@ class TestModelsThatAreRefused:
 class TestOptionsThatAreRefused:
     def test_before_any_work(self, monkeypatch, bert, tmp_path):
         monkeypatch.setattr(compiler, "_import", lambda *_: pytest.fail("it began"))
-        refuse(TargetError, "precision 'int8' is not supported", bert, precision="int8")
+        refuse(TargetError, "precision 'int8' is not supported; use one of fp32, bf16", bert, precision="int8")
+        refuse(TargetError, "precision None is not supported", bert, precision=None)
         refuse(TargetError, "unknown target 'gpu'", bert, target="gpu")
         refuse(TurboError, "the number of threads must be a whole number", bert, threads=0)
+
+    @pytest.mark.skipif(platform.machine() != "x86_64", reason="names of x86-64 CPUs")
+    def test_a_precision_that_the_target_has_not(self, monkeypatch, bert):
+        monkeypatch.setattr(compiler, "_import", lambda *_: pytest.fail("it began"))
+        message = "precision 'bf16' needs a CPU with AVX512-BF16, which x86-64-v4 lacks: compile with precision='fp32'"
+        refuse(TargetError, message, bert, precision="bf16", target="cpu:x86-64-v4")
 
     @pytest.mark.parametrize("found", [{"PATH": ""}, {"CXX": "/nowhere/c++"}])
     def test_no_compiler(self, monkeypatch, bert, found):

@@ -18,7 +18,8 @@ from turbo_tvm.kernels import CpuKernels, inventory, kernel_name
 from turbo_tvm.passes.composite import Composite
 from turbo_tvm.schedules.tiles import BASELINE, CpuTiles
 
-TILES = CpuTiles(lanes=4, row_tile=4, col_tile=8)
+TILES = CpuTiles(lanes=16, row_tile=4, tile_units=3, col_tile=16)  # as wide as bf16 needs
+BF16 = "uint16"
 
 t = TypeVar("t")
 
@@ -29,19 +30,30 @@ def tensor(*shape: int, dtype: str = "float32") -> relax.Var:
     return relax.Var("x", relax.TensorType(dims, dtype))
 
 
-def rows(columns: int) -> relax.TensorType:
-    return relax.TensorType((tirx.Var("t", "int64"), TILES.row_tile, columns), "float32")
+def rows(columns: int, dtype: str = "float32") -> relax.TensorType:
+    return relax.TensorType((tirx.Var("t", "int64"), TILES.row_tile, columns), dtype)
 
 
-def linear(k: int = 16, n: int = 8, *, x_width: int | None = None, **attrs) -> Composite:
+def linear(
+    k: int = 16,
+    n: int = 8,
+    *,
+    x_width: int | None = None,
+    dtype: str = "float32",
+    extra: str = "float32",
+    extra_width: int | None = None,
+    **attrs,
+) -> Composite:
     attrs = {"activation": None, "residual": False, "norm_eps": None} | attrs
     panels = TILES.panels(n)
-    x, weight, bias = tensor(-1, 4, x_width or k), tensor(panels, k, TILES.col_tile), tensor(panels * TILES.col_tile)
-    extra = [tensor(-1, 4, n)] if attrs["residual"] else []
-    return Composite("linear", (x, weight, bias, *extra, *([bias, bias] if attrs["norm_eps"] else [])), attrs)
+    steps, weight_type = (k // 2, "int32") if dtype == BF16 else (k, "float32")
+    weight = tensor(panels, steps, TILES.col_tile, dtype=weight_type)
+    x, bias = tensor(-1, 4, x_width or k, dtype=dtype), tensor(panels * TILES.col_tile)
+    residual = [tensor(-1, 4, extra_width or n, dtype=extra)] if attrs["residual"] else []
+    return Composite("linear", (x, weight, bias, *residual, *([bias, bias] if attrs["norm_eps"] else [])), attrs)
 
 
-def attention(*, bias: bool = False, **attrs) -> Composite:
+def attention(*, bias: bool = False, dtype: str = "float32", **attrs) -> Composite:
     attrs = {
         "heads": 2,
         "head_dim": 8,
@@ -49,10 +61,37 @@ def attention(*, bias: bool = False, **attrs) -> Composite:
         "max_length": 24,
         "columns": [[48, 0], [48, 16], [48, 32]],
     } | attrs
-    width = attrs["columns"][0][0]
     table = [tensor(attrs["heads"], 2 * attrs["max_length"] - 1)] if bias else []
-    qkv = [tensor(-1, 4, width)] * 3
+    qkv = [tensor(-1, 4, width, dtype=dtype) for width, _ in attrs["columns"]]
     return Composite("attention", (*qkv, tensor(-1, 3, dtype="int32"), *table), attrs)
+
+
+def norm(
+    *,
+    columns: int = 16,
+    width: int | None = None,
+    extra_width: int | None = None,
+    dtype: str = "float32",
+    **attrs,
+) -> Composite:
+    attrs = {"eps": 1e-5, "residual": False} | attrs
+    x, gamma = tensor(-1, 4, width or columns, dtype=dtype), tensor(columns)
+    extra = [tensor(-1, 4, extra_width or columns)] if attrs["residual"] else []
+    return Composite("norm", (x, *extra, gamma, gamma), attrs)
+
+
+def normalize(dtype: str = "float32") -> Composite:
+    return Composite("normalize", (tensor(-1, 4, 16, dtype=dtype),), {"eps": 1e-12})
+
+
+def embedding(*, tables: int, norm_eps: float | None = None, dtype: str = "float32") -> Composite:
+    ids, gammas = [tensor(-1, 4, dtype="int32")] * tables, [tensor(16)] * (2 if norm_eps else 0)
+    looked_up = [tensor(50, 16, dtype=dtype)] * tables
+    return Composite("embedding", (*ids, *looked_up, *gammas), {"tables": tables, "norm_eps": norm_eps})
+
+
+def pool(mode: str, *, width: int = 16, dtype: str = "float32") -> Composite:
+    return Composite("pool", (tensor(-1, 4, width, dtype=dtype), tensor(-1, dtype="int32")), {"mode": mode})
 
 
 VARIANTS = [
@@ -74,22 +113,54 @@ VARIANTS = [
     (attention(max_length=48), rows(16)),
     (attention(heads=4, head_dim=4, scale=0.5), rows(16)),
     (attention(columns=[[16, 0]] * 3), rows(16)),
-    (Composite("norm", (), {"eps": 1e-5, "residual": False}), rows(16)),
-    (Composite("norm", (), {"eps": 1e-5, "residual": True}), rows(16)),
-    (Composite("norm", (), {"eps": 1e-12, "residual": False}), rows(16)),
-    (Composite("norm", (), {"eps": 1e-5, "residual": False}), rows(32)),
-    (Composite("normalize", (), {"eps": 1e-12}), rows(16)),
-    (Composite("embedding", (), {"tables": 1, "norm_eps": None}), rows(16)),
-    (Composite("embedding", (), {"tables": 3, "norm_eps": None}), rows(16)),
-    (Composite("embedding", (), {"tables": 3, "norm_eps": 1e-5}), rows(16)),
-    (Composite("pool", (), {"mode": "first"}), rows(16)),
-    (Composite("pool", (), {"mode": "mean"}), rows(16)),
-    (Composite("pack_weight", (), {"k": 16, "n": 8}), relax.TensorType((1, 16, 8), "float32")),
-    (Composite("pack_weight", (), {"k": 8, "n": 16}), relax.TensorType((2, 8, 8), "float32")),
-    (Composite("pack_bias", (), {"n": 8}), relax.TensorType((8,), "float32")),
-    (Composite("tile_rows", (), {}), rows(16)),
-    (Composite("untile_rows", (), {}), rows(16)),
-    (Composite("toeplitz", (), {}), relax.TensorType((2, 47), "float32")),
+    (norm(), rows(16)),
+    (norm(residual=True), rows(16)),
+    (norm(eps=1e-12), rows(16)),
+    (norm(columns=32), rows(32)),
+    (norm(width=24), rows(16)),
+    (norm(residual=True, extra_width=24), rows(16)),
+    (norm(), rows(24)),
+    (norm(), rows(16, BF16)),
+    (norm(dtype=BF16), rows(16)),
+    (norm(dtype=BF16), rows(16, BF16)),
+    (normalize(), rows(16)),
+    (normalize(dtype=BF16), rows(16, BF16)),
+    (normalize(dtype=BF16), rows(16)),
+    (embedding(tables=1), rows(16)),
+    (embedding(tables=3), rows(16)),
+    (embedding(tables=3, norm_eps=1e-5), rows(16)),
+    (embedding(tables=3, norm_eps=1e-5), rows(24)),
+    (embedding(tables=3, dtype=BF16), rows(16)),
+    (embedding(tables=3, dtype=BF16), rows(16, BF16)),
+    (pool("first"), rows(16)),
+    (pool("mean"), rows(16)),
+    (pool("mean", width=24), rows(16)),
+    (pool("mean", dtype=BF16), rows(16)),
+    (linear(dtype=BF16), rows(8)),
+    (linear(dtype=BF16), rows(8, BF16)),
+    (linear(), rows(8, BF16)),
+    (linear(dtype=BF16, residual=True), rows(8)),
+    (linear(dtype=BF16, residual=True, extra=BF16), rows(8)),
+    (linear(dtype=BF16, residual=True, extra=BF16, extra_width=24), rows(8)),
+    (linear(dtype=BF16, x_width=32, columns=8), rows(24, BF16)),
+    (attention(dtype=BF16), rows(16)),
+    (attention(dtype=BF16), rows(16, BF16)),
+    (attention(columns=[[80, 0], [80, 16], [80, 32]]), rows(16)),
+    (attention(columns=[[48, 0], [48, 16], [16, 0]]), rows(16)),
+    (attention(), rows(48)),
+    (Composite("to_bf16", (tensor(-1, 4, 16),)), rows(16, BF16)),
+    (Composite("table_to_bf16", (tensor(9, 16),), {"rows": 9, "columns": 16}), relax.TensorType((9, 16), BF16)),
+    (Composite("table_to_bf16", (tensor(9, 8),), {"rows": 9, "columns": 8}), relax.TensorType((9, 8), BF16)),
+    (
+        Composite("pack_weight", (tensor(8, 16),), {"k": 16, "n": 8, "pairs": True}),
+        relax.TensorType((1, 8, 8), "int32"),
+    ),
+    (Composite("pack_weight", (tensor(8, 16),), {"k": 16, "n": 8}), relax.TensorType((1, 16, 8), "float32")),
+    (Composite("pack_weight", (tensor(16, 8),), {"k": 8, "n": 16}), relax.TensorType((2, 8, 8), "float32")),
+    (Composite("pack_bias", (tensor(8),), {"n": 8}), relax.TensorType((8,), "float32")),
+    (Composite("tile_rows", (tensor(-1, 16),), {}), rows(16)),
+    (Composite("untile_rows", (tensor(-1, 4, 16),), {}), relax.TensorType((tirx.Var("s", "int64"), 16), "float32")),
+    (Composite("toeplitz", (tensor(1, 2, 24, 24),), {}), relax.TensorType((2, 47), "float32")),
 ]
 
 
@@ -103,6 +174,13 @@ def test_names_are_readable():
     assert kernel_name(linear(768, 3072, activation="gelu"), rows(3072)) == "linear_768x3072_gelu"
     assert kernel_name(attention(), rows(16)) == "attention_2x8_merged_max24"
     assert kernel_name(linear(norm_eps=1e-12, residual=True), rows(8)) == "linear_16x8_norm_eps1e_12_residual"
+    assert kernel_name(linear(dtype=BF16), rows(8, BF16)) == "linear_16x8_bf16"
+    assert kernel_name(linear(dtype=BF16), rows(8)) == "linear_16x8_bf16_out_fp32"
+    wide = linear(dtype=BF16, residual=True, x_width=48, extra_width=40, columns=8)
+    assert kernel_name(wide, rows(40, BF16)) == "linear_16x8_residual_from48_plus40_to40_bf16_extra_fp32"
+    assert kernel_name(embedding(tables=2, dtype=BF16), rows(16)) == "embedding_16_tables2_bf16_out_fp32"
+    merged = attention(columns=[[80, 0], [80, 16], [80, 32]])
+    assert kernel_name(merged, rows(24)) == "attention_2x8_merged_in80_max24_to24"
 
 
 @pytest.mark.parametrize("fused, out", VARIANTS, ids=[kernel_name(*variant) for variant in VARIANTS])
@@ -115,7 +193,7 @@ def test_every_composite_has_a_kernel_of_its_tensors_and_its_output(fused, out):
 
 
 def test_same_parameters_share_one_kernel():
-    first, second = CpuKernels(TILES), CpuKernels(CpuTiles(4, 4, 8))
+    first, second = CpuKernels(TILES), CpuKernels(CpuTiles(16, 4, 3, 16))
     kernel = first(linear(), rows(8))[1]
     assert first(linear(), rows(8))[1].same_as(kernel)
     assert second(linear(), rows(8))[1].same_as(kernel)
@@ -124,11 +202,11 @@ def test_same_parameters_share_one_kernel():
 def test_other_parameters_and_tiles_are_other_kernels():
     kernel = CpuKernels(TILES)(linear(), rows(8))[1]
     assert not CpuKernels(TILES)(linear(residual=True), rows(8))[1].same_as(kernel)
-    assert not CpuKernels(CpuTiles(4, 6, 8))(linear(), rows(8))[1].same_as(kernel)
+    assert not CpuKernels(CpuTiles(16, 6, 3, 16))(linear(), rows(8))[1].same_as(kernel)
 
 
 def test_kernels_have_a_root_block():
-    for fused, out in (linear(), rows(8)), (Composite("pool", (), {"mode": "mean"}), rows(16)):
+    for fused, out in (linear(), rows(8)), (pool("mean"), rows(16)):
         assert isinstance(CpuKernels(TILES)(fused, out)[1].body, tvm.s_tir.SBlockRealize)
 
 

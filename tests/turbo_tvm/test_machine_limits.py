@@ -13,7 +13,7 @@ import tvm
 from turbo_tvm import config, limit_kernels, limit_measurement, machine_limits, targets
 from turbo_tvm.errors import CompileError
 from turbo_tvm.runtime.roofline import MachineLimits
-from turbo_tvm.schedules.tiles import cpu_tiles
+from turbo_tvm.schedules.tiles import AVX2, AVX512, NEON, cpu_tiles
 
 WORDS: list[str] = []
 
@@ -64,6 +64,10 @@ def test_the_loop_is_fused_multiply_adds_in_registers(cpu, register, count):
         assert len(found) >= count and len(found) % count == 0
         assert all(line.count(register) == 3 and "(" not in line and "[" not in line for line in found)
         assert "call" not in inner
+
+
+def test_sums_fill_the_registers_of_the_matrix_kernel():
+    assert [limit_kernels.accumulators(tiles) for tiles in (AVX512, NEON, AVX2)] == [24, 24, 12]
 
 
 def test_multiply_adds_compute_what_they_say():

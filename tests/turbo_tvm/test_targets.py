@@ -35,6 +35,24 @@ def test_named_cpus_need_their_features(name, has, has_not):
     assert has <= features and not has_not & features
 
 
+@x86_only
+@pytest.mark.parametrize("name", ["cpu:x86-64-v3", "cpu:x86-64-v4", "cpu:skylake-avx512"])
+def test_bf16_needs_its_instructions(name):
+    target = targets.resolve(name)
+    targets.check_precision(target, "fp32")
+    message = f"precision 'bf16' needs a CPU with AVX512-BF16, which {name[4:]} lacks: compile with precision='fp32'"
+    with pytest.raises(TargetError, match=message):
+        targets.check_precision(target, "bf16")
+
+
+@x86_only
+@pytest.mark.parametrize("name", ["cpu:znver4", "cpu:cooperlake", "cpu:sapphirerapids"])
+def test_cpus_with_bf16(name):
+    target = targets.resolve(name)
+    targets.check_precision(target, "bf16")
+    assert "avx512bf16" in targets.describe(name, target).features
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

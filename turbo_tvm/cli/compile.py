@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 @click.option(
     "--target", metavar="NAME", default="cpu", show_default=True, help="'cpu' is this machine; 'cpu:x86-64-v3' another."
 )
-@click.option("--precision", metavar="NAME", default="fp32", show_default=True, help="Number format of the arithmetic.")
+@click.option(
+    "--precision", metavar="NAME", default="fp32", show_default=True, help="Arithmetic: fp32, or bf16 (AVX512-BF16)."
+)
 @click.option(
     "--max-length", metavar="N", type=click.IntRange(1), help="Longest sequence in tokens.  [default: the model's]"
 )
@@ -56,6 +58,7 @@ def compile_command(
     Examples:
       turbo-tvm compile path/to/minilm -o minilm.turbo
       turbo-tvm compile path/to/bert -o bert.turbo --max-length 128
+      turbo-tvm compile path/to/bert -o bert.turbo --precision bf16
       turbo-tvm compile path/to/bert -o bert.turbo --target cpu:x86-64-v3
     """
     _check_output(output)
