@@ -52,6 +52,13 @@ def pair(low: Expr, high: Expr) -> Expr:
     return T.reinterpret(_like(low, PAIR), T.bitwise_or(upper, T.shift_right(_rounded(low), T.uint32(16))))
 
 
+def pair_half_up(low: Expr, high: Expr) -> Expr:
+    """The same for finite values with half the instructions: ties are rounded away from zero."""
+    half = T.uint32(0x8000)
+    upper = T.bitwise_and(_bits(high) + half, T.uint32(0xFFFF0000))
+    return T.reinterpret(_like(low, PAIR), T.bitwise_or(upper, T.shift_right(_bits(low) + half, T.uint32(16))))
+
+
 def load(buffer: tvm.tirx.Buffer, *index: Expr) -> Expr:
     """An element as fp32, whether the buffer holds fp32 or bf16."""
     value = buffer[index]
@@ -64,9 +71,13 @@ def stored(buffer: tvm.tirx.Buffer, value: Expr) -> Expr:
 
 
 def _rounded(value: Expr) -> Expr:
-    bits = T.reinterpret(_like(value, "uint32"), value)
+    bits = _bits(value)
     odd = T.bitwise_and(T.shift_right(bits, T.uint32(16)), T.uint32(1))
     return bits + (odd + T.uint32(0x7FFF))
+
+
+def _bits(value: Expr) -> Expr:
+    return T.reinterpret(_like(value, "uint32"), value)
 
 
 def _like(value: Expr, dtype: str) -> str:

@@ -22,7 +22,7 @@ from tvm.script import tirx as T
 from turbo_tvm.schedules import bf16
 from turbo_tvm.schedules.normalization import normalize_row, row_of
 from turbo_tvm.schedules.rows import RowFormat
-from turbo_tvm.schedules.script import without_parameters
+from turbo_tvm.schedules.script import CPU_LLVM, without_parameters
 from turbo_tvm.schedules.tiles import CpuTiles
 
 MAX_TABLES = 3
@@ -98,11 +98,12 @@ def embedding(
         gamma = T.match_buffer(gamma_arg, (hidden,), "float32")
         beta = T.match_buffer(beta_arg, (hidden,), "float32")
         result = T.match_buffer(out_arg, (t, rows, out_rows.width), out_rows.dtype)
-        for tile in T.parallel(t):
-            for row in range(rows):
-                gather((ids_0, ids_1, ids_2)[used], (table_0, table_1, table_2)[used], tile, row, result)
-                if norm_eps is not None:
-                    normalize(result, tile, row, row_of(tile, row, result), gamma, beta)
+        with T.attr(T.int32(0), "pragma_import_llvm", CPU_LLVM):
+            for tile in T.parallel(t):
+                for row in range(rows):
+                    gather((ids_0, ids_1, ids_2)[used], (table_0, table_1, table_2)[used], tile, row, result)
+                    if norm_eps is not None:
+                        normalize(result, tile, row, row_of(tile, row, result), gamma, beta)
 
     unused = [f"{name}_{i}" for name in ("ids", "table") for i in range(tables, MAX_TABLES)]
     return without_parameters(kernel, unused + ([] if norm_eps is not None else ["gamma", "beta"]))

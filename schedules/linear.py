@@ -22,7 +22,9 @@ Strategy
    reads at two thirds of the speed. The lines to be written are asked for before the k loop.
 4. Bias, activation and residual apply to the tile in registers. If n is no multiple of C, those columns of the last
    panel that exist are copied one by one.
-5. The norm needs whole rows: a second parallel loop normalises `out` in place.
+5. The norm needs whole rows: a second parallel loop normalises `out` in place. Counting the finished panels of a row,
+   so that the task that finishes the last one normalises it at once, was rejected: where panels are split over threads,
+   that is always the same thread.
 
 The accumulators are two buffers, because TVM keeps "global" buffers below 1 KB, and no others, on the stack: a call to
 the workspace pool costs 50 ns. `T.let`, because a plain assignment in TVMScript makes such a call as well.
@@ -87,11 +89,11 @@ def linear(
     block_tiles, lines = max(1, _BLOCK_ROWS // tiles.tile_rows), max(1, columns // CACHE_LINE_FLOATS)
     whole_panels, tail_columns, has_tail = n // columns, n % columns, n % columns != 0
     normalized = norm_eps is not None
-    activate = activation_by_name(activation)
+    activate = activation_by_name(activation, out_rows.dtype)
     normalize = normalize_row(tiles.lanes, n, norm_eps or 0.0)
     steps, weight_type = (k // 2, bf16.PAIR) if in_bf16 else (k, "float32")
     step = _bf16_step(tiles) if in_bf16 else _fp32_step(tiles)
-    out_line = CACHE_LINE_BYTES // tvm.DataType(out_rows.dtype).itemsize
+    out_line, extra_line = (CACHE_LINE_BYTES // tvm.DataType(r.dtype).itemsize for r in (out_rows, extra_rows))
 
     def add_residual(value: Expr, buffer: tvm.tirx.Buffer, tile: Expr, row: Expr, column: Expr) -> Expr:
         return value + bf16.load(buffer, tile, row, column) if residual else value
@@ -148,6 +150,10 @@ def linear(
             for r in T.unroll(height):
                 for line in T.unroll(columns // out_line):
                     prefetch_write(out, (unit * rows + r) * out_rows.width + panel * columns + line * out_line)
+            if residual:
+                for r in T.unroll(height):
+                    for line in T.unroll(columns // extra_line):
+                        prefetch_read(extra, (unit * rows + r) * extra_rows.width + panel * columns + line * extra_line)
             for i in range(steps):
                 for line in T.unroll(lines):
                     prefetch_read(weight, place[_AHEAD] + T.shift_right(i * place[_RATE], T.int64(16)) * columns + line * CACHE_LINE_FLOATS)
@@ -232,11 +238,11 @@ def linear(
                     place = T.sblock_alloc_buffer((_PLACES,), "int64")
                     locate(place, task, t, count, blocks)
                     compute(units, compute, place, source, weight, bias, residual_rows, result)
-        if normalized:
-            for task in T.parallel(t * rows):
-                row_tile: T.let = task // rows
-                row: T.let = task % rows
-                normalize(result, row_tile, row, row_of(row_tile, row, result), gamma, beta)
+            if normalized:
+                for task in T.parallel(t * rows):
+                    row_tile: T.let = task // rows
+                    row: T.let = task % rows
+                    normalize(result, row_tile, row, row_of(row_tile, row, result), gamma, beta)
 
     absent = [] if residual else ["residual_rows"]
     return without_parameters(kernel, absent if normalized else [*absent, "gamma", "beta"])

@@ -7,9 +7,9 @@ Strategy
 1. One task per row, all rows in one parallel loop: a row is a few KB, its sweeps after the first read L1.
 2. A sweep walks the row in groups of `_CHAINS` vectors, each with an accumulator of its own, so that
    additions do not wait for each other; then the vectors left over, then the scalars (n % lanes).
-3. Layer norm is the corrected two-pass algorithm: the sum, hence the mean; the sum of x - mean, which
-   repairs the rounding of the mean; the sum of squares of x - mean; the result. E[x^2] - E[x]^2 in one pass
-   was rejected: with |mean| >> std it cancels to noise.
+3. Layer norm is the corrected two-pass algorithm: the sum, hence the mean; then the sums of x - mean, which
+   repairs the rounding of the mean, and of its squares; the result. E[x^2] - E[x]^2 in one pass was rejected:
+   with |mean| >> std it cancels to noise.
 4. The residual is added anew in each sweep: two loads from L1 cost less than to store the sum and load it.
 5. `partial` is a "global" buffer below 1 KB: TVM keeps no others on the stack, and a call to its workspace
    pool costs as much as half a row. Scalars are `T.let`, because a plain assignment allocates as well.
@@ -27,7 +27,7 @@ from tvm.script import tirx as T
 
 from turbo_tvm.schedules import bf16
 from turbo_tvm.schedules.rows import RowFormat
-from turbo_tvm.schedules.script import tree_sum, without_parameters
+from turbo_tvm.schedules.script import CPU_LLVM, lane_sum, tree_sum, without_parameters
 from turbo_tvm.schedules.tiles import CpuTiles
 
 _CHAINS = 4
@@ -45,30 +45,46 @@ def row_of(tile: Expr, row: Expr, x: tvm.tirx.Buffer, residual: tvm.tirx.Buffer 
 
 def _lane_sum(partial: tvm.tirx.Buffer) -> Expr:
     chains, lanes = (int(extent) for extent in partial.shape)
-    return tree_sum([tree_sum([partial[chain, lane] for chain in range(chains)]) for lane in range(lanes)])
+    return lane_sum(tree_sum([partial[chain, T.ramp(0, 1, lanes)] for chain in range(chains)]), lanes)
 
 
-def _row_sum(lanes: int, n: int) -> Macro:
-    """`row_sum(partial, element)` leaves the sum of element(0 .. n - 1) spread over `partial`."""
+def _row_sums(lanes: int, n: int) -> Macro:
+    """`row_sums(partials, elements)` leaves the sum of each element(0 .. n - 1) spread over its `partial`."""
     group = _CHAINS * lanes
     grouped, vectors = n // group * group, n // lanes * lanes
 
     @T.inline
-    def row_sum(partial, element):
+    def add_from(i, again, partials, elements, chain, lane, column):
+        partials[i][chain, lane] = partials[i][chain, lane] + elements[i](column)
+        if i + 1 < len(partials):
+            again(i + 1, again, partials, elements, chain, lane, column)
+
+    @T.inline
+    def add(partials, elements, chain, lane, column):
+        add_from(0, add_from, partials, elements, chain, lane, column)
+
+    @T.inline
+    def clear_from(i, again, partials):
         for chain in T.unroll(_CHAINS):
             for lane in T.vectorized(lanes):
-                partial[chain, lane] = T.float32(0)
+                partials[i][chain, lane] = T.float32(0)
+        if i + 1 < len(partials):
+            again(i + 1, again, partials)
+
+    @T.inline
+    def row_sums(partials, elements):
+        clear_from(0, clear_from, partials)
         for block in range(n // group):
             for chain in T.unroll(_CHAINS):
                 for lane in T.vectorized(lanes):
-                    partial[chain, lane] = partial[chain, lane] + element(block * group + chain * lanes + lane)
+                    add(partials, elements, chain, lane, block * group + chain * lanes + lane)
         for chain in T.unroll((vectors - grouped) // lanes):
             for lane in T.vectorized(lanes):
-                partial[chain, lane] = partial[chain, lane] + element(grouped + chain * lanes + lane)
+                add(partials, elements, chain, lane, grouped + chain * lanes + lane)
         for tail in range(n - vectors):
-            partial[0, 0] = partial[0, 0] + element(vectors + tail)
+            add(partials, elements, 0, 0, vectors + tail)
 
-    return row_sum
+    return row_sums
 
 
 def _row_store(lanes: int, n: int) -> Macro:
@@ -107,7 +123,7 @@ def normalize_row(lanes: int, n: int, eps: float) -> Macro:
 
     Every division by n is exact in a row of equal elements, which therefore gives beta to the last bit.
     """
-    row_sum, row_store = _row_sum(lanes, n), _row_store(lanes, n)
+    row_sums, row_store = _row_sums(lanes, n), _row_store(lanes, n)
 
     @T.inline
     def normalize(out, tile, row, x, gamma, beta):
@@ -115,12 +131,12 @@ def normalize_row(lanes: int, n: int, eps: float) -> Macro:
             T.reads()
             T.writes()
             partial = T.sblock_alloc_buffer((_CHAINS, lanes), "float32")
-            row_sum(partial, x)
+            squares = T.sblock_alloc_buffer((_CHAINS, lanes), "float32")
+            row_sums((partial,), (x,))
             mean: T.let = _lane_sum(partial) / T.float32(n)
-            row_sum(partial, _centred(x, mean))
+            row_sums((partial, squares), (_centred(x, mean), _squared(_centred(x, mean))))
             drift: T.let = _lane_sum(partial) / T.float32(n)
-            row_sum(partial, _squared(_centred(x, mean)))
-            variance: T.let = T.max(_lane_sum(partial) / T.float32(n) - drift * drift, T.float32(0))
+            variance: T.let = T.max(_lane_sum(squares) / T.float32(n) - drift * drift, T.float32(0))
             scale: T.let = T.float32(1) / T.sqrt(variance + T.float32(eps))
             row_store(out, tile, row, _affine(_scaled(_centred(_centred(x, mean), drift), scale), gamma, beta))
 
@@ -162,10 +178,11 @@ def layer_norm(
         source = T.match_buffer(x_arg, (t, rows, x_rows.width), x_rows.dtype)
         residual_rows = T.match_buffer(residual_arg, (t, rows, extra_rows.width), extra_rows.dtype)
         result = T.match_buffer(out_arg, (t, rows, out_rows.width), out_rows.dtype)
-        for task in T.parallel(t * rows):
-            tile: T.let = task // rows
-            row: T.let = task % rows
-            normalize(result, tile, row, row_source(tile, row, source, residual_rows), gamma, beta)
+        with T.attr(T.int32(0), "pragma_import_llvm", CPU_LLVM):
+            for task in T.parallel(t * rows):
+                tile: T.let = task // rows
+                row: T.let = task % rows
+                normalize(result, tile, row, row_source(tile, row, source, residual_rows), gamma, beta)
 
     return kernel if residual else without_parameters(kernel, ["residual_rows"])
 
@@ -176,7 +193,7 @@ def l2_normalize(
     """`(x, out)`: each row of x over max(its Euclidean length, eps). Both fp32 `(t, R, n)` unless x, out say else."""
     rows, lanes = tiles.row_tile, tiles.lanes
     x_rows, out_rows = x or RowFormat(n), out or RowFormat(n)
-    row_sum, row_store = _row_sum(lanes, n), _row_store(lanes, n)
+    row_sums, row_store = _row_sums(lanes, n), _row_store(lanes, n)
 
     @T.prim_func(private=True, s_tir=True)
     def kernel(x_arg: T.handle, out_arg: T.handle):
@@ -184,16 +201,17 @@ def l2_normalize(
         t = T.int64()
         source = T.match_buffer(x_arg, (t, rows, x_rows.width), x_rows.dtype)
         result = T.match_buffer(out_arg, (t, rows, out_rows.width), out_rows.dtype)
-        for task in T.parallel(t * rows):
-            with T.sblock("row"):
-                T.reads()
-                T.writes()
-                partial = T.sblock_alloc_buffer((_CHAINS, lanes), "float32")
-                tile: T.let = task // rows
-                row: T.let = task % rows
-                row_sum(partial, _squared(row_of(tile, row, source)))
-                length: T.let = T.sqrt(_lane_sum(partial))
-                inverse: T.let = T.float32(1) / T.max(length, T.float32(eps))
-                row_store(result, tile, row, _scaled(row_of(tile, row, source), inverse))
+        with T.attr(T.int32(0), "pragma_import_llvm", CPU_LLVM):
+            for task in T.parallel(t * rows):
+                with T.sblock("row"):
+                    T.reads()
+                    T.writes()
+                    partial = T.sblock_alloc_buffer((_CHAINS, lanes), "float32")
+                    tile: T.let = task // rows
+                    row: T.let = task % rows
+                    row_sums((partial,), (_squared(row_of(tile, row, source)),))
+                    length: T.let = T.sqrt(_lane_sum(partial))
+                    inverse: T.let = T.float32(1) / T.max(length, T.float32(eps))
+                    row_store(result, tile, row, _scaled(row_of(tile, row, source), inverse))
 
     return kernel

@@ -27,6 +27,27 @@ define i32 @turbo_prefetch_write(ptr %base, i64 %index) alwaysinline nounwind {
   call void @llvm.prefetch.p0(ptr %address, i32 1, i32 3, i32 1) memory(inaccessiblemem: readwrite)
   ret i32 0
 }
+
+declare float @llvm.vector.reduce.fadd.v4f32(float, <4 x float>)
+
+define float @turbo_sum_4(<4 x float> %v) alwaysinline nounwind readnone {
+  %sum = call reassoc float @llvm.vector.reduce.fadd.v4f32(float -0.0, <4 x float> %v)
+  ret float %sum
+}
+
+declare float @llvm.vector.reduce.fadd.v8f32(float, <8 x float>)
+
+define float @turbo_sum_8(<8 x float> %v) alwaysinline nounwind readnone {
+  %sum = call reassoc float @llvm.vector.reduce.fadd.v8f32(float -0.0, <8 x float> %v)
+  ret float %sum
+}
+
+declare float @llvm.vector.reduce.fadd.v16f32(float, <16 x float>)
+
+define float @turbo_sum_16(<16 x float> %v) alwaysinline nounwind readnone {
+  %sum = call reassoc float @llvm.vector.reduce.fadd.v16f32(float -0.0, <16 x float> %v)
+  ret float %sum
+}
 """
 
 
@@ -46,6 +67,11 @@ def prefetch_write(buffer: tvm.tirx.Buffer, index: Expr) -> Expr:
 def _prefetch(function: str, buffer: tvm.tirx.Buffer, index: Expr) -> Expr:
     offset = T.cast(index, "int64") * tvm.DataType(str(buffer.dtype)).itemsize
     return T.evaluate(T.call_extern("int32", function, buffer.data, offset))
+
+
+def lane_sum(vector: Expr, lanes: int) -> Expr:
+    """The sum over the lanes of an fp32 vector, halves first; under the same attribute."""
+    return T.call_pure_extern("float32", f"turbo_sum_{lanes}", vector)
 
 
 def tree_sum(terms: Sequence[Expr]) -> Expr:
