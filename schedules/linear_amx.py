@@ -29,7 +29,7 @@ from tvm.script import tirx as T
 from turbo_tvm.schedules import amx, bf16
 from turbo_tvm.schedules.normalization import normalize_row, row_of
 from turbo_tvm.schedules.rows import RowFormat
-from turbo_tvm.schedules.script import without_parameters
+from turbo_tvm.schedules.script import CPU_LLVM, without_parameters
 from turbo_tvm.schedules.tiles import CpuTiles
 from turbo_tvm.schedules.vector_math import activation as activation_by_name
 
@@ -62,7 +62,7 @@ def linear(
     whole_steps, rest_pairs = steps // amx.PAIRS, steps % amx.PAIRS
     whole_panels, tail_columns, has_tail = n // columns, n % columns, n % columns != 0
     normalized = norm_eps is not None
-    activate = activation_by_name(activation)
+    activate = activation_by_name(activation, out_rows.dtype)
     normalize = normalize_row(tiles.lanes, n, norm_eps or 0.0)
 
     def add_residual(value: Expr, buffer: tvm.tirx.Buffer, tile: Expr, row: Expr, column: Expr) -> Expr:
@@ -166,7 +166,7 @@ def linear(
         source = T.match_buffer(x_arg, (t, rows, x_rows.width), x_rows.dtype)
         residual_rows = T.match_buffer(residual_arg, (t, rows, extra_rows.width), extra_rows.dtype)
         result = T.match_buffer(out_arg, (t, rows, out_rows.width), out_rows.dtype)
-        with T.attr(T.int32(0), "pragma_import_llvm", instructions):
+        with T.attr(T.int32(0), "pragma_import_llvm", CPU_LLVM + instructions):
             count: T.let = (t + units - 1) // units
             for task in T.parallel(count * panels):
                 with T.sblock("task"):
@@ -192,11 +192,11 @@ def linear(
                             store_tail(acc, bias, residual_rows, result, unit, height_units)
                     else:
                         store(acc, bias, residual_rows, result, unit, height_units, panel)
-        if normalized:
-            for task in T.parallel(t * rows):
-                row_tile: T.let = task // rows
-                row: T.let = task % rows
-                normalize(result, row_tile, row, row_of(row_tile, row, result), gamma, beta)
+            if normalized:
+                for task in T.parallel(t * rows):
+                    row_tile: T.let = task // rows
+                    row: T.let = task % rows
+                    normalize(result, row_tile, row, row_of(row_tile, row, result), gamma, beta)
 
     absent = [] if residual else ["residual_rows"]
     return without_parameters(kernel, absent if normalized else [*absent, "gamma", "beta"])

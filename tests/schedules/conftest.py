@@ -65,9 +65,12 @@ def bf16_target() -> tvm.target.Target:
     return host()
 
 
-@pytest.fixture(params=["fp32", "fp32-avx2", "bf16"])
+ARITHMETICS = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in ("fp32", "fp32-avx2", "bf16")]
+
+
+@pytest.fixture(params=ARITHMETICS)
 def arithmetic(request: pytest.FixtureRequest) -> Arithmetic:
-    """Every way in which this machine can multiply."""
+    """Every way in which this machine can multiply; tests of one share what they compile."""
     name = {"fp32": "host_target", "fp32-avx2": "avx2_target", "bf16": "bf16_target"}[request.param]
     return Arithmetic(request.getfixturevalue(name), BF16 if request.param == "bf16" else FP32)
 

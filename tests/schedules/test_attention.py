@@ -173,7 +173,9 @@ FORMATS = [
 
 
 @pytest.mark.parametrize("shape", FORMATS, ids=str)
-@pytest.mark.parametrize("arithmetic", ["fp32", "bf16"], indirect=True)
+@pytest.mark.parametrize(
+    "arithmetic", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in ("fp32", "bf16")], indirect=True
+)
 def test_other_formats_and_scales_match_float64(shape, as_stored, target, compiled):
     test_ragged_batch_matches_float64(shape, as_stored, target, compiled)
 
