@@ -114,7 +114,7 @@ def bf16_accumulate_macro(lanes: int) -> Macro:
 
 
 def softmax_macro(width: int, scale: float, in_pairs: bool) -> Macro:
-    """`softmax(task)`: step 3: 2^(scale (score - peak)) into `weights`, or by pairs of keys into `pairs`; inverse 1 / sum.
+    """`softmax(task)`: step 3: 2^(scale (score - peak)) into `weights`, or in pairs of keys into `pairs`; 1 / sum.
 
     The last of an odd number of keys is paired with a weight of 0.
     """

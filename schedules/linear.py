@@ -16,10 +16,10 @@ Strategy
    `_BLOCK_ROWS` rows a panel stays in L2 while the tiles pass over it. Blocks are of equal size, so that none is left
    with a single tile that reads all weights for itself. Splitting whole row blocks over the threads was rejected: 11
    tiles on 2 threads come out as 8 + 3.
-3. Weights are prefetched into L2. With one tile per panel, `_AHEAD_FLOATS` ahead: panels lie one after another, so this
-   runs on into the next one. With several, one panel ahead, each tile asking for its share: arithmetic hides the
+3. Weights are prefetched into L2. With one tile per panel, `AHEAD_ELEMENTS` ahead: panels lie one after another, so
+   this runs on into the next one. With several, one panel ahead, each tile asking for its share: arithmetic hides the
    memory. The hardware's prefetchers stop at every 4 KB page: without this a single tile, which is bound by memory,
-   reads at two thirds of the speed. The lines to be written are asked for before the k loop.
+   reads at two thirds of the speed. The residual's lines are asked for before the k loop.
 4. Bias, activation and residual apply to the tile in registers. If n is no multiple of C, those columns of the last
    panel that exist are copied one by one.
 5. The norm needs whole rows: a second parallel loop normalises `out` in place. Counting the finished panels of a row,
@@ -29,8 +29,9 @@ Strategy
 The accumulators are two buffers, because TVM keeps "global" buffers below 1 KB, and no others, on the stack: a call to
 the workspace pool costs 50 ns. `T.let`, because a plain assignment in TVMScript makes such a call as well.
 
-Rejected after measuring (Zen 5): unrolling k by 2 or 4, row blocks of 48 and 192 rows, prefetching x or the
-residual (no gain); 6 x 64 (slower where bound by memory); 14 x 32 (1 % faster, but rounds short requests up further).
+Rejected after measuring (Zen 5): unrolling k by 2 or 4, row blocks of 96, 144 and 288 rows, prefetching x (no gain);
+prefetching the lines to be written (2 to 4 % slower at 768 x 768), or the weights into L1 (10 % slower in bf16); 6 x 64
+(slower where bound by memory); 14 x 32 (1 % faster, but rounds short requests up further).
 
 Method: Goto, van de Geijn, "Anatomy of High-Performance Matrix Multiplication" (2008), with W packed
 beforehand, and neither k blocked nor x packed: x has so few columns that a block of its rows fits L2.
@@ -45,6 +46,7 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 
 from turbo_tvm.schedules import bf16
+from turbo_tvm.schedules.linear_tasks import MISSING, PANEL, PLACES, UNIT, locate_macro, next_row
 from turbo_tvm.schedules.normalization import normalize_row, row_of
 from turbo_tvm.schedules.rows import RowFormat
 from turbo_tvm.schedules.script import (
@@ -52,16 +54,12 @@ from turbo_tvm.schedules.script import (
     CACHE_LINE_FLOATS,
     CPU_LLVM,
     prefetch_read,
-    prefetch_write,
     without_parameters,
 )
 from turbo_tvm.schedules.tiles import CpuTiles
 from turbo_tvm.schedules.vector_math import activation as activation_by_name
 
 _BLOCK_ROWS = 192
-_AHEAD_FLOATS = 4096
-_PANEL, _TILE, _UNIT, _MISSING, _AHEAD, _RATE, _IN_BLOCK, _BLOCK, _IN_TILE, _WHOLE = range(10)
-_PLACES = 10
 
 Macro = Callable[..., None]
 
@@ -92,8 +90,9 @@ def linear(
     activate = activation_by_name(activation, out_rows.dtype)
     normalize = normalize_row(tiles.lanes, n, norm_eps or 0.0)
     steps, weight_type = (k // 2, bf16.PAIR) if in_bf16 else (k, "float32")
+    locate = locate_macro(units, panels, steps, columns)
     step = _bf16_step(tiles) if in_bf16 else _fp32_step(tiles)
-    out_line, extra_line = (CACHE_LINE_BYTES // tvm.DataType(r.dtype).itemsize for r in (out_rows, extra_rows))
+    extra_line = CACHE_LINE_BYTES // tvm.DataType(extra_rows.dtype).itemsize
 
     def add_residual(value: Expr, buffer: tvm.tirx.Buffer, tile: Expr, row: Expr, column: Expr) -> Expr:
         return value + bf16.load(buffer, tile, row, column) if residual else value
@@ -141,22 +140,19 @@ def linear(
         with T.sblock("tile"):
             T.reads()
             T.writes()
-            unit = T.meta_var(place[_UNIT])
-            panel = T.meta_var(place[_PANEL])
+            unit = T.meta_var(place[UNIT])
+            panel = T.meta_var(place[PANEL])
             upper = T.sblock_alloc_buffer((height // 2, columns), "float32")
             lower = T.sblock_alloc_buffer((height // 2, columns), "float32")
             start(upper, bias, panel)
             start(lower, bias, panel)
-            for r in T.unroll(height):
-                for line in T.unroll(columns // out_line):
-                    prefetch_write(out, (unit * rows + r) * out_rows.width + panel * columns + line * out_line)
             if residual:
                 for r in T.unroll(height):
                     for line in T.unroll(columns // extra_line):
                         prefetch_read(extra, (unit * rows + r) * extra_rows.width + panel * columns + line * extra_line)
             for i in range(steps):
                 for line in T.unroll(lines):
-                    prefetch_read(weight, place[_AHEAD] + T.shift_right(i * place[_RATE], T.int64(16)) * columns + line * CACHE_LINE_FLOATS)
+                    prefetch_read(weight, next_row(place, i) * columns + line * CACHE_LINE_FLOATS)
                 step(upper, x, weight, unit, 0, panel, i)
                 step(lower, x, weight, unit, height // 2, panel, i)
             if has_tail:
@@ -175,43 +171,10 @@ def linear(
         if height_units == 1:
             compute_tile(rows, place, x, weight, bias, extra, out)
         else:
-            if place[_MISSING] == units - height_units:
+            if place[MISSING] == units - height_units:
                 compute_tile(height_units * rows, place, x, weight, bias, extra, out)
             else:
                 again(height_units - 1, again, place, x, weight, bias, extra, out)
-
-    @T.inline
-    def locate(place, task, t, count, blocks):
-        # the first count % blocks of the blocks have one tile more than the others
-        large = T.meta_var(count % blocks)
-        if task < large * (count // blocks + 1) * panels:
-            place[_IN_BLOCK] = count // blocks + 1
-            place[_TILE] = 0
-            place[_PANEL] = task
-        else:
-            place[_IN_BLOCK] = count // blocks
-            place[_TILE] = large * (count // blocks + 1)
-            place[_PANEL] = task - place[_TILE] * panels
-        place[_BLOCK] = place[_PANEL] // (place[_IN_BLOCK] * panels)
-        place[_PANEL] = place[_PANEL] - place[_BLOCK] * (place[_IN_BLOCK] * panels)
-        place[_TILE] = place[_TILE] + place[_BLOCK] * place[_IN_BLOCK]
-        place[_BLOCK] = place[_PANEL] // place[_IN_BLOCK]
-        place[_IN_TILE] = place[_PANEL] - place[_BLOCK] * place[_IN_BLOCK]
-        place[_PANEL] = place[_BLOCK]
-        place[_TILE] = place[_TILE] + place[_IN_TILE]
-        # the last tiles are one row tile short, a single one two
-        place[_WHOLE] = T.max(count - (count * units - t), 0)
-        place[_UNIT] = place[_TILE] * units - T.max(place[_TILE] - place[_WHOLE], 0)
-        place[_MISSING] = T.if_then_else(
-            place[_TILE] < place[_WHOLE], T.int64(0), T.if_then_else(count == 1, count * units - t, T.int64(1))
-        )
-        place[_RATE] = T.int64(65536) // place[_IN_BLOCK]
-        if place[_IN_BLOCK] == 1:
-            place[_AHEAD] = place[_PANEL] * (steps * columns) + _AHEAD_FLOATS
-        else:
-            place[_AHEAD] = (place[_PANEL] + 1) * (steps * columns) + T.shift_right(
-                place[_IN_TILE] * steps * place[_RATE], T.int64(16)
-            ) * columns
 
     @T.prim_func(private=True, s_tir=True)
     def kernel(
@@ -235,7 +198,7 @@ def linear(
                 with T.sblock("task"):
                     T.reads()
                     T.writes()
-                    place = T.sblock_alloc_buffer((_PLACES,), "int64")
+                    place = T.sblock_alloc_buffer((PLACES,), "int64")
                     locate(place, task, t, count, blocks)
                     compute(units, compute, place, source, weight, bias, residual_rows, result)
             if normalized:
@@ -256,7 +219,9 @@ def _fp32_step(tiles: CpuTiles) -> Macro:
     def step(acc, x, weight, unit, first_row, panel, i):
         for r in T.unroll(acc.shape[0]):
             for c in T.vectorized(columns):
-                acc[r, c] = acc[r, c] + x[unit + (first_row + r) // rows, (first_row + r) % rows, i] * weight[panel, i, c]
+                acc[r, c] = (
+                    acc[r, c] + x[unit + (first_row + r) // rows, (first_row + r) % rows, i] * weight[panel, i, c]
+                )
 
     return step
 
