@@ -118,7 +118,7 @@ def attention(
             load_queries(task, q_rows, o_rows)
             if position_bias:
                 load_bias(task, bias, head)
-            if in_pairs:
+            if in_pairs:  # noqa: SIM102  the outer one is decided when the kernel is built
                 if fresh:
                     pair_values(task, v_rows)
             if last - first <= lanes:
