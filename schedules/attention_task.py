@@ -24,7 +24,7 @@ LOWEST = -1e37  # stands for -infinity: differences of such scores stay finite
 class Rows:
     """The columns of one head in an activation buffer, addressed by packed row.
 
-    The buffer holds fp32, bf16 bits (uint16), or pairs of bf16 as int32: then `first_column` and `head_dim` count those.
+    The buffer holds fp32, bf16 bits (uint16), or pairs of bf16 (int32): `first_column` and `head_dim` then count pairs.
     """
 
     buffer: tvm.tirx.Buffer
