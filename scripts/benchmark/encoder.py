@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.progress import TimeRemainingColumn as TimeLeft
+
+from turbo_tvm.machine_limits import machine_limits
 
 from . import contenders, figures, machine, models, render
 from .measure import Limits, measure
@@ -95,6 +97,8 @@ def _measure_model(settings: Settings, plans: list[Plan], progress: Progress, ta
         for name, why in field.absent.items():
             progress.console.print(f"{title}: {name} is absent: {why}")
         plan.results.contenders(field.details, field.absent)
+        progress.update(task, description=f"{title}: measuring the machine's limits")
+        plan.results.data["limits"] = _limits(settings.threads, progress.console)
         for workload in plan.workloads if field.built else []:
             progress.update(task, description=f"{title}: {workload.label}")
             record = _measure(settings, plan, field, workload)
@@ -106,6 +110,12 @@ def _measure_model(settings: Settings, plans: list[Plan], progress: Progress, ta
     gc.collect()
 
 
+def _limits(threads: int, console: Console) -> dict[str, Any]:
+    """What the machine can do at best in the same hour: FLOP/s and bytes/s."""
+    found = machine_limits(threads, remeasure=True, notice=console.print, step=lambda _: None)
+    return asdict(found)
+
+
 def _announce(progress: Progress, task: TaskID, title: str, contender: str) -> None:
     progress.update(task, description=f"{title}: building {contender}")
 
@@ -114,19 +124,20 @@ def _measure(settings: Settings, plan: Plan, field: contenders.Field, workload: 
     load, others = machine.load_average(), machine.cpus_used_by_others()
     entries = field.entries(workload, settings.seed)
     rounds = measure(entries, settings.limits, contenders.reason)
-    return {
+    record = {
         "name": workload.name,
         "label": workload.label,
         "kind": workload.kind,
         "lengths": list(workload.lengths),
         "tokens": workload.tokens,
         "flops": models.needed_flops(settings.models[plan.model], workload.lengths),
-        "fraction_of_peak": None,
         "rounds": rounds,
         "load_average": load,
         "cpus_used_by_others": others,
         "entries": [entry.record() for entry in entries],
     }
+    rate, peak = figures.gflops(record), figures.peak(plan.results.data, plan.precision)
+    return record | {"fraction_of_peak": rate / peak if rate and peak else None}
 
 
 def _line(record: dict[str, Any]) -> str:

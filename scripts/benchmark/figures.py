@@ -102,6 +102,13 @@ def gflops(workload: Record) -> float | None:
     return None if mine is None else workload["flops"] / seconds(mine) * 1e-9
 
 
+def peak(result: Record, precision: str) -> float | None:
+    """The machine's measured GFLOP/s in a precision."""
+    limits = result["limits"] or {}
+    flops = limits.get("bf16_flops" if precision == "bf16" else "fp32_flops")
+    return flops * 1e-9 if flops else None
+
+
 def summary(result: Record) -> Record:
     """The figures that the JSON carries beside the raw samples."""
     overall = grid_mean(result)

@@ -17,7 +17,7 @@ over the rounds; a ratio (x) is the median of the round-by-round ratios of the r
 turbo_tvm is faster. Rivals get prepared arrays; turbo_tvm gets the list of sequences and packs them within the timed
 call. "Best rival" is the one with the smallest median. † was measured once, because it was far behind; the JSON says
 how far.
-GFLOP/s counts the work that turbo_tvm's answer needs, without padding."""
+GFLOP/s counts the work that turbo_tvm's answer needs, without padding; in brackets its part of the measured peak."""
 
 
 def markdown(result: dict[str, Any], name: str) -> str:
@@ -45,6 +45,13 @@ def _machine(result: dict[str, Any]) -> str:
     disturbed = [w["label"] for w in result["workloads"] if w["cpus_used_by_others"] > DISTURBED_CPUS]
     if disturbed:
         load += f" **Other processes were running before {', '.join(disturbed)}: measure these again.**"
+    limits = result["limits"]
+    if limits:
+        bf16 = f", bf16 {limits['bf16_flops'] * 1e-9:.0f}" if limits["bf16_flops"] else ""
+        load += (
+            f" Measured by turbo_tvm just before: fp32 {limits['fp32_flops'] * 1e-9:.0f}{bf16} GFLOP/s, "
+            f"memory reads {limits['dram'] * 1e-9:.0f} GB/s."
+        )
     return (
         f"{m['cpu']} ({', '.join(m['cpu_features'])}), {m['logical_cpus']} logical CPUs, {m['memory_gib']} GiB, "
         f"{m['threads']} threads; {m['system']}, Python {m['python']}, {packages}.{load}"
@@ -146,7 +153,10 @@ def _checks(result: dict[str, Any]) -> str:
 
 def _ours(workload: dict[str, Any]) -> list[str]:
     mine, rate = figures.ours(workload), figures.gflops(workload)
-    return ["–", "–"] if mine is None or rate is None else [f"**{_ms(figures.seconds(mine))}**", f"{rate:.0f}"]
+    if mine is None or rate is None:
+        return ["–", "–"]
+    share = workload.get("fraction_of_peak")
+    return [f"**{_ms(figures.seconds(mine))}**", f"{rate:.0f}" + (f" ({share:.0%})" if share else "")]
 
 
 def _named(best: Best | None, strategy: bool = True) -> str:

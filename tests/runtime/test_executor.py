@@ -129,6 +129,8 @@ def test_only_the_wanted_output_is_given(served):
 def test_a_shape_that_was_seen_makes_no_tensor(served, name, monkeypatch):
     compiled = served(name).compiled
     requests = [[[5, 6, 7]], [[8] * 30, [9]]]
+    for request in requests:  # memory that grows drops the views of the shapes before
+        compiled.run(request)
     wanted = [arrays(compiled.run(request)) for request in requests]
     for maker in ("tensor", "from_dlpack", "empty"):
         monkeypatch.setattr(tvm.runtime, maker, lambda *_, **__: pytest.fail("a tensor was made"))

@@ -365,6 +365,7 @@ def test_a_tiny_model_from_building_to_markdown(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(models, "VOCABULARY", 101)
     monkeypatch.setattr(contenders, "VOCABULARY", 101)
     monkeypatch.setitem(sys.modules, "openvino", None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
     settings = encoder.Settings(
         command="scripts/bench",
@@ -385,6 +386,7 @@ def test_a_tiny_model_from_building_to_markdown(tmp_path: Path, monkeypatch: pyt
     assert set(result["contenders"]) == {OURS, "PyTorch"}
     for made in result["workloads"]:
         assert figures.ours(made) is not None and figures.best_rival(made) is not None
+        assert made["fraction_of_peak"] == pytest.approx(figures.gflops(made) * 1e9 / result["limits"]["fp32_flops"])
         assert all(len(e["samples_s"]) == 2 or e["not_repeated"] for e in made["entries"])
     assert "OpenVINO is absent: not installed" in (tmp_path / "tiny-fp32.md").read_text()
 
