@@ -104,7 +104,7 @@ def gflops(workload: Record) -> float | None:
 
 def peak(result: Record, precision: str) -> float | None:
     """The machine's measured GFLOP/s in a precision."""
-    limits = result["limits"] or {}
+    limits = result.get("limits") or {}
     flops = limits.get("bf16_flops" if precision == "bf16" else "fp32_flops")
     return flops * 1e-9 if flops else None
 

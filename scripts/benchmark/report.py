@@ -45,7 +45,7 @@ def _machine(result: dict[str, Any]) -> str:
     disturbed = [w["label"] for w in result["workloads"] if w["cpus_used_by_others"] > DISTURBED_CPUS]
     if disturbed:
         load += f" **Other processes were running before {', '.join(disturbed)}: measure these again.**"
-    limits = result["limits"]
+    limits = result.get("limits")
     if limits:
         bf16 = f", bf16 {limits['bf16_flops'] * 1e-9:.0f}" if limits["bf16_flops"] else ""
         load += (
