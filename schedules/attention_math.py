@@ -118,7 +118,7 @@ def softmax_macro(width: int, scale: float, in_pairs: bool) -> Macro:
 
     The last of an odd number of keys is paired with a weight of 0.
     """
-    group = 2 if in_pairs else 4
+    group = 4
 
     def weight(task: Task, key: Expr, lane: Expr) -> Expr:
         return _exp2((task.weights[key, lane] - task.peak[lane]) * T.float32(scale), _EXP2_BF16 if in_pairs else _EXP2)
@@ -161,7 +161,7 @@ def softmax_macro(width: int, scale: float, in_pairs: bool) -> Macro:
 
 
 def pair_values_macro(lanes: int, head_dim: int) -> Macro:
-    """`pair_values(task, v)`: the values of keys 2i and 2i + 1 side by side in values[i], for all heads' keys at once.
+    """`pair_values(task, v)`: the values of keys 2i and 2i + 1 side by side in values[i].
 
     Columns are filled up to whole vectors with zeros, and so is the partner of a last odd key.
     """

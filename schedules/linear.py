@@ -47,7 +47,7 @@ from tvm.script import tirx as T
 
 from turbo_tvm.schedules import bf16
 from turbo_tvm.schedules.linear_tasks import MISSING, PANEL, PLACES, UNIT, locate_macro, next_row
-from turbo_tvm.schedules.normalization import normalize_row, row_of
+from turbo_tvm.schedules.normalization import normalize_all_macro
 from turbo_tvm.schedules.rows import RowFormat
 from turbo_tvm.schedules.script import (
     CACHE_LINE_BYTES,
@@ -88,7 +88,7 @@ def linear(
     whole_panels, tail_columns, has_tail = n // columns, n % columns, n % columns != 0
     normalized = norm_eps is not None
     activate = activation_by_name(activation, out_rows.dtype)
-    normalize = normalize_row(tiles.lanes, n, norm_eps or 0.0)
+    normalize_all = normalize_all_macro(tiles.lanes, n, norm_eps or 0.0)
     steps, weight_type = (k // 2, bf16.PAIR) if in_bf16 else (k, "float32")
     locate = locate_macro(units, panels, steps, columns)
     step = _bf16_step(tiles) if in_bf16 else _fp32_step(tiles)
@@ -202,10 +202,7 @@ def linear(
                     locate(place, task, t, count, blocks)
                     compute(units, compute, place, source, weight, bias, residual_rows, result)
             if normalized:
-                for task in T.parallel(t * rows):
-                    row_tile: T.let = task // rows
-                    row: T.let = task % rows
-                    normalize(result, row_tile, row, row_of(row_tile, row, result), gamma, beta)
+                normalize_all(result, None, result, gamma, beta)
 
     absent = [] if residual else ["residual_rows"]
     return without_parameters(kernel, absent if normalized else [*absent, "gamma", "beta"])

@@ -27,7 +27,7 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 
 from turbo_tvm.schedules import amx, bf16
-from turbo_tvm.schedules.normalization import normalize_row, row_of
+from turbo_tvm.schedules.normalization import normalize_all_macro
 from turbo_tvm.schedules.rows import RowFormat
 from turbo_tvm.schedules.script import CPU_LLVM, without_parameters
 from turbo_tvm.schedules.tiles import CpuTiles
@@ -63,7 +63,7 @@ def linear(
     whole_panels, tail_columns, has_tail = n // columns, n % columns, n % columns != 0
     normalized = norm_eps is not None
     activate = activation_by_name(activation, out_rows.dtype)
-    normalize = normalize_row(tiles.lanes, n, norm_eps or 0.0)
+    normalize_all = normalize_all_macro(tiles.lanes, n, norm_eps or 0.0)
 
     def add_residual(value: Expr, buffer: tvm.tirx.Buffer, tile: Expr, row: Expr, column: Expr) -> Expr:
         return value + bf16.load(buffer, tile, row, column) if residual else value
@@ -193,10 +193,7 @@ def linear(
                     else:
                         store(acc, bias, residual_rows, result, unit, height_units, panel)
             if normalized:
-                for task in T.parallel(t * rows):
-                    row_tile: T.let = task // rows
-                    row: T.let = task % rows
-                    normalize(result, row_tile, row, row_of(row_tile, row, result), gamma, beta)
+                normalize_all(result, None, result, gamma, beta)
 
     absent = [] if residual else ["residual_rows"]
     return without_parameters(kernel, absent if normalized else [*absent, "gamma", "beta"])

@@ -143,6 +143,20 @@ def normalize_row(lanes: int, n: int, eps: float) -> Macro:
     return normalize
 
 
+def normalize_all_macro(lanes: int, n: int, eps: float) -> Macro:
+    """`normalize_all(x, residual, out, gamma, beta)`: layer norm of all rows, of x or, if residual is given, the sum."""
+    normalize = normalize_row(lanes, n, eps)
+
+    @T.inline
+    def normalize_all(x, residual, out, gamma, beta):
+        for task in T.parallel(out.shape[0] * out.shape[1]):
+            tile: T.let = task // out.shape[1]
+            row: T.let = task % out.shape[1]
+            normalize(out, tile, row, row_of(tile, row, x, residual), gamma, beta)
+
+    return normalize_all
+
+
 def layer_norm(
     tiles: CpuTiles,
     *,
@@ -160,10 +174,7 @@ def layer_norm(
     """
     rows = tiles.row_tile
     x_rows, extra_rows, out_rows = (rows_format or RowFormat(n) for rows_format in (x, extra, out))
-    normalize = normalize_row(tiles.lanes, n, eps)
-
-    def row_source(tile: Expr, row: Expr, x: tvm.tirx.Buffer, extra: tvm.tirx.Buffer) -> Row:
-        return row_of(tile, row, x, extra if residual else None)
+    normalize_all = normalize_all_macro(tiles.lanes, n, eps)
 
     @T.prim_func(private=True, s_tir=True)
     def kernel(
@@ -179,10 +190,7 @@ def layer_norm(
         residual_rows = T.match_buffer(residual_arg, (t, rows, extra_rows.width), extra_rows.dtype)
         result = T.match_buffer(out_arg, (t, rows, out_rows.width), out_rows.dtype)
         with T.attr(T.int32(0), "pragma_import_llvm", CPU_LLVM):
-            for task in T.parallel(t * rows):
-                tile: T.let = task // rows
-                row: T.let = task % rows
-                normalize(result, tile, row, row_source(tile, row, source, residual_rows), gamma, beta)
+            normalize_all(source, residual_rows if residual else None, result, gamma, beta)
 
     return kernel if residual else without_parameters(kernel, ["residual_rows"])
 

@@ -11,23 +11,12 @@ from __future__ import annotations
 import tvm
 from tvm.script import tirx as T
 
+from turbo_tvm.schedules import bf16
 from turbo_tvm.schedules.script import CACHE_LINE_FLOATS, CPU_LLVM, prefetch_read
 from turbo_tvm.schedules.tiles import CpuTiles
 
 _AHEAD_FLOATS = 4096  # as the matrix kernel: the hardware's prefetchers stop at every 4 KB page
 _STREAMS = 8  # vectors added up side by side
-
-# TVM has no bfloat16 in its code generator: pairs of them travel as int32.
-_DOT_LLVM = """
-declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
-
-define <16 x float> @turbo_limit_dot(<16 x float> %c, <16 x i32> %a, <16 x i32> %b) alwaysinline nounwind readnone {
-  %x = bitcast <16 x i32> %a to <32 x bfloat>
-  %y = bitcast <16 x i32> %b to <32 x bfloat>
-  %r = call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %c, <32 x bfloat> %x, <32 x bfloat> %y)
-  ret <16 x float> %r
-}
-"""
 
 
 def accumulators(tiles: CpuTiles) -> int:
@@ -97,7 +86,7 @@ def dot_bf16() -> tvm.tirx.PrimFunc:
         T.func_attr({"global_symbol": "dot_bf16", "tirx.noalias": True})
         tasks = T.int64()
         out = T.match_buffer(out_arg, (tasks, 16), "float32")
-        with T.attr(T.int32(0), "pragma_import_llvm", _DOT_LLVM):
+        with T.attr(T.int32(0), "pragma_import_llvm", bf16.DOT_LLVM):
             for task in T.parallel(tasks):
                 with T.sblock("task"):
                     T.reads()
@@ -109,16 +98,12 @@ def dot_bf16() -> tvm.tirx.PrimFunc:
                         lower[r, T.ramp(0, 1, 16)] = start[half + r, T.ramp(0, 1, 16)]
                     for _i in range(rounds):
                         for r in T.unroll(half):
-                            upper[r, T.ramp(0, 1, 16)] = T.call_pure_extern(
-                                "float32x16",
-                                "turbo_limit_dot",
+                            upper[r, T.ramp(0, 1, 16)] = bf16.dot(
                                 upper[r, T.ramp(0, 1, 16)],
                                 factors[0, T.ramp(0, 1, 16)],
                                 factors[1, T.ramp(0, 1, 16)],
                             )
-                            lower[r, T.ramp(0, 1, 16)] = T.call_pure_extern(
-                                "float32x16",
-                                "turbo_limit_dot",
+                            lower[r, T.ramp(0, 1, 16)] = bf16.dot(
                                 lower[r, T.ramp(0, 1, 16)],
                                 factors[0, T.ramp(0, 1, 16)],
                                 factors[1, T.ramp(0, 1, 16)],
