@@ -144,7 +144,7 @@ def normalize_row(lanes: int, n: int, eps: float) -> Macro:
 
 
 def normalize_all_macro(lanes: int, n: int, eps: float) -> Macro:
-    """`normalize_all(x, residual, out, gamma, beta)`: layer norm of all rows of x, plus residual if that is not None."""
+    """`normalize_all(x, residual, out, gamma, beta)`: layer norm of all rows of x [+ residual]."""
     normalize = normalize_row(lanes, n, eps)
 
     @T.inline
