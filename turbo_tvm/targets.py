@@ -17,7 +17,7 @@ _TRIPLES = {"x86_64": "x86_64-linux-gnu", "aarch64": "aarch64-linux-gnu"}
 def resolve(name: str) -> tvm.target.Target:
     """The TVM target for a name.
 
-    "cpu" is this machine; "cpu:<name>" any CPU of this machine's architecture that LLVM knows: "cpu:x86-64-v3",
+    "cpu" is this machine, with the features that the system lists; "cpu:<name>" any CPU of this machine's architecture that LLVM knows: "cpu:x86-64-v3",
     "cpu:x86-64-v4", "cpu:znver4", "cpu:sapphirerapids", "cpu:neoverse-n1". Raises TargetError for any other name.
     """
     kind, _, cpu = str(name).partition(":")
@@ -32,7 +32,8 @@ def resolve(name: str) -> tvm.target.Target:
         raise TargetError(
             f"this machine's architecture {platform.machine()!r} is not supported (x86_64 and aarch64 are)"
         )
-    cpu = cpu or codegen.llvm_get_system_cpu()
+    if not cpu:
+        return _this_machine(triple)
     target = {"kind": "llvm", "mtriple": triple, "mcpu": cpu}
     if not codegen.llvm_is_valid_cpu(cpu, triple):
         raise TargetError(
@@ -40,6 +41,18 @@ def resolve(name: str) -> tvm.target.Target:
             "'sapphirerapids' on x86-64"
         )
     return tvm.target.Target(target)
+
+
+def _this_machine(triple: str) -> tvm.target.Target:
+    """The CPU that LLVM recognises, corrected by what the system says that it has.
+
+    LLVM goes by family and model. A virtual machine may hide features of that model, or show those of a later CPU under
+    an older one's number: the code may use what is there and nothing else.
+    """
+    known = tvm.target.Target({"kind": "llvm", "mtriple": triple, "mcpu": codegen.llvm_get_system_cpu()})
+    has, assumed = cpu_features.host_features(), set(_checkable(known))
+    changes = [f"+{name}" for name in sorted(has - assumed)] + [f"-{name}" for name in sorted(assumed - has)]
+    return tvm.target.Target({**known.export(), "mattr": changes}) if changes else known
 
 
 def check_precision(target: tvm.target.Target, precision: str) -> None:
@@ -56,6 +69,12 @@ def check_precision(target: tvm.target.Target, precision: str) -> None:
 
 def describe(name: str, target: tvm.target.Target) -> TargetSpec:
     """What the artifact records of its target: architecture, CPU and the features that loading it checks."""
-    arch = str(target.attrs["mtriple"]).split("-")[0]
-    features = cpu_features.checkable([str(f) for f in codegen.llvm_get_cpu_features(target)], arch)
-    return TargetSpec(name, arch, str(target.attrs["mcpu"]), features)  # type: ignore[arg-type]
+    return TargetSpec(name, _arch(target), str(target.attrs["mcpu"]), _checkable(target))  # type: ignore[arg-type]
+
+
+def _arch(target: tvm.target.Target) -> str:
+    return str(target.attrs["mtriple"]).split("-")[0]
+
+
+def _checkable(target: tvm.target.Target) -> tuple[str, ...]:
+    return cpu_features.checkable([str(f) for f in codegen.llvm_get_cpu_features(target)], _arch(target))
