@@ -16,9 +16,10 @@ Bound = Literal["compute", "memory"]
 class MachineLimits:
     """What a CPU can do at best with `threads` threads; FLOP/s and bytes/s.
 
-    bf16_flops: None without AVX-512's bf16 dot product. dram: reads of memory, by one thread and by all. cache: reads
-    of the last-level cache of cache_bytes, None where there is none to measure. cpu_share: the part
-    of their time that the threads ran while they were measured; other programs had the rest.
+    bf16_flops: bf16 products at best, in AMX's tiles or else AVX-512's dot product; None without either. dram: reads of
+    memory, by one thread and by all. cache: reads of the last-level cache of cache_bytes, None where there is none to
+    measure. cpu_share: the part of their time that the threads ran while they were measured; other programs had the
+    rest.
     """
 
     cpu: str

@@ -46,7 +46,7 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 
 from turbo_tvm.schedules import bf16
-from turbo_tvm.schedules.linear_tasks import MISSING, PANEL, PLACES, UNIT, locate_macro, next_row
+from turbo_tvm.schedules.linear_tasks import GROUP, MISSING, PANEL, PLACES, SPARSE, UNIT, locate_macro, next_row
 from turbo_tvm.schedules.normalization import normalize_all_macro
 from turbo_tvm.schedules.rows import RowFormat
 from turbo_tvm.schedules.script import (
@@ -150,11 +150,18 @@ def linear(
                 for r in T.unroll(height):
                     for line in T.unroll(columns // extra_line):
                         prefetch_read(extra, (unit * rows + r) * extra_rows.width + panel * columns + line * extra_line)
-            for i in range(steps):
+            for group in range(steps // GROUP):
                 for line in T.unroll(lines):
-                    prefetch_read(weight, next_row(place, i) * columns + line * CACHE_LINE_FLOATS)
-                step(upper, x, weight, unit, 0, panel, i)
-                step(lower, x, weight, unit, height // 2, panel, i)
+                    prefetch_read(weight, next_row(place, group) * columns + line * CACHE_LINE_FLOATS)
+                if place[SPARSE] == 0:
+                    for line in T.unroll((GROUP - 1) * lines):
+                        prefetch_read(weight, (next_row(place, group) + 1) * columns + line * CACHE_LINE_FLOATS)
+                for i in T.unroll(GROUP):
+                    step(upper, x, weight, unit, 0, panel, group * GROUP + i)
+                    step(lower, x, weight, unit, height // 2, panel, group * GROUP + i)
+            for i in range(steps % GROUP):
+                step(upper, x, weight, unit, 0, panel, steps // GROUP * GROUP + i)
+                step(lower, x, weight, unit, height // 2, panel, steps // GROUP * GROUP + i)
             if has_tail:
                 if panel < whole_panels:
                     store(upper, extra, out, unit, 0, panel)

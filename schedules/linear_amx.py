@@ -29,12 +29,21 @@ from tvm.script import tirx as T
 from turbo_tvm.schedules import amx, bf16
 from turbo_tvm.schedules.normalization import normalize_all_macro
 from turbo_tvm.schedules.rows import RowFormat
-from turbo_tvm.schedules.script import CPU_LLVM, without_parameters
+from turbo_tvm.schedules.script import CACHE_LINE_FLOATS, CPU_LLVM, prefetch_read, without_parameters
 from turbo_tvm.schedules.tiles import CpuTiles
 from turbo_tvm.schedules.vector_math import activation as activation_by_name
 
-_BLOCK_TILES = 6
+_CHUNKS = 16
+_BLOCK_BYTES = 1200 << 10  # of x
+_MOST_TILES = 12
+_AHEAD_BYTES = 16384
 _HEIGHT, _WIDTH = 2 * amx.ROWS, 2 * amx.PAIRS
+
+# What a run of tasks remembers. SHAPE: the rows that the tiles are configured for, 0 if for none. Of the tile before,
+# which waits in the accumulators: UNIT, its first row tile; PANEL; ROWS, how many; SIDE, their first row in `acc`. Of
+# the weights to prefetch: LINES in a step, AHEAD, how far into the panel and beyond.
+SHAPE, UNIT, PANEL, ROWS, SIDE, LINES, AHEAD = range(7)
+_RUN = 7
 
 
 def linear(
@@ -60,6 +69,9 @@ def linear(
     rows, columns, panels, units = tiles.row_tile, tiles.col_tile, tiles.panels(n), _HEIGHT // tiles.row_tile
     steps = k // 2
     whole_steps, rest_pairs = steps // amx.PAIRS, steps % amx.PAIRS
+    rows_a_step = -(-_HEIGHT // max(whole_steps, 1))
+    lines_a_step = amx.PAIRS * columns // CACHE_LINE_FLOATS
+    block_tiles = max(1, min(_MOST_TILES, _BLOCK_BYTES // (_HEIGHT * x_rows.width * 2)))
     whole_panels, tail_columns, has_tail = n // columns, n % columns, n % columns != 0
     normalized = norm_eps is not None
     activate = activation_by_name(activation, out_rows.dtype)
@@ -77,20 +89,20 @@ def linear(
             amx.zero(3)
 
     @T.inline
-    def restore(both, acc):
-        amx.load(0, acc, 0, columns)
-        amx.load(1, acc, amx.PAIRS, columns)
+    def restore(both, acc, side):
+        amx.load(0, acc, side * columns, columns)
+        amx.load(1, acc, side * columns + amx.PAIRS, columns)
         if both:
-            amx.load(2, acc, amx.ROWS * columns, columns)
-            amx.load(3, acc, amx.ROWS * columns + amx.PAIRS, columns)
+            amx.load(2, acc, (side + amx.ROWS) * columns, columns)
+            amx.load(3, acc, (side + amx.ROWS) * columns + amx.PAIRS, columns)
 
     @T.inline
-    def save(both, acc):
-        amx.store(0, acc, 0, columns)
-        amx.store(1, acc, amx.PAIRS, columns)
+    def save(both, acc, side):
+        amx.store(0, acc, side * columns, columns)
+        amx.store(1, acc, side * columns + amx.PAIRS, columns)
         if both:
-            amx.store(2, acc, amx.ROWS * columns, columns)
-            amx.store(3, acc, amx.ROWS * columns + amx.PAIRS, columns)
+            amx.store(2, acc, (side + amx.ROWS) * columns, columns)
+            amx.store(3, acc, (side + amx.ROWS) * columns + amx.PAIRS, columns)
 
     @T.inline
     def multiply(both, x, weight, row, panel, i):
@@ -105,51 +117,78 @@ def linear(
             amx.dot(3, 5, 7)
 
     @T.inline
-    def accumulate(both, height, acc, shapes, x, weight, row, panel):
+    def prefetch(run, weight, panel, i):
+        for line in range(run[LINES]):
+            prefetch_read(
+                weight, (panel * steps * columns + run[AHEAD]) + (i * run[LINES] + line) * CACHE_LINE_FLOATS
+            )
+
+    @T.inline
+    def store(run, acc, bias, extra, out, unit, row, r):
+        for c in T.vectorized(columns):
+            out[unit, row, run[PANEL] * columns + c] = bf16.stored(
+                out,
+                add_residual(
+                    activate(acc[run[SIDE] + r, c] + bias[run[PANEL] * columns + c]),
+                    extra,
+                    unit,
+                    row,
+                    run[PANEL] * columns + c,
+                ),
+            )
+
+    @T.inline
+    def store_tail(run, acc, bias, extra, out, unit, row, r):
+        for c in T.vectorized(columns):
+            acc[run[SIDE] + r, c] = activate(acc[run[SIDE] + r, c] + bias[whole_panels * columns + c])
+        for c in range(tail_columns):
+            out[unit, row, whole_panels * columns + c] = bf16.stored(
+                out, add_residual(acc[run[SIDE] + r, c], extra, unit, row, whole_panels * columns + c)
+            )
+
+    @T.inline
+    def finish_row(run, acc, bias, extra, out, r):
+        unit = T.meta_var(run[UNIT] + r // rows)
+        row = T.meta_var(r % rows)
+        if has_tail:
+            if run[PANEL] < whole_panels:
+                store(run, acc, bias, extra, out, unit, row, r)
+            else:
+                store_tail(run, acc, bias, extra, out, unit, row, r)
+        else:
+            store(run, acc, bias, extra, out, unit, row, r)
+
+    @T.inline
+    def finish_some(run, acc, bias, extra, out, i):
+        for r in range(T.min(i * rows_a_step, run[ROWS]), T.min((i + 1) * rows_a_step, run[ROWS])):
+            finish_row(run, acc, bias, extra, out, r)
+
+    @T.inline
+    def accumulate(both, height, run, acc, shapes, x, weight, bias, extra, out, row, panel, side):
         upper = T.meta_var(T.int64(amx.ROWS) if both else height)
         lower = T.meta_var(height - amx.ROWS if both else T.int64(0))
         if whole_steps > 0:
-            amx.configure(shapes, upper, lower, amx.PAIRS)
+            if run[SHAPE] != height:
+                amx.configure(shapes, upper, lower, amx.PAIRS)
+                run[SHAPE] = height
             clear(both)
             for i in range(whole_steps):
+                prefetch(run, weight, panel, i)
                 multiply(both, x, weight, row, panel, i)
-            save(both, acc)
+                finish_some(run, acc, bias, extra, out, i)
+            save(both, acc, side)
+        else:
+            for r in range(run[ROWS]):
+                finish_row(run, acc, bias, extra, out, r)
         if rest_pairs > 0:
             amx.configure(shapes, upper, lower, rest_pairs)
+            run[SHAPE] = 0
             if whole_steps > 0:
-                restore(both, acc)
+                restore(both, acc, side)
             else:
                 clear(both)
             multiply(both, x, weight, row, panel, whole_steps)
-            save(both, acc)
-        amx.release()
-
-    @T.inline
-    def store(acc, bias, extra, out, unit, height_units, panel):
-        for u in range(height_units):
-            for r in range(rows):
-                for c in T.vectorized(columns):
-                    out[unit + u, r, panel * columns + c] = bf16.stored(
-                        out,
-                        add_residual(
-                            activate(acc[u * rows + r, c] + bias[panel * columns + c]),
-                            extra,
-                            unit + u,
-                            r,
-                            panel * columns + c,
-                        ),
-                    )
-
-    @T.inline
-    def store_tail(acc, bias, extra, out, unit, height_units):
-        for u in range(height_units):
-            for r in range(rows):
-                for c in T.vectorized(columns):
-                    acc[u * rows + r, c] = activate(acc[u * rows + r, c] + bias[whole_panels * columns + c])
-                for c in range(tail_columns):
-                    out[unit + u, r, whole_panels * columns + c] = bf16.stored(
-                        out, add_residual(acc[u * rows + r, c], extra, unit + u, r, whole_panels * columns + c)
-                    )
+            save(both, acc, side)
 
     @T.prim_func(private=True, s_tir=True)
     def kernel(
@@ -168,30 +207,51 @@ def linear(
         result = T.match_buffer(out_arg, (t, rows, out_rows.width), out_rows.dtype)
         with T.attr(T.int32(0), "pragma_import_llvm", CPU_LLVM + instructions):
             count: T.let = (t + units - 1) // units
-            for task in T.parallel(count * panels):
-                with T.sblock("task"):
+            chunks: T.let = T.min(count * panels, T.int64(_CHUNKS))
+            for chunk in T.parallel(chunks):
+                with T.sblock("run"):
                     T.reads()
                     T.writes()
-                    acc = T.sblock_alloc_buffer((_HEIGHT, columns), "float32")
+                    acc = T.sblock_alloc_buffer((2 * _HEIGHT, columns), "float32")
                     shapes = T.sblock_alloc_buffer((8,), "int64")
-                    block: T.let = task // (_BLOCK_TILES * panels)
-                    first: T.let = block * _BLOCK_TILES
-                    in_block: T.let = T.min(count - first, T.int64(_BLOCK_TILES))
-                    panel: T.let = (task - first * panels) // in_block
-                    tile: T.let = first + (task - first * panels) % in_block
-                    unit: T.let = tile * units
-                    height_units: T.let = T.min(t - unit, T.int64(units))
-                    if height_units * rows > amx.ROWS:
-                        accumulate(True, height_units * rows, acc, shapes, source, weight, unit * rows, panel)
-                    else:
-                        accumulate(False, height_units * rows, acc, shapes, source, weight, unit * rows, panel)
-                    if has_tail:
-                        if panel < whole_panels:
-                            store(acc, bias, residual_rows, result, unit, height_units, panel)
+                    run = T.sblock_alloc_buffer((_RUN,), "int64")
+                    begin: T.let = chunk * (count * panels) // chunks
+                    end: T.let = (chunk + 1) * (count * panels) // chunks
+                    run[ROWS] = T.int64(0)
+                    run[SHAPE] = T.int64(0)
+                    for i in range(end - begin):
+                        task: T.let = begin + i
+                        block: T.let = task // (block_tiles * panels)
+                        first: T.let = block * block_tiles
+                        in_block: T.let = T.min(count - first, T.int64(block_tiles))
+                        panel: T.let = (task - first * panels) // in_block
+                        within: T.let = (task - first * panels) % in_block
+                        unit: T.let = (first + within) * units
+                        height: T.let = T.min(t - unit, T.int64(units)) * rows
+                        side: T.let = i % 2 * _HEIGHT
+                        run[LINES] = (lines_a_step + in_block - 1) // in_block
+                        run[AHEAD] = T.if_then_else(
+                            in_block == 1,
+                            T.int64(_AHEAD_BYTES // 4),
+                            steps * columns + within * whole_steps * run[LINES] * CACHE_LINE_FLOATS,
+                        )
+                        if height > amx.ROWS:
+                            accumulate(
+                                True, height, run, acc, shapes, source, weight, bias, residual_rows, result,
+                                unit * rows, panel, side,
+                            )
                         else:
-                            store_tail(acc, bias, residual_rows, result, unit, height_units)
-                    else:
-                        store(acc, bias, residual_rows, result, unit, height_units, panel)
+                            accumulate(
+                                False, height, run, acc, shapes, source, weight, bias, residual_rows, result,
+                                unit * rows, panel, side,
+                            )
+                        run[UNIT] = unit
+                        run[PANEL] = panel
+                        run[ROWS] = height
+                        run[SIDE] = side
+                    for r in range(run[ROWS]):
+                        finish_row(run, acc, bias, residual_rows, result, r)
+                    amx.release()
             if normalized:
                 normalize_all(result, None, result, gamma, beta)
 

@@ -15,17 +15,20 @@ from tvm.script import tirx as T
 Macro = Callable[..., None]
 
 # What a place holds. PANEL: of the weights; UNIT: the tile's first row tile; MISSING: how many row tiles fewer than a
-# whole register tile it has; the others lead there.
-PANEL, UNIT, MISSING, _AHEAD, _RATE, _TILE, _IN_BLOCK, _WITHIN, _BLOCK, _WHOLE = range(10)
-PLACES = 10
+# whole register tile it has; SPARSE: whether one row per group of
+# steps is enough of a prefetch; the others lead there.
+PANEL, UNIT, MISSING, SPARSE, _AHEAD, _RATE, _TILE, _IN_BLOCK, _WITHIN, _BLOCK, _WHOLE = range(11)
+PLACES = 11
+
+GROUP = 4  # steps that prefetch together
 
 AHEAD_ELEMENTS = 4096  # 16 KB: with one tile per panel, how far the prefetch is ahead
 _FRACTION_BITS = 16
 
 
-def next_row(place: tvm.tirx.Buffer, i: Expr) -> Expr:
-    """The row of all panels, one after another, that step i of the task prefetches."""
-    return place[_AHEAD] + T.shift_right(i * place[_RATE], T.int64(_FRACTION_BITS))
+def next_row(place: tvm.tirx.Buffer, group: Expr) -> Expr:
+    """The first row of all panels, one after another, that a group of steps of the task prefetches."""
+    return place[_AHEAD] + T.shift_right(group * place[_RATE], T.int64(_FRACTION_BITS))
 
 
 def locate_macro(units: int, panels: int, steps: int, columns: int) -> Macro:
@@ -65,12 +68,13 @@ def locate_macro(units: int, panels: int, steps: int, columns: int) -> Macro:
     @T.inline
     def plan_prefetch(place):
         # each tile of a block prefetches its share of the next panel; a single one runs ahead of itself
-        place[_RATE] = T.int64(1 << _FRACTION_BITS) // place[_IN_BLOCK]
+        place[_RATE] = T.int64(GROUP << _FRACTION_BITS) // place[_IN_BLOCK]
+        place[SPARSE] = T.if_then_else(place[_IN_BLOCK] >= GROUP, T.int64(1), T.int64(0))
         if place[_IN_BLOCK] == 1:
             place[_AHEAD] = place[PANEL] * steps + AHEAD_ELEMENTS // columns
         else:
             place[_AHEAD] = (place[PANEL] + 1) * steps + T.shift_right(
-                place[_WITHIN] * steps * place[_RATE], T.int64(_FRACTION_BITS)
+                place[_WITHIN] * (steps // GROUP) * place[_RATE], T.int64(_FRACTION_BITS)
             )
 
     @T.inline

@@ -11,7 +11,7 @@ from __future__ import annotations
 import tvm
 from tvm.script import tirx as T
 
-from turbo_tvm.schedules import bf16
+from turbo_tvm.schedules import amx, bf16
 from turbo_tvm.schedules.script import CACHE_LINE_FLOATS, CPU_LLVM, prefetch_read
 from turbo_tvm.schedules.tiles import CpuTiles
 
@@ -113,6 +113,60 @@ def dot_bf16() -> tvm.tirx.PrimFunc:
                         out[task, T.ramp(0, 1, 16)] = (
                             out[task, T.ramp(0, 1, 16)] + upper[r, T.ramp(0, 1, 16)] + lower[r, T.ramp(0, 1, 16)]
                         )
+
+    return kernel
+
+
+def dot_amx() -> tvm.tirx.PrimFunc:
+    """`(start, factors, out, rounds)`: AMX's tdpbf16ps on the matrix kernel's four accumulators, with no loads.
+
+    start: fp32 `(64, 16)`, tiles 0-3; factors: int32 `(64, 16)`, bf16 pairs, tiles 4-7 as `schedules/amx.py` has them.
+    out as in `multiply_add`: the sum of all 64 rows. One task does rounds * 64 * 16 * 64 FLOPs. Needs amx-bf16 and the
+    system's permission. Four products of 16 cycles are enough to hide the 52 of one.
+    """
+    rows, size = 4 * amx.ROWS, amx.ROWS * amx.PAIRS
+
+    @T.prim_func(s_tir=True)
+    def kernel(
+        start: T.Buffer((rows, amx.PAIRS), "float32"),
+        factors: T.Buffer((rows, amx.PAIRS), "int32"),
+        out_arg: T.handle,
+        rounds: T.int64,
+    ):
+        T.func_attr({"global_symbol": "dot_amx", "tirx.noalias": True})
+        tasks = T.int64()
+        out = T.match_buffer(out_arg, (tasks, amx.PAIRS), "float32")
+        with T.attr(T.int32(0), "pragma_import_llvm", amx.LLVM):
+            for task in T.parallel(tasks):
+                with T.sblock("task"):
+                    T.reads()
+                    T.writes()
+                    sums = T.sblock_alloc_buffer((rows, amx.PAIRS), "float32")
+                    shapes = T.sblock_alloc_buffer((8,), "int64")
+                    amx.configure(shapes, T.int64(amx.ROWS), T.int64(amx.ROWS), amx.PAIRS)
+                    amx.load(0, start, 0, amx.PAIRS)
+                    amx.load(1, start, size, amx.PAIRS)
+                    amx.load(2, start, 2 * size, amx.PAIRS)
+                    amx.load(3, start, 3 * size, amx.PAIRS)
+                    amx.load(4, factors, 0, amx.PAIRS)
+                    amx.load(5, factors, size, amx.PAIRS)
+                    amx.load(6, factors, 2 * size, amx.PAIRS)
+                    amx.load(7, factors, 3 * size, amx.PAIRS)
+                    for _i in range(rounds):
+                        amx.dot(0, 4, 6)
+                        amx.dot(1, 4, 7)
+                        amx.dot(2, 5, 6)
+                        amx.dot(3, 5, 7)
+                    amx.store(0, sums, 0, amx.PAIRS)
+                    amx.store(1, sums, size, amx.PAIRS)
+                    amx.store(2, sums, 2 * size, amx.PAIRS)
+                    amx.store(3, sums, 3 * size, amx.PAIRS)
+                    amx.release()
+                    for c in T.vectorized(amx.PAIRS):
+                        out[task, c] = T.float32(0)
+                    for r in range(rows):
+                        for c in T.vectorized(amx.PAIRS):
+                            out[task, c] = out[task, c] + sums[r, c]
 
     return kernel
 

@@ -12,9 +12,12 @@ import tvm
 from tvm.target import codegen
 
 from turbo_tvm import limit_kernels, targets
+from turbo_tvm.errors import ArtifactError
 from turbo_tvm.runtime.buffers import aligned_empty
+from turbo_tvm.runtime.cpu_features import request_amx
 from turbo_tvm.runtime.executor import BIG_CORES
 from turbo_tvm.runtime.roofline import MachineLimits
+from turbo_tvm.schedules import amx
 from turbo_tvm.schedules.tiles import CpuTiles, cpu_tiles
 
 DRAM_BYTES = 512 << 20
@@ -58,7 +61,7 @@ def measure(
     bench = _Bench(threads, seconds / 5)
     step("measuring fp32 multiply-adds")
     fp32 = bench.fp32()
-    step("measuring bf16 dot products")
+    step("measuring bf16 products")
     bf16 = bench.bf16()
     found = caches()
     step("measuring the last-level cache")
@@ -77,7 +80,8 @@ class _Bench:
         self.tiles = cpu_tiles(target)
         with target:
             self.has_bf16 = bool(codegen.target_has_features("avx512bf16"))
-        self.kernels = tvm.compile(module(self.tiles, self.has_bf16), target=target)
+        self.has_amx = amx_granted(target)
+        self.kernels = tvm.compile(module(self.tiles, self.has_bf16, self.has_amx), target=target)
         tvm.get_global_func("runtime.config_threadpool")(BIG_CORES, threads)
 
     def fp32(self) -> float:
@@ -87,7 +91,10 @@ class _Bench:
         return 2.0 * self._arithmetic("multiply_add", shape, factors)
 
     def bf16(self) -> float | None:
-        """FLOP/s; None for a CPU without the instruction."""
+        """FLOP/s, in AMX's tiles where there are any; None for a CPU without the instructions."""
+        if self.has_amx:
+            pairs = np.full((4 * amx.ROWS, amx.PAIRS), _BF16_HALVES, np.int32)
+            return 4.0 * amx.PAIRS * self._arithmetic("dot_amx", pairs.shape, pairs)
         if not self.has_bf16:
             return None
         return 4.0 * self._arithmetic("dot_bf16", (24, 16), np.full((2, 16), _BF16_HALVES, np.int32))
@@ -135,11 +142,25 @@ class _Bench:
         return tvm.runtime.tensor(np.zeros((tasks, self.tiles.lanes), np.float32))
 
 
-def module(tiles: CpuTiles, bf16: bool) -> tvm.IRModule:
-    """The kernels for these tiles."""
+def amx_granted(target: tvm.target.Target) -> bool:
+    """Whether the target has AMX's bf16 products and the system lets this process use them, as it is asked to."""
+    spec = targets.describe("cpu", target)
+    if amx.FEATURE not in spec.features:
+        return False
+    try:
+        request_amx(spec)
+    except ArtifactError:  # nothing compiled runs in tiles here, so they are not this machine's limit
+        return False
+    return True
+
+
+def module(tiles: CpuTiles, bf16: bool, amx: bool = False) -> tvm.IRModule:
+    """The kernels for these tiles; bf16, amx: with those instructions too."""
     functions = {"multiply_add": limit_kernels.multiply_add(tiles), "read": limit_kernels.read(tiles)}
     if bf16:
         functions["dot_bf16"] = limit_kernels.dot_bf16()
+    if amx:
+        functions["dot_amx"] = limit_kernels.dot_amx()
     return tvm.IRModule(functions)
 
 

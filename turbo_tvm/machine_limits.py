@@ -25,6 +25,7 @@ _CPUINFO = Path("/proc/cpuinfo")
 _NAMED_BY = ("model name", "cpu family", "model", "CPU implementer", "CPU part")  # x86-64, then Arm
 _LEAST_SHARE = 0.95  # of their time that the threads must have run
 _MAY_BE_NONE = ("bf16_flops", "cache")
+_FORMAT = 2  # raised when a figure comes to mean something else; 2: bf16_flops are AMX's where the CPU has it
 
 Say = Callable[[str], None]
 
@@ -61,9 +62,12 @@ def cached(threads: int, notice: Say = print) -> MachineLimits | None:
 
 
 def cache_file(threads: int) -> Path | None:
-    """Where the limits of this CPU, thread count and TVM version are kept; None without a cache directory."""
+    """Where the limits of this CPU, thread count and TVM version are kept; None without a cache directory.
+
+    Another format has another file, so that versions of this package side by side do not measure in turns.
+    """
     directory = config.cache_directory()
-    key = hashlib.sha256("\n".join((cpu_name(), str(threads), tvm_version())).encode()).hexdigest()
+    key = hashlib.sha256("\n".join((str(_FORMAT), cpu_name(), str(threads), tvm_version())).encode()).hexdigest()
     return directory / f"machine-limits-{key[:16]}.json" if directory else None
 
 

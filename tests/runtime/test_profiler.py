@@ -109,6 +109,8 @@ def test_without_limits_there_are_no_floors(served):
         ("linear_8x8", Work(0, 1e6, 0, 1e6), (1e-3, "memory")),  # the weights stay in the cache
         ("linear_8x8", Work(0, 2e8, 1e6, 1e9), (1.001, "memory")),  # the activations do
         ("linear_8x8_bf16", Work(2e9, 0, 0, 0), (1.0, "compute")),
+        ("linear_8x8_bf16_out_fp32_amx", Work(2e9, 0, 0, 0), (1.0, "compute")),
+        ("attention_2x16_merged_max64_bf16", Work(2e9, 0, 0, 0), (1.0, "compute")),
         ("pool", Work(0, 0, 0, 0), (None, None)),
     ],
 )

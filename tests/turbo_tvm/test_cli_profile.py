@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from turbo_tvm import artifact, machine_limits
-from turbo_tvm.cli import main
+from turbo_tvm.cli import main, roofline_plot
 from turbo_tvm.runtime.roofline import MachineLimits
 
 LIMITS = MachineLimits("a CPU", 1, "0", 1e12, 2e12, 1e10, 2e10, 1e11, 1 << 25)
@@ -82,6 +82,20 @@ def test_picture(tiny_artifact: Path, tmp_path: Path, suffix: str, begins: bytes
         assert all(
             k.name.encode() in written for k in artifact.read(tiny_artifact).manifest.kernels if k.flops_per_pair
         )
+
+
+@pytest.mark.parametrize("cache", [1e11, None])
+def test_a_roof_far_above_the_memory_is_in_the_picture(cache: float | None):
+    """AMX's limit of bf16 meets that of memory far to the right."""
+    lines: dict[str, tuple[float, float]] = {}
+
+    class Axes:
+        def plot(self, xs: tuple[float, float], *_: object, label: str) -> None:
+            lines[label.split(",")[0]] = xs
+
+    roofline_plot._roofs(Axes(), replace(LIMITS, bf16_flops=3e13, cache=cache), [1.0])
+    assert lines.keys() == {"memory", "fp32", "bf16", *(["last-level cache"] if cache else [])}
+    assert all(start < end for start, end in lines.values())
 
 
 def test_a_picture_without_matplotlib(tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch):

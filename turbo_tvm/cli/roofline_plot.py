@@ -41,10 +41,10 @@ def draw(report: ProfileReport, path: Path) -> None:
 def _roofs(axes: Any, limits: MachineLimits | None, intensities: list[float]) -> None:
     if limits is None:
         return
-    ends = (min(_NARROWEST[0], *intensities), max(_NARROWEST[1], *intensities))
     peaks = {"fp32": limits.fp32_flops, "bf16": limits.bf16_flops}
     slopes = {"memory": limits.dram, "last-level cache": limits.cache}
     highest = max(peak for peak in peaks.values() if peak)
+    ends = (min(_NARROWEST[0], *intensities), max(_NARROWEST[1], highest / limits.dram, *intensities))
     for name, slope in slopes.items():
         if slope:
             xs = (ends[0], highest / slope)
