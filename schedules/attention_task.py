@@ -84,7 +84,7 @@ class Task:
         return self.end - self.begin
 
 
-def _transpose(lanes: int) -> Macro:
+def transpose_macro(lanes: int) -> Macro:
     """`transpose(a, b)` transposes the block `(lanes, lanes)` in `a`, by exchanges at distance lanes / 2 ... 1.
 
     The result is in `b` when log2(lanes) is odd, else in `a`.
@@ -114,7 +114,7 @@ def _transpose(lanes: int) -> Macro:
 
 def load_queries_macro(lanes: int, queries: int, columns: int, dtype: str) -> Macro:
     """`load_queries(task, q, out)`: step 1, for rows of q with so many columns. Lanes past the last query repeat it."""
-    transpose, swapped = _transpose(lanes), lanes.bit_length() % 2 == 0
+    transpose, swapped = transpose_macro(lanes), lanes.bit_length() % 2 == 0
     whole = columns // lanes * lanes
 
     @T.inline

@@ -19,6 +19,7 @@ from turbo_tvm.passes.rewriter import dims_of, shape_of
 from turbo_tvm.runtime.manifest import KernelSpec
 from turbo_tvm.schedules import (
     attention,
+    attention_amx,
     bf16,
     embedding,
     linear,
@@ -46,12 +47,14 @@ class CpuKernels:
         factory, options = getattr(self, "_" + fused.name)(fused, dims_of(out))
         for role, ty in row_types(fused, out).items():
             options[role] = RowFormat(int(dims_of(ty)[-1]), str(ty.dtype))
+        in_tiles = self.tiles.amx and fits_tiles(fused, out)
+        if in_tiles:
+            factory = _IN_TILES[fused.name]
         return kernel_name(fused, out, self.tiles.amx), _build(factory, self.tiles, tuple(sorted(options.items())))
 
     def _linear(self, fused: Composite, out: list) -> Recipe:
         options = {key: value for key, value in fused.attrs.items() if key != "columns"}
-        factory = linear_amx.linear if self.tiles.amx and is_bf16_product(fused) else linear.linear
-        return factory, options | {"k": reduced_columns(fused), "n": true_columns(fused, out)}
+        return linear.linear, options | {"k": reduced_columns(fused), "n": true_columns(fused, out)}
 
     def _pack_weight(self, fused: Composite, out: list) -> Recipe:
         return weights.pack_weight, fused.attrs
@@ -65,7 +68,7 @@ class CpuKernels:
     def _attention(self, fused: Composite, out: list) -> Recipe:
         options = {key: value for key, value in fused.attrs.items() if key != "columns"}
         options |= dict(zip("qkv", map(tuple, fused.attrs["columns"]), strict=True))
-        return attention.attention, options | {"position_bias": has_position_bias(fused)}
+        return attention.attention, options | ({"position_bias": True} if has_position_bias(fused) else {})
 
     def _norm(self, fused: Composite, out: list) -> Recipe:
         return normalization.layer_norm, {"n": true_columns(fused, out), **fused.attrs}
@@ -115,9 +118,20 @@ def has_position_bias(fused: Composite) -> bool:
     return fused.name == "attention" and len(fused.tensors) > 4
 
 
-def is_bf16_product(fused: Composite) -> bool:
-    """Whether this is a product of bf16 numbers."""
-    return fused.name == "linear" and str(fused.tensors[0].ty.dtype) == bf16.STORAGE
+_IN_TILES: dict[str, Callable[..., tirx.PrimFunc]] = {
+    "linear": linear_amx.linear,
+    "attention": attention_amx.attention,
+}
+
+
+def fits_tiles(fused: Composite, out: relax.TensorType) -> bool:
+    """Whether a CPU with AMX runs this in its tiles."""
+    if fused.name == "linear":
+        return str(fused.tensors[0].ty.dtype) == bf16.STORAGE
+    if fused.name == "attention":
+        dtypes = str(fused.tensors[0].ty.dtype), str(out.dtype)
+        return attention_amx.fits(fused.attrs["head_dim"], *dtypes, has_position_bias(fused))
+    return False
 
 
 def row_types(fused: Composite, out: relax.TensorType) -> dict[str, relax.TensorType]:
@@ -156,11 +170,11 @@ def reduced_columns(linear: Composite) -> int:
 def kernel_name(fused: Composite, out: relax.TensorType, amx: bool = False) -> str:
     """A readable name that says everything the kernel's code depends on: `linear_768x3072_gelu`.
 
-    amx: whether products of bf16 run in AMX tiles.
+    amx: whether what fits AMX tiles runs in them.
     """
     options = [_option(key, value) for key, value in sorted(fused.attrs.items()) if key not in _IN_SHAPE]
     extra = ["bias"] if has_position_bias(fused) else []
-    formats = [*_formats(fused, out), *(["amx"] if amx and is_bf16_product(fused) else [])]
+    formats = [*_formats(fused, out), *(["amx"] if amx and fits_tiles(fused, out) else [])]
     text = "_".join([fused.name, *_shape(fused, out), *(o for o in options if o), *extra, *formats])
     return "".join(c if c.isalnum() or c == "_" else "_" for c in text)
 

@@ -1,0 +1,319 @@
+"""Attention in bf16 on CPUs with Intel AMX: `schedules/attention.py` with tile instructions.
+
+Layout and parameters are those of `attention.attention` with q, k, v and out in bf16, head_dim a multiple of 32.
+
+Strategy, for a task = (head, 32 queries of a sequence)
+1. Once per head and sequence: its keys are copied side by side, since a tile that is loaded from activation rows touches
+   16 pages; its values are paired along keys and transposed in registers, `(head_dim, keys)`. Both are filled up to whole
+   blocks of 32 keys, with zeros where a zero is needed: the tiles always have all their rows.
+2. The queries are transposed into a panel of pairs, `(head_dim / 2, 32)`, as in `attention.py`.
+3. Scores transposed, S[key, query] = K Q^T, in blocks of 32 x 32, four tiles. Then the maximum over keys, and softmax as in
+   `attention.py`: vertical, into pairs of keys, `(keys / 2, 32)`, which is the layout that tiles want of a right operand.
+4. out^T[d, query] = V^T P^T, in blocks of 32 x 32 over all keys; divided by the sums, paired along d, transposed in
+   registers and stored: rows of 16 pairs.
+
+A tile of at most 16 queries does without the right half. What surplus keys give is never read; surplus queries repeat the
+last one.
+
+Rejected: scores the other way round, S[query, key]. Nothing is transposed per task then, but softmax reduces across lanes
+twice for every query, keys that fill up a block need a mask, and short sequences gain nothing.
+"""
+
+from __future__ import annotations
+
+import math
+
+import tvm
+from tvm.ir import Expr
+from tvm.script import tirx as T
+
+from turbo_tvm.schedules import amx, bf16
+from turbo_tvm.schedules.attention_math import softmax_macro
+from turbo_tvm.schedules.attention_task import LOWEST, Macro, Rows, Task, load_queries_macro, transpose_macro
+from turbo_tvm.schedules.rows import RowFormat
+from turbo_tvm.schedules.tiles import CpuTiles
+
+_CHUNKS = 48  # parallel iterations: a multiple of the usual core counts
+_QUERIES, _KEYS = 2 * amx.PAIRS, 2 * amx.ROWS
+_LANES = amx.PAIRS
+_STEP = 2 * amx.PAIRS  # what a product sums over
+_LINE_PAIRS = 16  # a cache line
+
+
+def fits(head_dim: int, x_dtype: str, out_dtype: str, position_bias: bool) -> bool:
+    """Whether this kernel handles such heads and formats."""
+    return head_dim % _STEP == 0 and x_dtype == out_dtype == bf16.STORAGE and not position_bias
+
+
+def attention(
+    tiles: CpuTiles,
+    *,
+    heads: int,
+    head_dim: int,
+    scale: float,
+    max_length: int,
+    q: tuple[int, int],
+    k: tuple[int, int],
+    v: tuple[int, int],
+    x: RowFormat,
+    out: RowFormat,
+    instructions: str = amx.LLVM,
+) -> tvm.tirx.PrimFunc:
+    """`(q, k, v, query_tiles, out)`, as `attention.attention`; all rows in bf16.
+
+    instructions: LLVM IR that defines the functions of `schedules/amx.py`.
+    """
+    if not fits(head_dim, x.dtype, out.dtype, False) or tiles.query_tile != _QUERIES:
+        raise ValueError(f"heads of {head_dim} from {x.dtype} to {out.dtype} do not fit AMX: multiples of 32, in bf16")
+    row_tile, pairs_of_head = tiles.row_tile, head_dim // 2
+    (q_width, q_column), (k_width, k_column), (v_width, v_column) = q, k, v
+    most_keys = -(-max_length // _KEYS) * _KEYS
+    value_width = most_keys // 2 + _LINE_PAIRS  # not a power of two: the rows of a tile fall into different sets of L1
+    load_queries = load_queries_macro(_LANES, _QUERIES, pairs_of_head, bf16.PAIR)
+    softmax = softmax_macro(_QUERIES, scale * math.log2(math.e), True)
+    narrow_softmax = softmax_macro(_LANES, scale * math.log2(math.e), True)
+    copy_keys, turn_values = _copy_keys_macro(), _turn_values_macro(value_width)
+    find_peak, clear_rest, store_rows = _find_peak_macro(), _clear_rest_macro(), _store_rows_macro(head_dim)
+
+    def of_head(buffer: tvm.tirx.Buffer, head: Expr, column: int = 0) -> Rows:
+        return Rows(buffer, column // 2 + head * pairs_of_head, pairs_of_head)
+
+    @T.inline
+    def clear(both):
+        amx.zero(0)
+        amx.zero(2)
+        if both:
+            amx.zero(1)
+            amx.zero(3)
+
+    @T.inline
+    def multiply(both, left, left_at, left_stride, right, right_at):
+        amx.load(6, right, right_at, _QUERIES)
+        amx.load(4, left, left_at, left_stride)
+        amx.dot(0, 4, 6)
+        amx.load(5, left, left_at + amx.ROWS * left_stride, left_stride)
+        amx.dot(2, 5, 6)
+        if both:
+            amx.load(7, right, right_at + amx.PAIRS, _QUERIES)
+            amx.dot(1, 4, 7)
+            amx.dot(3, 5, 7)
+
+    @T.inline
+    def save(both, out, row):
+        amx.store(0, out, row * _QUERIES, _QUERIES)
+        amx.store(2, out, (row + amx.ROWS) * _QUERIES, _QUERIES)
+        if both:
+            amx.store(1, out, row * _QUERIES + amx.PAIRS, _QUERIES)
+            amx.store(3, out, (row + amx.ROWS) * _QUERIES + amx.PAIRS, _QUERIES)
+
+    @T.inline
+    def scores(both, task, keys):
+        for block in range((task.keys + _KEYS - 1) // _KEYS):
+            clear(both)
+            for i in T.unroll(head_dim // _STEP):
+                multiply(
+                    both,
+                    keys,
+                    block * (_KEYS * pairs_of_head) + i * amx.PAIRS,
+                    pairs_of_head,
+                    task.panel,
+                    i * amx.PAIRS * _QUERIES,
+                )
+            save(both, task.weights, block * _KEYS)
+
+    @T.inline
+    def weigh(both, task, turned):
+        for block in T.unroll(head_dim // _STEP):
+            clear(both)
+            for i in range((task.keys + _STEP - 1) // _STEP):
+                multiply(
+                    both,
+                    task.values,
+                    block * (_STEP * value_width) + i * amx.PAIRS,
+                    value_width,
+                    task.pairs,
+                    i * amx.PAIRS * _QUERIES,
+                )
+            save(both, turned, block * _STEP)
+
+    @T.inline
+    def attend(q_rows, o_rows, keys, values, head, first, last, begin, end):
+        with T.sblock("attend"):
+            T.reads()
+            T.writes()
+            panel = T.sblock_alloc_buffer((pairs_of_head, _QUERIES), bf16.PAIR)
+            weights = T.sblock_alloc_buffer((most_keys, _QUERIES), "float32")
+            pairs = T.sblock_alloc_buffer((most_keys // 2, _QUERIES), bf16.PAIR)
+            turned = T.sblock_alloc_buffer((head_dim, _QUERIES), "float32")
+            peak = T.sblock_alloc_buffer((_QUERIES,), "float32", scope="local")
+            inverse = T.sblock_alloc_buffer((_QUERIES,), "float32", scope="local")
+            task = T.meta_var(Task(first, last, begin, end, panel, weights, pairs, values, peak, peak, inverse))
+            load_queries(task, q_rows, o_rows)
+            if last - first <= _LANES:
+                scores(False, task, keys)
+                find_peak(_LANES, task)
+                narrow_softmax(task)
+                clear_rest(_LANES, task)
+                weigh(False, task, turned)
+            else:
+                scores(True, task, keys)
+                find_peak(_QUERIES, task)
+                softmax(task)
+                clear_rest(_QUERIES, task)
+                weigh(True, task, turned)
+            store_rows(task, turned, o_rows)
+
+    @T.prim_func(private=True, s_tir=True)
+    def kernel(q_arg: T.handle, k_arg: T.handle, v_arg: T.handle, query_tiles_arg: T.handle, out_arg: T.handle):
+        T.func_attr({"tirx.noalias": True})
+        t = T.int64()
+        nq = T.int64()
+        q_in = T.match_buffer(q_arg, (t, row_tile, q_width), x.dtype)
+        k_in = T.match_buffer(k_arg, (t, row_tile, k_width), x.dtype)
+        v_in = T.match_buffer(v_arg, (t, row_tile, v_width), x.dtype)
+        query_tiles = T.match_buffer(query_tiles_arg, (nq, 3), "int32")
+        result = T.match_buffer(out_arg, (t, row_tile, out.width), out.dtype)
+        with T.attr(T.int32(0), "pragma_import_llvm", instructions):
+            for chunk in T.parallel(T.min(heads * nq, _CHUNKS)):
+                with T.sblock("chunk"):
+                    T.reads()
+                    T.writes()
+                    q_seen = T.decl_buffer((t, row_tile, q_width // 2), bf16.PAIR, data=q_in.data)
+                    k_seen = T.decl_buffer((t, row_tile, k_width // 2), bf16.PAIR, data=k_in.data)
+                    v_seen = T.decl_buffer((t, row_tile, v_width // 2), bf16.PAIR, data=v_in.data)
+                    out_seen = T.decl_buffer((t, row_tile, out.width // 2), bf16.PAIR, data=result.data)
+                    keys = T.sblock_alloc_buffer((most_keys, pairs_of_head), bf16.PAIR)
+                    values = T.sblock_alloc_buffer((head_dim, value_width), bf16.PAIR)
+                    shapes = T.sblock_alloc_buffer((8,), "int64")
+                    start: T.let = chunk * (heads * nq) // T.min(heads * nq, _CHUNKS)
+                    stop: T.let = (chunk + 1) * (heads * nq) // T.min(heads * nq, _CHUNKS)
+                    amx.configure(shapes, T.int64(amx.ROWS), T.int64(amx.ROWS), T.int64(amx.PAIRS))
+                    for i in range(stop - start):
+                        task: T.let = start + i
+                        first: T.let = T.cast(query_tiles[task % nq, 0], "int64")
+                        begin: T.let = T.cast(query_tiles[task % nq, 1], "int64")
+                        end: T.let = T.cast(query_tiles[task % nq, 2], "int64")
+                        last: T.let = T.min(end, first + _QUERIES)
+                        head: T.let = task // nq
+                        if T.bitwise_or(first == begin, i == 0):
+                            copy_keys(of_head(k_seen, head, k_column), keys, begin, end)
+                            turn_values(of_head(v_seen, head, v_column), values, begin, end)
+                        attend(
+                            of_head(q_seen, head, q_column), of_head(out_seen, head), keys, values,
+                            head, first, last, begin, end,
+                        )
+                    amx.release()
+
+    return kernel
+
+
+def _copy_keys_macro() -> Macro:
+    """`copy_keys(k, keys, begin, end)`: the first half of step 1; rows that fill up a block repeat the last one."""
+
+    @T.inline
+    def copy_keys(k, keys, begin, end):
+        for key in range((end - begin + _KEYS - 1) // _KEYS * _KEYS):
+            for block in T.unroll(k.head_dim // _LANES):
+                for j in T.vectorized(_LANES):
+                    keys[key, block * _LANES + j] = k.at(T.min(begin + key, end - 1), block * _LANES + j)
+
+    return copy_keys
+
+
+def _turn_values_macro(width: int) -> Macro:
+    """`turn_values(v, values, begin, end)`: the second half: values[d, i] is the pair of keys 2i, 2i + 1 of column d."""
+    transpose = transpose_macro(_LANES)
+
+    def low(first: Expr, second: Expr) -> Expr:
+        """The pairs of the even columns of two rows of pairs."""
+        return T.bitwise_or(T.bitwise_and(first, T.int32(0xFFFF)), T.shift_left(second, T.int32(16)))
+
+    def high(first: Expr, second: Expr) -> Expr:
+        wide = T.reinterpret(f"uint32x{_LANES}", first)
+        upper = T.bitwise_and(second, T.int32(-65536))
+        return T.bitwise_or(T.reinterpret(f"int32x{_LANES}", T.shift_right(wide, T.uint32(16))), upper)
+
+    def row(v: Rows, begin: Expr, end: Expr, key: Expr, column: Expr) -> Expr:
+        return v.buffer[(*v.index(T.min(begin + key, end - 1), column)[:2], T.ramp(v.first_column + column, 1, _LANES))]
+
+    @T.inline
+    def put(odd, done, values, column, i, key):
+        for j in T.vectorized(_LANES):
+            values[2 * (column + i) + int(odd), key // 2 + j] = done[i, j]
+
+    @T.inline
+    def turn(odd, v, values, begin, end, key, column):
+        with T.sblock("transpose"):
+            T.reads()
+            T.writes()
+            a = T.sblock_alloc_buffer((_LANES, _LANES), bf16.PAIR, scope="local")
+            b = T.sblock_alloc_buffer((_LANES, _LANES), bf16.PAIR, scope="local")
+            for i in T.unroll(_LANES):
+                one = T.meta_var(row(v, begin, end, key + 2 * i, column))
+                two = T.meta_var(row(v, begin, end, key + 2 * i + 1, column))
+                a[i, T.ramp(0, 1, _LANES)] = high(one, two) if odd else low(one, two)
+            transpose(a, b)
+            for i in T.unroll(_LANES):
+                put(odd, a, values, column, i, key)
+
+    @T.inline
+    def turn_values(v, values, begin, end):
+        for block, part in T.grid((end - begin + _KEYS - 1) // _KEYS, v.head_dim // _LANES):
+            turn(False, v, values, begin, end, block * _KEYS, part * _LANES)
+            turn(True, v, values, begin, end, block * _KEYS, part * _LANES)
+
+    return turn_values
+
+
+def _find_peak_macro() -> Macro:
+    """`find_peak(width, task)`: the greatest score of each query."""
+
+    @T.inline
+    def find_peak(width, task):
+        for j in T.vectorized(width):
+            task.peak[j] = T.float32(3 * LOWEST)
+        for key in range(task.keys):
+            for j in T.vectorized(width):
+                task.peak[j] = T.max(task.peak[j], task.weights[key, j])
+
+    return find_peak
+
+
+def _clear_rest_macro() -> Macro:
+    """`clear_rest(width, task)`: weights of 0 for the keys that fill up the last block."""
+
+    @T.inline
+    def clear_rest(width, task):
+        used = T.meta_var((task.keys + 1) // 2)
+        for i in range((task.keys + _STEP - 1) // _STEP * amx.PAIRS - used):
+            for j in T.vectorized(width):
+                task.pairs[used + i, j] = 0
+
+    return clear_rest
+
+
+def _store_rows_macro(head_dim: int) -> Macro:
+    """`store_rows(task, turned, out)`: the second half of step 4."""
+    transpose = transpose_macro(_LANES)
+
+    @T.inline
+    def store_rows(task, turned, out):
+        for block, group in T.grid(head_dim // _STEP, (task.queries + _LANES - 1) // _LANES):
+            with T.sblock("transpose"):
+                T.reads()
+                T.writes()
+                a = T.sblock_alloc_buffer((_LANES, _LANES), bf16.PAIR, scope="local")
+                b = T.sblock_alloc_buffer((_LANES, _LANES), bf16.PAIR, scope="local")
+                for i in T.unroll(_LANES):
+                    for j in T.vectorized(_LANES):
+                        a[i, j] = bf16.pair_half_up(
+                            turned[block * _STEP + 2 * i, group * _LANES + j] * task.inverse[group * _LANES + j],
+                            turned[block * _STEP + 2 * i + 1, group * _LANES + j] * task.inverse[group * _LANES + j],
+                        )
+                transpose(a, b)
+                for i in T.unroll(_LANES):
+                    if group * _LANES + i < task.queries:
+                        for j in T.vectorized(_LANES):
+                            out.buffer[out.index(task.first + group * _LANES + i, block * amx.PAIRS + j)] = a[i, j]
+
+    return store_rows
