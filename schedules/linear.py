@@ -19,7 +19,8 @@ Strategy
 3. Weights are prefetched into L2. With one tile per panel, `AHEAD_ELEMENTS` ahead: panels lie one after another, so
    this runs on into the next one. With several, one panel ahead, each tile asking for its share: arithmetic hides the
    memory. The hardware's prefetchers stop at every 4 KB page: without this a single tile, which is bound by memory,
-   reads at two thirds of the speed. The residual's lines are asked for before the k loop.
+   reads at two thirds of the speed. The lines of the residual and of the output are asked for along the way, one per
+   group of steps: all at once they keep the weights waiting (Granite Rapids: 10 % slower with a residual).
 4. Bias, activation and residual apply to the tile in registers. If n is no multiple of C, those columns of the last
    panel that exist are copied one by one.
 5. The norm needs whole rows: a second parallel loop normalises `out` in place. Counting the finished panels of a row,
@@ -50,7 +51,6 @@ from turbo_tvm.schedules.linear_tasks import GROUP, MISSING, PANEL, PLACES, SPAR
 from turbo_tvm.schedules.normalization import normalize_all_macro
 from turbo_tvm.schedules.rows import RowFormat
 from turbo_tvm.schedules.script import (
-    CACHE_LINE_BYTES,
     CACHE_LINE_FLOATS,
     CPU_LLVM,
     prefetch_read,
@@ -92,7 +92,6 @@ def linear(
     steps, weight_type = (k // 2, bf16.PAIR) if in_bf16 else (k, "float32")
     locate = locate_macro(units, panels, steps, columns)
     step = _bf16_step(tiles) if in_bf16 else _fp32_step(tiles)
-    extra_line = CACHE_LINE_BYTES // tvm.DataType(extra_rows.dtype).itemsize
 
     def add_residual(value: Expr, buffer: tvm.tirx.Buffer, tile: Expr, row: Expr, column: Expr) -> Expr:
         return value + bf16.load(buffer, tile, row, column) if residual else value
@@ -136,6 +135,17 @@ def linear(
                 )
 
     @T.inline
+    def prefetch_rows(buffer, layout, height, unit, panel, group):
+        per_line = T.meta_var(min(layout.line, columns))
+        if group < height * (columns // per_line):
+            prefetch_read(
+                buffer,
+                (unit * rows + group // (columns // per_line)) * layout.width
+                + panel * columns
+                + group % (columns // per_line) * per_line,
+            )
+
+    @T.inline
     def compute_tile(height, place, x, weight, bias, extra, out):
         with T.sblock("tile"):
             T.reads()
@@ -146,16 +156,15 @@ def linear(
             lower = T.sblock_alloc_buffer((height // 2, columns), "float32")
             start(upper, bias, panel)
             start(lower, bias, panel)
-            if residual:
-                for r in T.unroll(height):
-                    for line in T.unroll(columns // extra_line):
-                        prefetch_read(extra, (unit * rows + r) * extra_rows.width + panel * columns + line * extra_line)
             for group in range(steps // GROUP):
                 for line in T.unroll(lines):
                     prefetch_read(weight, next_row(place, group) * columns + line * CACHE_LINE_FLOATS)
                 if place[SPARSE] == 0:
                     for line in T.unroll((GROUP - 1) * lines):
                         prefetch_read(weight, (next_row(place, group) + 1) * columns + line * CACHE_LINE_FLOATS)
+                if residual:
+                    prefetch_rows(extra, extra_rows, height, unit, panel, group)
+                prefetch_rows(out, out_rows, height, unit, panel, group)
                 for i in T.unroll(GROUP):
                     step(upper, x, weight, unit, 0, panel, group * GROUP + i)
                     step(lower, x, weight, unit, height // 2, panel, group * GROUP + i)

@@ -34,9 +34,9 @@ from turbo_tvm.schedules.tiles import CpuTiles
 from turbo_tvm.schedules.vector_math import activation as activation_by_name
 
 _CHUNKS = 16
-_BLOCK_BYTES = 1200 << 10  # of x
+_BLOCK_BYTES = 800 << 10  # of x
 _MOST_TILES = 12
-_AHEAD_BYTES = 16384
+_AHEAD_BYTES = 49152
 _HEIGHT, _WIDTH = 2 * amx.ROWS, 2 * amx.PAIRS
 
 # What a run of tasks remembers. SHAPE: the rows that the tiles are configured for, 0 if for none. Of the tile before,

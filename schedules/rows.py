@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import tvm
 from tvm import tirx
 from tvm.script import tirx as T
 
 from turbo_tvm.schedules import bf16
+from turbo_tvm.schedules.script import CACHE_LINE_BYTES
 from turbo_tvm.schedules.tiles import CpuTiles
 
 
@@ -21,6 +23,11 @@ class RowFormat:
 
     width: int
     dtype: str = "float32"
+
+    @property
+    def line(self) -> int:
+        """Columns in a cache line."""
+        return CACHE_LINE_BYTES // tvm.DataType(self.dtype).itemsize
 
 
 def tile_rows(tiles: CpuTiles, *, columns: int) -> tirx.PrimFunc:
