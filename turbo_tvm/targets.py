@@ -17,8 +17,9 @@ _TRIPLES = {"x86_64": "x86_64-linux-gnu", "aarch64": "aarch64-linux-gnu"}
 def resolve(name: str) -> tvm.target.Target:
     """The TVM target for a name.
 
-    "cpu" is this machine, with the features that the system lists; "cpu:<name>" any CPU of this machine's architecture that LLVM knows: "cpu:x86-64-v3",
-    "cpu:x86-64-v4", "cpu:znver4", "cpu:sapphirerapids", "cpu:neoverse-n1". Raises TargetError for any other name.
+    "cpu" is this machine, with the features that the system lists; "cpu:<name>" any CPU of this machine's architecture
+    that LLVM knows: "cpu:x86-64-v3", "cpu:x86-64-v4", "cpu:znver4", "cpu:sapphirerapids", "cpu:neoverse-n1". Raises
+    TargetError for any other name.
     """
     kind, _, cpu = str(name).partition(":")
     if kind == "cuda":
