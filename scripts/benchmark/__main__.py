@@ -29,8 +29,8 @@ EXAMPLES = """examples:
   scripts/bench --quick                               a smoke run of a few minutes: MiniLM-L6, three workloads
   scripts/bench --models bert-base --precisions fp32  one model in one precision
   scripts/bench --only ragged                         the ragged sets; --only 32x for a batch, --only 8x128 for a point
-  scripts/bench --out benchmarks --resume             the committed results; goes on where an interrupted run stopped
-  scripts/bench report benchmarks                     Markdown and plots again from the JSON, without measuring"""
+  scripts/bench --out benchmarks/mine --resume        everything; goes on where an interrupted run stopped
+  scripts/bench report benchmarks/mine                Markdown and plots again from the JSON, without measuring"""
 OVERHEAD = """Time what CompiledModel.run adds to its kernels on a one-layer toy model: Python and TVM's VM apart, with
 hot and with cold caches. Prints medians and quartiles and writes overhead.json with every sample."""
 COMMANDS = ("encoder", "overhead", "report")

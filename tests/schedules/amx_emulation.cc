@@ -20,10 +20,11 @@ struct Extent {
 
 thread_local Tile tiles[8];
 thread_local bool configured = false;
+thread_local uint8_t configuration[64];
 
 std::mutex mutex;  // of all below
 std::string fault;
-int64_t active = 0, dots = 0;
+int64_t active = 0, dots = 0, repeated = 0;
 Extent extents[2];  // read into tiles 4 and 5, and into 6 and 7
 
 bool require(bool holds, const char* rule) {
@@ -64,7 +65,13 @@ void amx_emulated_ldtilecfg(const uint8_t* shapes) {
     valid = valid && tile.rows <= 16 && tile.bytes <= 64 && (tile.rows == 0) == (tile.bytes == 0);
     std::memset(tile.data, 0, sizeof(tile.data));
   }
-  if (require(valid, "a configuration that does not exist")) set_active(true);
+  if (!require(valid, "a configuration that does not exist")) return;
+  if (configured && std::memcmp(configuration, shapes, 64) == 0) {
+    std::lock_guard<std::mutex> lock(mutex);
+    ++repeated;
+  }
+  std::memcpy(configuration, shapes, 64);
+  set_active(true);
 }
 
 void amx_emulated_tilerelease() { set_active(false); }
@@ -112,16 +119,18 @@ void amx_emulated_tdpbf16ps(int8_t c_tile, int8_t a_tile, int8_t b_tile) {
   ++dots;
 }
 
-// What happened since the last report: threads that kept their tiles, products, bytes from the first to the last that
-// was read of x and of the weight; and the first fault.
-void amx_report(int64_t counts[4], char* text, int64_t size) {
+// What happened since the last report: threads that kept their tiles; products; bytes from the first to the last that was
+// read of x and of the weight, or whatever else came into tiles 4 and 5, and 6 and 7; how often a thread configured its
+// tiles as they were; and the first fault.
+void amx_report(int64_t counts[5], char* text, int64_t size) {
   std::lock_guard<std::mutex> lock(mutex);
   counts[0] = active;
   counts[1] = dots;
   for (int i = 0; i < 2; ++i) counts[2 + i] = extents[i].end ? int64_t(extents[i].end - extents[i].begin) : 0;
+  counts[4] = repeated;
   std::strncpy(text, fault.c_str(), size - 1);
   fault.clear();
-  dots = 0;
+  dots = repeated = 0;
   extents[0] = extents[1] = Extent();
 }
 

@@ -1,16 +1,25 @@
-"""Compile one kernel and run it on NumPy arrays, in fp32 or bf16."""
+"""Compile one kernel and run it on NumPy arrays, in fp32 or bf16, with AMX's tiles or an emulation of them."""
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import os
+import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
 import tvm
+from tvm.support import cc
 from tvm.target import codegen
+
+from turbo_tvm import targets
+from turbo_tvm.runtime.cpu_features import request_amx
+from turbo_tvm.schedules import amx
 
 KERNEL = "kernel"
 FP32, BF16 = "float32", "uint16"
@@ -34,8 +43,33 @@ class Arithmetic:
         return columns + columns % 2 if self.bf16 else columns
 
 
+@dataclass(frozen=True)
+class TileUse:
+    """What the emulated instructions were used for: see `amx_report` in `amx_emulation.cc`."""
+
+    fault: str
+    active: int
+    products: int
+    x_bytes: int
+    weight_bytes: int
+    repeated: int
+
+
+@dataclass(frozen=True)
+class TileMachine:
+    """Tile instructions as LLVM IR: this machine's, or functions that do the same and judge how they are used.
+
+    report: what happened since it was called last; None on this machine.
+    """
+
+    instructions: str
+    report: Callable[[], TileUse] | None = None
+
+
+@functools.cache
 def host() -> tvm.target.Target:
-    return tvm.target.Target({"kind": "llvm", "mcpu": codegen.llvm_get_system_cpu()})
+    """This machine's CPU as `compile` sees it."""
+    return targets.resolve("cpu")
 
 
 def build(prim_func: tvm.tirx.PrimFunc, target: tvm.target.Target) -> tvm.runtime.Executable:
@@ -73,6 +107,40 @@ def arithmetic(request: pytest.FixtureRequest) -> Arithmetic:
     """Every way in which this machine can multiply; tests of one share what they compile."""
     name = {"fp32": "host_target", "fp32-avx2": "avx2_target", "bf16": "bf16_target"}[request.param]
     return Arithmetic(request.getfixturevalue(name), BF16 if request.param == "bf16" else FP32)
+
+
+@pytest.fixture(scope="session")
+def emulated_tiles(tmp_path_factory: pytest.TempPathFactory) -> TileMachine:
+    """The tile instructions in memory; code that TVM compiles in this process finds them."""
+    library = tmp_path_factory.mktemp("amx") / "amx_emulation.so"
+    source = Path(__file__).with_name("amx_emulation.cc")
+    subprocess.run([cc.get_cc(), "-O2", "-march=native", "-shared", "-fPIC", "-o", library, source], check=True)
+    loaded = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+
+    def report() -> TileUse:
+        counts, text = (ctypes.c_int64 * 5)(), ctypes.create_string_buffer(100)
+        loaded.amx_report(counts, text, ctypes.c_int64(100))
+        return TileUse(text.value.decode(), *counts)
+
+    return TileMachine(amx.LLVM.replace("llvm.x86.", "amx_emulated_").replace(" immarg", ""), report)
+
+
+@pytest.fixture(scope="session")
+def real_tiles() -> TileMachine:
+    """This machine's tiles, if it has them and the system grants them."""
+    if not _has(host(), amx.FEATURE):
+        pytest.skip("needs a CPU with AMX")
+    request_amx(targets.describe("cpu", host()))
+    return TileMachine(amx.LLVM)
+
+
+TILES = [pytest.param(f"{name}_tiles", marks=pytest.mark.xdist_group(f"{name}-tiles")) for name in ("emulated", "real")]
+
+
+@pytest.fixture(params=TILES)
+def tile_machine(request: pytest.FixtureRequest) -> TileMachine:
+    """Every way in which tile instructions run here; tests of one share what they compile."""
+    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture(scope="session")

@@ -1,23 +1,19 @@
-"""The matrix kernel in AMX tiles: its results with the instructions emulated, and its machine code for CPUs with AMX.
+"""The matrix kernel in AMX tiles: its results, and its machine code for CPUs with AMX.
 
-The schedule is the one that is compiled for such a CPU, with LLVM's intrinsics replaced by functions of the same kind
-(`amx_emulation.cc`), which also judge how they are used: shapes, order, what is read, what is left configured.
+The instructions are this machine's where it has them, and functions of the same kind everywhere (`amx_emulation.cc`),
+which also judge how they are used: shapes, order, what is read, what is left configured.
 """
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import math
 import re
-import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest
-from tvm.support import cc
 
-from turbo_tvm.schedules import amx, linear_amx, tiles, weights
+from turbo_tvm.schedules import linear_amx, tiles, weights
 from turbo_tvm.schedules.rows import RowFormat
 
 EPS = 1e-5
@@ -26,7 +22,7 @@ HALF_ULP = 2.0**-8  # of a bf16 number, relative to it
 GELU_BF16 = 8e-5  # what `gelu_bf16` may be off, times max(1, |x|)
 GEOMETRY = tiles.AMX
 R = GEOMETRY.row_tile
-EMULATED = amx.LLVM.replace("llvm.x86.", "amx_emulated_").replace(" immarg", "")
+EMULATED = pytest.mark.parametrize("tile_machine", ["emulated_tiles"], indirect=True)
 
 ACTIVATIONS = {
     None: lambda x: x,
@@ -40,25 +36,9 @@ def draw(seed, *shape):
     return np.random.default_rng(seed).standard_normal(shape).astype(FP32)
 
 
-@pytest.fixture(scope="module")
-def emulation(tmp_path_factory):
-    """The emulated intrinsics, where code that TVM compiles in this process finds them; returns their report."""
-    library = tmp_path_factory.mktemp("amx") / "amx_emulation.so"
-    source = Path(__file__).with_name("amx_emulation.cc")
-    subprocess.run([cc.get_cc(), "-O2", "-march=native", "-shared", "-fPIC", "-o", library, source], check=True)
-    loaded = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
-
-    def report():
-        counts, text = (ctypes.c_int64 * 4)(), ctypes.create_string_buffer(100)
-        loaded.amx_report(counts, text, ctypes.c_int64(100))
-        return text.value.decode(), *counts
-
-    return report
-
-
 @functools.cache
 def kernel_of(**options):
-    return linear_amx.linear(GEOMETRY, instructions=EMULATED, **options)
+    return linear_amx.linear(GEOMETRY, **options)
 
 
 @functools.cache
@@ -66,26 +46,35 @@ def packing_of(k, n):
     return weights.pack_weight(GEOMETRY, k=k, n=n, pairs=True)
 
 
+def check_use(use, t, k, n, width):
+    """What the emulation saw of a product with so many row tiles in rows of that width."""
+    panels, steps = GEOMETRY.panels(n), -(-k // 32)
+    assert not use.fault and not use.active
+    heights = [min(32, t * R - row) for row in range(0, t * R, 32)]
+    assert use.products == panels * steps * sum(4 if height > 16 else 2 for height in heights)
+    assert use.x_bytes == (2 * ((t * R - 1) * width + k) if t else 0), "read beyond k or the last row"
+    assert use.weight_bytes == (2 * panels * k * GEOMETRY.col_tile if t else 0)
+    assert use.repeated == 0 or k < 32, "tiles were configured although their shapes stay"
+
+
 @pytest.fixture
-def multiply(run_kernel, emulation):
+def multiply(run_kernel, tile_machine):
     """`multiply(x, w, bias, *others, width, **options)`: the kernel's output; fails if tiles were misused."""
+    instructions, report = tile_machine.instructions, tile_machine.report
 
     def multiply(x, w, bias, *others, width, out=FP32, before=None, **options):
-        (n, k), t = w.shape, len(x)
-        panels, steps = GEOMETRY.panels(n), -(-k // 32)
+        (n, k), t, panels = w.shape, len(x), GEOMETRY.panels(len(w))
         packed = run_kernel(packing_of(k, n), [w], (panels, k // 2, GEOMETRY.col_tile), dtype="int32")
         padded = np.zeros(panels * GEOMETRY.col_tile, FP32)
         padded[:n] = bias
-        emulation()
         formats = {"x": RowFormat(x.shape[-1], BF16), "out": RowFormat(width, out)}
-        kernel = kernel_of(k=k, n=n, **formats, **options)
+        given = {name: value for name, value in options.items() if value}
+        kernel = kernel_of(instructions=instructions, k=k, n=n, **formats, **given)
+        if report is not None:
+            report()
         result = run_kernel(kernel, [x, packed, padded, *others], (t, R, width), dtype=out, out=before)
-        fault, active, dots, x_bytes, weight_bytes = emulation()
-        assert not fault and not active
-        heights = [min(32, t * R - row) for row in range(0, t * R, 32)]
-        assert dots == panels * steps * sum(4 if height > 16 else 2 for height in heights)
-        assert x_bytes == (2 * ((t * R - 1) * x.shape[-1] + k) if t else 0), "read beyond k or the last row"
-        assert weight_bytes == (packed.nbytes if t else 0)
+        if report is not None:
+            check_use(report(), t, k, n, x.shape[-1])
         return result
 
     return multiply
@@ -102,7 +91,7 @@ def check(multiply, stored, loaded):
         bias, gamma, beta = draw(4, n), draw(5, n), draw(6, n)
         others = [extra_rows] * residual + [gamma, beta] * norm
         options = {"activation": activation, "residual": residual, "norm_eps": EPS if norm else None}
-        options["extra"] = RowFormat(n + wider[1], extra)
+        options["extra"] = RowFormat(n + wider[1], extra) if residual else None
         got = loaded(multiply(x, w, bias, *others, width=n + wider[2], out=out, **options), n)
 
         products = loaded(x, k) @ w.T.astype("float64") + bias
@@ -123,68 +112,112 @@ def check(multiply, stored, loaded):
     return check
 
 
-# around a tile of 16 and of 32 rows, and around blocks of 192
-@pytest.mark.parametrize("t", [*range(1, 18), 47, 48, 49, 57, 97])
+# around a tile of 16 and of 32 rows, and around blocks of 384
+@pytest.mark.parametrize("t", [*range(1, 18), 47, 48, 49, 57, 95, 96, 97, 193])
 def test_row_counts(check, t):
     check(t, 96, 96)
     check(t, 72, 40)
 
 
-@pytest.mark.parametrize("k", [2, 16, 30, 32, 34, 62, 64, 66, 100, 126])
-@pytest.mark.parametrize("t", [3, 7, 9])
-def test_columns_of_x_that_do_not_fill_the_last_step(check, t, k):
-    check(t, k, 64)
+# no whole step, one, two and three, after which 32, 16 and 11 rows of the tile before are finished; more than it has
+# rows; with and without a rest
+@pytest.mark.parametrize(
+    "tile_machine,k",
+    [
+        *(("emulated_tiles", k) for k in (2, 30, 32, 34, 64, 66, 100, 1056, 1100)),
+        *(("real_tiles", k) for k in (30, 66, 1100)),
+    ],
+    indirect=["tile_machine"],
+)
+def test_every_number_of_steps_in_runs_of_many_tiles(check, k):
+    """With 24 panels a run has one or two tiles, or four or five, a lower one among them, or 16 of two blocks."""
+    for t in (3, 17, 20, 21, 24, 99):
+        check(t, k, 745, residual=True)
 
 
-@pytest.mark.parametrize("n", [1, 2, 15, 16, 17, 31, 32, 33, 63, 65, 100])
+@EMULATED
+def test_blocks_of_one_tile(check):
+    check(17, 40, 100, wider=(13000, 0, 0))
+
+
+@EMULATED
+@pytest.mark.parametrize("n", [1, 16, 31, 33, 100])
 def test_columns_that_do_not_fill_the_last_panel(check, n):
     check(5, 70, n, residual=True)
+    check(97, 70, n, residual=True)
 
 
+@EMULATED
 @pytest.mark.parametrize("activation", list(ACTIVATIONS))
 def test_activations(check, activation):
     check(5, 48, 36, activation=activation)
 
 
+@EMULATED
 @pytest.mark.parametrize("n,residual,activation", [(96, True, None), (100, False, "gelu"), (7, True, "relu")])
 def test_norm(check, n, residual, activation):
     check(9, 36, n, activation=activation, residual=residual, norm=True)
 
 
-@pytest.mark.parametrize("n", [64, 70])
-@pytest.mark.parametrize("wider", [(16, 0, 0), (0, 16, 0), (0, 0, 16), (2, 4, 6), (32, 32, 32)], ids=str)
+@EMULATED
+@pytest.mark.parametrize(
+    "wider,n",
+    [((16, 0, 0), 64), ((0, 16, 0), 64), ((0, 0, 16), 70), ((2, 4, 6), 70), ((32, 32, 32), 64), ((32, 32, 32), 70)],
+    ids=str,
+)
 def test_wide_rows(check, wider, n):
     check(5, 40, n, residual=True, norm=n == 70, wider=wider)
+    check(97, 40, n, residual=True, norm=n == 70, wider=wider)
 
 
+@EMULATED
 @pytest.mark.parametrize("extra", [FP32, BF16])
 @pytest.mark.parametrize("out", [FP32, BF16])
-@pytest.mark.parametrize("n", [32, 35])
-def test_formats_of_residual_and_output(check, extra, out, n):
-    check(7, 48, n, activation="gelu", residual=True, norm=n == 35, extra=extra, out=out)
+def test_formats_of_residual_and_output(check, extra, out):
+    check(75, 48, 35, activation="gelu", residual=True, norm=extra != out, extra=extra, out=out)
 
 
+@EMULATED
 def test_the_sizes_of_a_bert_base_layer(check):
     check(9, 768, 3072, activation="gelu", out=BF16, wider=(0, 0, 32))
     check(9, 3072, 768, residual=True, norm=True, extra=BF16, out=BF16, wider=(32, 0, 0))
 
 
-@pytest.mark.parametrize("n", [32, 70])
-def test_every_row_tile_is_computed_once(multiply, stored, n):
+@pytest.mark.parametrize("k,n", [(4, 32), (68, 70)])
+def test_every_row_tile_is_computed_once(multiply, stored, k, n):
     """The residual is the output itself: what is computed twice is added twice. Whole numbers, so sums are exact."""
     rng = np.random.default_rng(0)
-    w = rng.integers(-9, 10, (n, 4)).astype(FP32)
+    w = rng.integers(-9, 10, (n, k)).astype(FP32)
     for t in (*range(1, 20), *range(47, 51), *range(95, 99), 150):
-        x = rng.integers(-9, 10, (t, R, 4)).astype(FP32)
+        x = rng.integers(-9, 10, (t, R, k)).astype(FP32)
         before = rng.integers(-9, 10, (t, R, n)).astype(FP32)
         rows = stored(x, BF16)
         after = multiply(rows, w, np.zeros(n), before, width=n, residual=True, before=before)
         np.testing.assert_array_equal(after, before + x @ w.T, f"{t} row tiles")
 
 
+@pytest.mark.parametrize("t", [1, 3, 4, 9, 50])
+def test_surplus_rows_do_not_touch_the_others(multiply, stored, t):
+    x, w, bias = draw(1, t, R, 72), draw(2, 40, 72), draw(3, 40)
+    rows = []
+    for surplus in (0, 3e38, np.inf, np.nan):
+        x[-1, 1:] = surplus
+        rows.append(multiply(stored(x, BF16), w, bias, width=40).reshape(-1, 40)[: (t - 1) * R + 1])
+    for other in rows[1:]:
+        np.testing.assert_array_equal(other, rows[0])
+
+
+def test_a_row_does_not_depend_on_its_batch(multiply, stored):
+    x, w, bias = stored(draw(1, 50, R, 72), BF16), draw(2, 40, 72), draw(3, 40)
+    together = multiply(x, w, bias, width=40)
+    for t in range(1, 10):  # tiles of other heights, at other places of a run
+        np.testing.assert_array_equal(together[11 : 11 + t], multiply(x[11 : 11 + t], w, bias, width=40))
+
+
+@EMULATED
 def test_no_row_is_none(multiply):
-    w = np.zeros((8, 8), FP32)
-    assert multiply(np.zeros((0, R, 8), BF16), w, np.zeros(8), width=8).size == 0
+    w = np.zeros((40, 72), FP32)
+    assert multiply(np.zeros((0, R, 72), BF16), w, np.zeros(40), width=40).size == 0
 
 
 def test_tiles_that_do_not_fit_are_refused():
@@ -201,43 +234,42 @@ def test_the_same_parameters_as_without_amx():
 
 
 @pytest.fixture(scope="module")
-def tile_code(assembly):
-    """`tile_code(k, n)`: the tile instructions of the kernel for a CPU with AMX, in order, and the whole text."""
+def run_code(assembly):
+    """`run_code(k, n)`: the text of the function that works through a run of tiles, on a CPU with AMX."""
 
     def get(k, n, mcpu="sapphirerapids"):
         kernel = linear_amx.linear(GEOMETRY, k=k, n=n, x=RowFormat(k, BF16), activation="gelu", norm_eps=EPS)
         text = assembly(kernel, {"kind": "llvm", "mtriple": "x86_64-linux-gnu", "mcpu": mcpu})
-        return re.findall(r"\t(ldtilecfg|tile\w+|tdp\w+|call\w*)\t?(.*)", text), text
+        assert "vdpbf16ps" not in text
+        assert not re.search(r"\bturbo_\w+@", text), "a function that was not imported"
+        (function,) = [part for part in re.split(r"\n\.Lfunc_end\d+:", text) if "ldtilecfg" in part]
+        return function[function.index("parallel_lambda:") :]
 
     return get
 
 
-def operands(code, name):
-    return [re.findall(r"%tmm(\d)", rest) for instruction, rest in code if instruction == name]
+def instructions(text):
+    """The tile instructions and the calls, in order, and what they are given."""
+    return re.findall(r"\t(ldtilecfg|tile\w+|tdp\w+|call\w*)\t?(.*)", text)
 
 
 @pytest.mark.parametrize("mcpu", ["sapphirerapids", "graniterapids"])
-def test_a_step_is_four_loads_and_four_products(tile_code, mcpu):
-    steps = 768 // 32
-    code, text = tile_code(768, 64, mcpu)
-    loop = max(re.split(r"\n\.L\w+:", text), key=lambda block: block.count("tdpbf16ps"))
-    assert loop.count("tdpbf16ps") == loop.count("tileloadd") > 0 == loop.count("tdpbf16ps") % 4
-    assert loop.count("tdpbf16ps") in (4, 4 * steps)  # LLVM unrolls short loops
-    wanted = {("6", "4", "0"), ("7", "4", "1"), ("6", "5", "2"), ("7", "5", "3")}
-    assert {tuple(tiles_of) for tiles_of in operands(code, "tdpbf16ps")} == wanted
-    assert "vdpbf16ps" not in text
-    assert not re.search(r"\bturbo_\w+@", text), "a function that was not imported"
+def test_a_step_is_four_loads_and_four_products(run_code, mcpu):
+    text = run_code(768, 64, mcpu)
+    blocks = re.split(r"\n\.L\w+:|\n\tj\w+\t.*", text)
+    steps = [instructions(block) for block in blocks if "tdpbf16ps" in block]
+    loads = [[re.findall(r"%tmm(\d)", rest)[0] for name, rest in step if name == "tileloadd"] for step in steps]
+    products = [[re.findall(r"%tmm(\d)", rest) for name, rest in step if name == "tdpbf16ps"] for step in steps]
+    narrow = [["6", "4", "0"], ["7", "4", "1"]]  # a tile of at most 16 rows
+    assert sorted(products) == sorted([narrow, [*narrow, ["6", "5", "2"], ["7", "5", "3"]]])
+    assert sorted(map(sorted, loads)) == [["4", "5", "6", "7"], ["4", "6", "7"]]
+    assert not re.search(r"vmov\w+\s+(%zmm\d+, .*\(%rsp\)|.*\(%rsp\), %zmm)", text), "vectors on the stack"
 
 
 @pytest.mark.parametrize("k,passes", [(64, 1), (72, 2), (16, 1)])
-def test_tiles_are_configured_first_and_released_last(tile_code, k, passes):
-    code, _ = tile_code(k, 64)
-    names = [name for name, _ in code if not name.startswith("call")]
+def test_nothing_is_called_while_tiles_are_configured(run_code, k, passes):
+    names = [name for name, _ in instructions(run_code(k, 64))]
     assert names.count("ldtilecfg") == 2 * passes  # with and without the lower half
     assert names.count("tilestored") == (4 + 2) * passes and names.count("tilezero") == 4 + 2
-    assert names[0] == "ldtilecfg" and names[-1] == "tilerelease"
-    held = False
-    for name, _ in code:
-        held = name == "ldtilecfg" or (held and name != "tilerelease")
-        assert held or not name.startswith(("tilel", "tiles", "tilez", "tdp"))
-        assert not (held and name.startswith("call")), "a call that may change the tiles"
+    assert names[0] == names[-1] == "callq" and names.count("callq") == 2, "memory for `acc`, once for all tiles"
+    assert names[-2] == "tilerelease" and names.count("tilerelease") == 1

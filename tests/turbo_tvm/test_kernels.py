@@ -16,7 +16,7 @@ from turbo_tvm import pipeline
 from turbo_tvm.frontends.torch_module import import_module
 from turbo_tvm.kernels import CpuKernels, inventory, kernel_name
 from turbo_tvm.passes.composite import Composite
-from turbo_tvm.schedules.tiles import BASELINE, CpuTiles
+from turbo_tvm.schedules.tiles import AMX, BASELINE, CpuTiles
 
 TILES = CpuTiles(lanes=16, row_tile=4, tile_units=3, col_tile=16)  # as wide as bf16 needs
 BF16 = "uint16"
@@ -190,6 +190,47 @@ def test_every_composite_has_a_kernel_of_its_tensors_and_its_output(fused, out):
     assert isinstance(func, tirx.PrimFunc)
     if fused.tensors:
         assert len(func.params) == len(fused.tensors) + 1
+
+
+def wide_attention(head_dim: int = 32, **options) -> Composite:
+    inner = 2 * head_dim
+    columns = [[3 * inner, i * inner] for i in range(3)]
+    return attention(**{"head_dim": head_dim, "scale": head_dim**-0.5, "columns": columns, "dtype": BF16} | options)
+
+
+@pytest.mark.parametrize(
+    "fused, out, name",
+    [
+        (linear(dtype=BF16), rows(8, BF16), "linear_16x8_bf16_amx"),
+        (linear(dtype=BF16), rows(8), "linear_16x8_bf16_out_fp32_amx"),
+        (wide_attention(), rows(64, BF16), "attention_2x32_merged_max24_bf16_amx"),
+        (wide_attention(96), rows(192, BF16), "attention_2x96_merged_max24_bf16_amx"),
+    ],
+)
+def test_what_runs_in_tiles_of_amx(fused, out, name):
+    made, func = CpuKernels(AMX)(fused, out)
+    assert made == name == kernel_name(fused, out, amx=True) == kernel_name(fused, out) + "_amx"
+    assert "turbo_amx_dot" in func.script()
+    assert "turbo_amx_dot" not in CpuKernels(TILES)(fused, out)[1].script()
+
+
+@pytest.mark.parametrize(
+    "fused, out",
+    [
+        (linear(), rows(8)),
+        (linear(), rows(8, BF16)),
+        (wide_attention(dtype="float32"), rows(64)),
+        (wide_attention(), rows(64)),
+        (wide_attention(48), rows(96, BF16)),
+        (wide_attention(bias=True), rows(64, BF16)),
+        (norm(dtype=BF16), rows(16, BF16)),
+        (embedding(tables=1, dtype=BF16), rows(16, BF16)),
+    ],
+)
+def test_what_does_not_fit_runs_as_without_amx(fused, out):
+    made, func = CpuKernels(AMX)(fused, out)
+    assert made == kernel_name(fused, out, amx=True) == kernel_name(fused, out)
+    assert "turbo_amx" not in func.script()
 
 
 def test_same_parameters_share_one_kernel():
