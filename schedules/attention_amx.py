@@ -42,6 +42,11 @@ _LANES = amx.PAIRS
 _STEP = 2 * amx.PAIRS  # what a product sums over
 _LINE_PAIRS = 16  # a cache line
 
+# A task: its number, up to _STOP; its head and its row of `query_tiles`, and what that holds. In memory, because nested
+# `T.let`s of such arithmetic keep TVM's simplifier busy for seconds.
+_TASK, _STOP, _HEAD, _ROW, _FIRST, _LAST, _BEGIN, _END = range(8)
+_PLACES = 8
+
 
 def fits(head_dim: int, x_dtype: str, out_dtype: str, position_bias: bool) -> bool:
     """Whether this kernel handles such heads and formats."""
@@ -140,7 +145,7 @@ def attention(
             save(both, turned, block * _STEP)
 
     @T.inline
-    def attend(q_rows, o_rows, keys, values, head, first, last, begin, end):
+    def attend(q_rows, o_rows, keys, values, place):
         with T.sblock("attend"):
             T.reads()
             T.writes()
@@ -150,9 +155,10 @@ def attention(
             turned = T.sblock_alloc_buffer((head_dim, _QUERIES), "float32")
             peak = T.sblock_alloc_buffer((_QUERIES,), "float32", scope="local")
             inverse = T.sblock_alloc_buffer((_QUERIES,), "float32", scope="local")
-            task = T.meta_var(Task(first, last, begin, end, panel, weights, pairs, values, peak, peak, inverse))
+            bounds = T.meta_var((place[_FIRST], place[_LAST], place[_BEGIN], place[_END]))
+            task = T.meta_var(Task(*bounds, panel, weights, pairs, values, peak, peak, inverse))
             load_queries(task, q_rows, o_rows)
-            if last - first <= _LANES:
+            if task.queries <= _LANES:
                 scores(False, task, keys)
                 find_peak(_LANES, task)
                 narrow_softmax(task)
@@ -188,30 +194,28 @@ def attention(
                     keys = T.sblock_alloc_buffer((most_keys, pairs_of_head), bf16.PAIR)
                     values = T.sblock_alloc_buffer((head_dim, value_width), bf16.PAIR)
                     shapes = T.sblock_alloc_buffer((8,), "int64")
-                    start: T.let = chunk * (heads * nq) // T.min(heads * nq, _CHUNKS)
-                    stop: T.let = (chunk + 1) * (heads * nq) // T.min(heads * nq, _CHUNKS)
+                    place = T.sblock_alloc_buffer((_PLACES,), "int64")
                     amx.configure(shapes, T.int64(amx.ROWS), T.int64(amx.ROWS), T.int64(amx.PAIRS))
-                    for i in range(stop - start):
-                        task: T.let = start + i
-                        first: T.let = T.cast(query_tiles[task % nq, 0], "int64")
-                        begin: T.let = T.cast(query_tiles[task % nq, 1], "int64")
-                        end: T.let = T.cast(query_tiles[task % nq, 2], "int64")
-                        last: T.let = T.min(end, first + _QUERIES)
-                        head: T.let = task // nq
-                        if T.bitwise_or(first == begin, i == 0):
-                            copy_keys(of_head(k_seen, head, k_column), keys, begin, end)
-                            turn_values(of_head(v_seen, head, v_column), values, begin, end)
+                    place[_TASK] = chunk * (heads * nq) // T.min(heads * nq, _CHUNKS)
+                    place[_STOP] = (chunk + 1) * (heads * nq) // T.min(heads * nq, _CHUNKS)
+                    for i in range(place[_STOP] - place[_TASK]):
+                        place[_HEAD] = place[_TASK] // nq
+                        place[_ROW] = place[_TASK] - place[_HEAD] * nq
+                        place[_FIRST] = T.cast(query_tiles[place[_ROW], 0], "int64")
+                        place[_BEGIN] = T.cast(query_tiles[place[_ROW], 1], "int64")
+                        place[_END] = T.cast(query_tiles[place[_ROW], 2], "int64")
+                        place[_LAST] = T.min(place[_END], place[_FIRST] + _QUERIES)
+                        if T.bitwise_or(place[_FIRST] == place[_BEGIN], i == 0):
+                            copy_keys(of_head(k_seen, place[_HEAD], k_column), keys, place[_BEGIN], place[_END])
+                            turn_values(of_head(v_seen, place[_HEAD], v_column), values, place[_BEGIN], place[_END])
                         attend(
-                            of_head(q_seen, head, q_column),
-                            of_head(out_seen, head),
+                            of_head(q_seen, place[_HEAD], q_column),
+                            of_head(out_seen, place[_HEAD]),
                             keys,
                             values,
-                            head,
-                            first,
-                            last,
-                            begin,
-                            end,
+                            place,
                         )
+                        place[_TASK] = place[_TASK] + 1
                     amx.release()
 
     return kernel

@@ -51,9 +51,14 @@ _HEIGHT, _WIDTH = 2 * amx.ROWS, 2 * amx.PAIRS
 
 # What a run of tasks remembers. SHAPE: the rows that the tiles are configured for, 0 if for none. Of the tile before,
 # which waits in the accumulators: UNIT, its first row tile; PANEL; ROWS, how many; SIDE, their first row in `acc`. Of
-# the weights to prefetch: LINES in a step, AHEAD, how far into the panel and beyond.
-SHAPE, UNIT, PANEL, ROWS, SIDE, LINES, AHEAD = range(7)
-_REMEMBERED = 7
+# the weights to prefetch: LINES in a step, AHEAD, how far into the panel and beyond. TASK, its number, up to END; where
+# it lies: NEXT_UNIT, NEXT_PANEL, HEIGHT in rows; the others lead there. In memory, because nested `T.let`s of such
+# arithmetic keep TVM's simplifier busy for seconds.
+(
+    SHAPE, UNIT, PANEL, ROWS, SIDE, LINES, AHEAD,
+    TASK, END, NEXT_UNIT, NEXT_PANEL, HEIGHT, _BLOCK, _FIRST, _IN_BLOCK, _WITHIN,
+) = range(16)  # fmt: skip
+_REMEMBERED = 16
 
 
 @dataclass(frozen=True)
@@ -191,6 +196,22 @@ def linear(
             finish_row(run, r)
 
     @T.inline
+    def locate(state, t, count):
+        state[_BLOCK] = state[TASK] // (block_tiles * panels)
+        state[_FIRST] = state[_BLOCK] * block_tiles
+        state[_IN_BLOCK] = T.min(count - state[_FIRST], T.int64(block_tiles))
+        state[_WITHIN] = state[TASK] - state[_FIRST] * panels
+        state[NEXT_PANEL] = state[_WITHIN] // state[_IN_BLOCK]
+        state[_WITHIN] = state[_WITHIN] - state[NEXT_PANEL] * state[_IN_BLOCK]
+        state[NEXT_UNIT] = (state[_FIRST] + state[_WITHIN]) * units
+        state[HEIGHT] = T.min(t - state[NEXT_UNIT], T.int64(units)) * rows
+        state[LINES] = (lines_a_step + state[_IN_BLOCK] - 1) // state[_IN_BLOCK]
+        if state[_IN_BLOCK] == 1:
+            state[AHEAD] = T.int64(_AHEAD_BYTES // 4)
+        else:
+            state[AHEAD] = steps * columns + state[_WITHIN] * whole_steps * state[LINES] * CACHE_LINE_FLOATS
+
+    @T.inline
     def accumulate(both, height, run, row, panel, side):
         upper = T.meta_var(T.int64(amx.ROWS) if both else height)
         lower = T.meta_var(height - amx.ROWS if both else T.int64(0))
@@ -244,35 +265,26 @@ def linear(
                     shapes = T.sblock_alloc_buffer((8,), "int64")
                     state = T.sblock_alloc_buffer((_REMEMBERED,), "int64")
                     run = T.meta_var(Run(state, acc, shapes, source, weight, bias, residual_rows, result))
-                    begin: T.let = index * (count * panels) // runs
-                    end: T.let = (index + 1) * (count * panels) // runs
-                    run.state[ROWS] = T.int64(0)
-                    run.state[SHAPE] = T.int64(0)
-                    for i in range(end - begin):
-                        task: T.let = begin + i
-                        block: T.let = task // (block_tiles * panels)
-                        first: T.let = block * block_tiles
-                        in_block: T.let = T.min(count - first, T.int64(block_tiles))
-                        panel: T.let = (task - first * panels) // in_block
-                        within: T.let = (task - first * panels) % in_block
-                        unit: T.let = (first + within) * units
-                        height: T.let = T.min(t - unit, T.int64(units)) * rows
-                        side: T.let = i % 2 * _HEIGHT
-                        run.state[LINES] = (lines_a_step + in_block - 1) // in_block
-                        run.state[AHEAD] = T.if_then_else(
-                            in_block == 1,
-                            T.int64(_AHEAD_BYTES // 4),
-                            steps * columns + within * whole_steps * run.state[LINES] * CACHE_LINE_FLOATS,
-                        )
-                        if height > amx.ROWS:
-                            accumulate(True, height, run, unit * rows, panel, side)
+                    state[ROWS] = T.int64(0)
+                    state[SHAPE] = T.int64(0)
+                    state[TASK] = index * (count * panels) // runs
+                    state[END] = (index + 1) * (count * panels) // runs
+                    for i in range(state[END] - state[TASK]):
+                        locate(state, t, count)
+                        if state[HEIGHT] > amx.ROWS:
+                            accumulate(
+                                True, state[HEIGHT], run, state[NEXT_UNIT] * rows, state[NEXT_PANEL], i % 2 * _HEIGHT
+                            )
                         else:
-                            accumulate(False, height, run, unit * rows, panel, side)
-                        run.state[UNIT] = unit
-                        run.state[PANEL] = panel
-                        run.state[ROWS] = height
-                        run.state[SIDE] = side
-                    for r in range(run.state[ROWS]):
+                            accumulate(
+                                False, state[HEIGHT], run, state[NEXT_UNIT] * rows, state[NEXT_PANEL], i % 2 * _HEIGHT
+                            )
+                        state[UNIT] = state[NEXT_UNIT]
+                        state[PANEL] = state[NEXT_PANEL]
+                        state[ROWS] = state[HEIGHT]
+                        state[SIDE] = i % 2 * _HEIGHT
+                        state[TASK] = state[TASK] + 1
+                    for r in range(state[ROWS]):
                         finish_row(run, r)
                     amx.release()
             if normalized:
