@@ -24,7 +24,6 @@ FP32, BF16 = "float32", "uint16"
 HALF_ULP = 2.0**-8  # of a bf16 number, relative to it
 R = tiles.AMX.row_tile
 BLOCK = 32  # of queries, of keys and of columns
-EMULATED = pytest.mark.parametrize("tile_machine", ["emulated_tiles"], indirect=True)
 
 
 @dataclass(frozen=True)
@@ -141,8 +140,12 @@ MERGED = Heads(12, 64)
 SHAPES = [
     SEPARATE,
     MERGED,
-    Heads(2, 96, wider=16, scale=1.0),
-    Heads(2, 128, merged=False, wider=2, scale=0.03),
+    Heads(1, 32, wider=2, scale=1.0),
+    Heads(2, 64, merged=False, wider=32),
+    Heads(2, 96, wider=16),
+    Heads(3, 96, merged=False, scale=0.5),
+    Heads(2, 128, merged=False, wider=4, scale=0.03),
+    Heads(4, 128),
 ]
 
 
@@ -160,10 +163,10 @@ def test_every_short_length(attend, length):
 
 
 # of a scratch that is no longer than it must be
-@EMULATED
-def test_a_batch_of_the_longest_sequences(attend):
-    shape = replace(SEPARATE, max_length=33)
-    spans = spans_of([33] * 40)
+@pytest.mark.parametrize("longest", [1, 32, 33, 100])
+def test_a_batch_of_the_longest_sequences(attend, longest):
+    shape = replace(SEPARATE, max_length=longest)
+    spans = spans_of([longest] * 40)
     qkv = random_qkv(spans[-1][1], shape)
     check(attend(shape, qkv, spans), qkv, spans, shape)
 
@@ -263,10 +266,11 @@ def test_the_same_parameters_as_without_amx():
     assert [p.name for p in got.params] == [p.name for p in wanted.params]
 
 
-def test_the_machine_code(assembly):
+@pytest.mark.parametrize("head_dim", [32, 96, 128])
+def test_the_machine_code(assembly, head_dim):
     """A product has four loads or three, and tiles are configured once for all tasks of a parallel iteration."""
     target = {"kind": "llvm", "mtriple": "x86_64-linux-gnu", "mcpu": "sapphirerapids"}
-    text = assembly(kernel_of(Heads(12, 128)), target)
+    text = assembly(kernel_of(Heads(12, head_dim)), target)
     assert "vdpbf16ps" not in text and "exp2f" not in text and "expf" not in text
     assert not re.search(r"\bturbo_\w+@", text), "a function that was not imported"
     code = re.findall(r"\t(ldtilecfg|tile\w+|tdp\w+)\t?(.*)", text)
