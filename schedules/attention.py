@@ -114,7 +114,7 @@ def attention(
             diagonal = T.sblock_alloc_buffer((diagonal_size,), "float32")
             peak = T.sblock_alloc_buffer((queries,), "float32", scope="local")
             inverse = T.sblock_alloc_buffer((queries,), "float32", scope="local")
-            task = T.meta_var(Task(first, last, begin, end, panel, weights, pairs, values, diagonal, peak, inverse))
+            task = T.meta_var(Task(first, last, begin, end, panel, weights, pairs, values, peak, inverse, diagonal))
             load_queries(task, q_rows, o_rows)
             if position_bias:
                 load_bias(task, bias, head)

@@ -69,9 +69,9 @@ class Task:
     weights: tvm.tirx.Buffer
     pairs: tvm.tirx.Buffer
     values: tvm.tirx.Buffer
-    diagonal: tvm.tirx.Buffer
     peak: tvm.tirx.Buffer
     inverse: tvm.tirx.Buffer
+    diagonal: tvm.tirx.Buffer | None = None
 
     @property
     def queries(self) -> Expr:

@@ -47,7 +47,7 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 
 from turbo_tvm.schedules import bf16
-from turbo_tvm.schedules.linear_tasks import GROUP, MISSING, PANEL, PLACES, SPARSE, UNIT, locate_macro, next_row
+from turbo_tvm.schedules.linear_tasks import GROUP, IN_BLOCK, MISSING, PANEL, PLACES, UNIT, locate_macro, next_row
 from turbo_tvm.schedules.normalization import normalize_all_macro
 from turbo_tvm.schedules.rows import RowFormat
 from turbo_tvm.schedules.script import (
@@ -159,7 +159,7 @@ def linear(
             for group in range(steps // GROUP):
                 for line in T.unroll(lines):
                     prefetch_read(weight, next_row(place, group) * columns + line * CACHE_LINE_FLOATS)
-                if place[SPARSE] == 0:
+                if place[IN_BLOCK] < GROUP:  # fewer tiles than steps: a row for each step
                     for line in T.unroll((GROUP - 1) * lines):
                         prefetch_read(weight, (next_row(place, group) + 1) * columns + line * CACHE_LINE_FLOATS)
                 if residual:

@@ -15,10 +15,9 @@ from tvm.script import tirx as T
 Macro = Callable[..., None]
 
 # What a place holds. PANEL: of the weights; UNIT: the tile's first row tile; MISSING: how many row tiles fewer than a
-# whole register tile it has; SPARSE: whether one row per group of
-# steps is enough of a prefetch; the others lead there.
-PANEL, UNIT, MISSING, SPARSE, _AHEAD, _RATE, _TILE, _IN_BLOCK, _WITHIN, _BLOCK, _WHOLE = range(11)
-PLACES = 11
+# whole register tile it has; IN_BLOCK: tiles in its block; the others lead there.
+PANEL, UNIT, MISSING, IN_BLOCK, _AHEAD, _RATE, _TILE, _WITHIN, _BLOCK, _WHOLE = range(10)
+PLACES = 10
 
 GROUP = 4  # steps that prefetch together
 
@@ -44,17 +43,17 @@ def locate_macro(units: int, panels: int, steps: int, columns: int) -> Macro:
         large = T.meta_var(count % blocks)
         small_size = T.meta_var(count // blocks)
         if task < large * (small_size + 1) * panels:
-            place[_IN_BLOCK] = small_size + 1
+            place[IN_BLOCK] = small_size + 1
             place[_TILE] = 0
         else:
-            place[_IN_BLOCK] = small_size
+            place[IN_BLOCK] = small_size
             place[_TILE] = large * (small_size + 1)
         place[_WITHIN] = task - place[_TILE] * panels
-        place[_BLOCK] = place[_WITHIN] // (place[_IN_BLOCK] * panels)
-        place[_WITHIN] = place[_WITHIN] - place[_BLOCK] * (place[_IN_BLOCK] * panels)
-        place[PANEL] = place[_WITHIN] // place[_IN_BLOCK]
-        place[_WITHIN] = place[_WITHIN] - place[PANEL] * place[_IN_BLOCK]
-        place[_TILE] = place[_TILE] + place[_BLOCK] * place[_IN_BLOCK] + place[_WITHIN]
+        place[_BLOCK] = place[_WITHIN] // (place[IN_BLOCK] * panels)
+        place[_WITHIN] = place[_WITHIN] - place[_BLOCK] * (place[IN_BLOCK] * panels)
+        place[PANEL] = place[_WITHIN] // place[IN_BLOCK]
+        place[_WITHIN] = place[_WITHIN] - place[PANEL] * place[IN_BLOCK]
+        place[_TILE] = place[_TILE] + place[_BLOCK] * place[IN_BLOCK] + place[_WITHIN]
 
     @T.inline
     def find_rows(place, t, count):
@@ -68,9 +67,8 @@ def locate_macro(units: int, panels: int, steps: int, columns: int) -> Macro:
     @T.inline
     def plan_prefetch(place):
         # each tile of a block prefetches its share of the next panel; a single one runs ahead of itself
-        place[_RATE] = T.int64(GROUP << _FRACTION_BITS) // place[_IN_BLOCK]
-        place[SPARSE] = T.if_then_else(place[_IN_BLOCK] >= GROUP, T.int64(1), T.int64(0))
-        if place[_IN_BLOCK] == 1:
+        place[_RATE] = T.int64(GROUP << _FRACTION_BITS) // place[IN_BLOCK]
+        if place[IN_BLOCK] == 1:
             place[_AHEAD] = place[PANEL] * steps + AHEAD_ELEMENTS // columns
         else:
             place[_AHEAD] = (place[PANEL] + 1) * steps + T.shift_right(

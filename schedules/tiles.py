@@ -21,7 +21,7 @@ class CpuTiles:
     row_tile: rows of the layout's tile.
     tile_units: row tiles in the matrix kernel's register tile.
     col_tile: columns of that, a power-of-two multiple of `lanes` (LLVM turns other widths into scalar code).
-    amx: products of bf16 run in AMX tiles, whose sizes are the instructions' own.
+    amx: products and attention in bf16 run in AMX tiles, whose sizes are the instructions' own.
     """
 
     lanes: int

@@ -47,8 +47,7 @@ class CpuKernels:
         factory, options = getattr(self, "_" + fused.name)(fused, dims_of(out))
         for role, ty in row_types(fused, out).items():
             options[role] = RowFormat(int(dims_of(ty)[-1]), str(ty.dtype))
-        in_tiles = self.tiles.amx and fits_tiles(fused, out)
-        if in_tiles:
+        if self.tiles.amx and fits_tiles(fused, out):
             factory = _IN_TILES[fused.name]
         return kernel_name(fused, out, self.tiles.amx), _build(factory, self.tiles, tuple(sorted(options.items())))
 

@@ -42,7 +42,7 @@ Pass = Callable[[ir.IRModule], ir.IRModule]
 class Optimized:
     """A module in composites, ready to lower.
 
-    layout: "packed" or "padded"; declined: why, if not packed; amx: whether products of bf16 will run in AMX tiles.
+    layout: "packed" or "padded"; declined: why, if not packed; amx: whether what fits AMX's tiles runs there.
     """
 
     mod: ir.IRModule
