@@ -31,10 +31,10 @@ The accumulators are two buffers, because TVM keeps "global" buffers below 1 KB,
 the workspace pool costs 50 ns. `T.let`, because a plain assignment in TVMScript makes such a call as well.
 
 Rejected after measuring (Zen 5): row blocks of 96, 144 and 288 rows, prefetching x (no gain); prefetching the lines to
-be written all at once (2 to 4 % slower at 768 x 768), or the weights into L1 (10 % slower in bf16); 6 x 64 (slower where
-bound by memory); 14 x 32 (1 % faster, but rounds short requests up further). On Granite Rapids, with the prefetches
-spread over groups of 4 steps, 1,024 rows take 2 to 9 % less time than with a prefetch per step and bursts; 6 x 64 gains
-nothing there either.
+be written all at once (2 to 4 % slower at 768 x 768), or the weights into L1 (10 % slower in bf16); 6 x 64 (slower
+where bound by memory); 14 x 32 (1 % faster, but rounds short requests up further). On Granite Rapids, with the
+prefetches spread over groups of 4 steps, 1,024 rows take 2 to 9 % less time than with a prefetch per step and bursts;
+6 x 64 gains nothing there either.
 
 Method: Goto, van de Geijn, "Anatomy of High-Performance Matrix Multiplication" (2008), with W packed
 beforehand, and neither k blocked nor x packed: x has so few columns that a block of its rows fits L2.
