@@ -1,91 +1,155 @@
-"""Let the executor supply every intermediate and output tensor of `main`.
+"""Let the executor supply every intermediate and output tensor of `main`, and say when each of them lives.
 
     main(...) { t = R.builtin.alloc_tensor((tiles, 12, 768)); kernel(x, t) }
-        --> main(..., buffer_0_768) { kernel(x, buffer_0_768) }
+        --> main(..., buffer_0) { kernel(x, buffer_0) }
 
-Runs on the lowered, ordered function, after CallTIRRewrite. Tensors of packed rows differ in nothing but their column
-count, so their lifetimes are known here and their sizes are `rows x columns`. Each is given a slot: one piece of memory
-per slot, as wide as the widest tensor that ever lives in it. Two tensors that are alive together never share a slot; an
-output's slot is never reused. Tensors of any other shape are left to TVM's own allocation.
+Runs on the lowered, ordered function, after CallTIRRewrite. A step is a call of a kernel. A tensor lives from the step
+that writes it to the last one that reads it, through views of it; an output to the end. Sizes stay symbolic: a
+dimension is a product of numbers and of what a batch says about itself (`symbols`), so that placing the tensors is left
+to the runtime, which does it once per shape (`runtime/memory_planner.py`). Tensors of any other shape are left to TVM's
+own allocation.
+
+In place: a kernel may overwrite an input that has no later reader, if it is of the same type and the kernel allows it:
+its attribute `OVERWRITES` lists such parameters, and TVM's element-wise kernels allow all of theirs. The runtime may
+then give both tensors one place.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from tvm import ir, relax
+from tvm import ir, relax, tirx
+from tvm.ir import Expr
 
 from turbo_tvm.passes.normalize import same_shape
-from turbo_tvm.passes.remove_padding import sequence_tiles
 from turbo_tvm.passes.rewriter import is_call, shape_of, substitute
+
+OVERWRITES = "turbo_tvm.overwrites"  # of a PrimFunc: positions of parameters that may be the memory of its output
+
+_ELEMENTWISE = 0  # TVM's operator pattern
 
 
 @dataclass(frozen=True)
 class Buffer:
     """One parameter added to `main`: a tensor that the executor supplies.
 
-    slot: which piece of memory; kind: "token" or "sequence" rows; columns: 0 for a tensor of rank 2.
+    shape: a product per dimension, such as "token_tiles", "4" or "12*batch". first, last: the steps, inclusive, between
+    which it must keep its place; an output's last is the number of steps. replaces: the buffer, last read in the step
+    that writes this one, whose place this one may take.
     """
 
-    slot: int
-    kind: str
-    columns: int
+    name: str
+    shape: tuple[str, ...]
     dtype: str
+    first: int
+    last: int
+    replaces: str | None = None
 
-    @property
-    def name(self) -> str:
-        return f"buffer_{self.slot}_{self.columns}_{self.dtype}"
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """buffers: the last parameters of `main`, in order. steps: the names of the kernels that it calls, in order."""
+
+    buffers: tuple[Buffer, ...] = ()
+    steps: tuple[str, ...] = ()
 
 
-def plan_memory(mod: ir.IRModule) -> tuple[ir.IRModule, tuple[Buffer, ...]]:
-    """The module with `main` taking its buffers as last parameters, and those buffers in that order."""
-    return _PlanMemory(mod).run()
+def plan_memory(mod: ir.IRModule, symbols: Mapping[str, Expr]) -> tuple[ir.IRModule, MemoryPlan]:
+    """The module with `main` taking its buffers as last parameters, and what the runtime must know of them.
+
+    symbols: what dimensions may be made of, by the names that the runtime knows them by.
+    """
+    return _PlanMemory(mod, symbols).run()
+
+
+@dataclass
+class _Life:
+    """What is known of an allocation that is planned."""
+
+    name: str
+    var: relax.Var
+    shape: tuple[str, ...]
+    first: int = -1
+    last: int = -1
+    replaces: str | None = None
 
 
 class _PlanMemory:
-    def __init__(self, mod: ir.IRModule):
+    def __init__(self, mod: ir.IRModule, symbols: Mapping[str, Expr]):
         self.mod = mod
+        self.symbols = symbols
         self.var, self.func = mod.get_global_var("main"), mod["main"]
         self.bindings = [b for block in self.func.body.blocks for b in block.bindings]
-        self.tiles = shape_of(self.func.params[0])[0]
-        self.row_tile = shape_of(self.func.params[0])[1]
-        self.sequence_tiles = self._sequence_tiles()
         self.views: dict[relax.Var, list[relax.Var]] = {}  # view or tuple -> what it looks at
-        self.widths: dict[tuple[str, str], dict[int, int]] = {}  # (kind, dtype) -> slot -> columns
-        self.slots = 0
+        self.lives: dict[relax.Var, _Life] = {}
+        self.calls: list[tuple[int, relax.Call]] = []  # step, call of a kernel
+        self.steps: list[str] = []
 
-    def _sequence_tiles(self) -> list:
-        boundaries = [shape_of(p)[0] for p in self.func.params if p.name == "cu_seqlens"]
-        return [sequence_tiles(count, self.row_tile) for count in boundaries]
+    def run(self) -> tuple[ir.IRModule, MemoryPlan]:
+        self._find_lives()
+        for step, call in self.calls:
+            self._overwrite(step, call)
+        lives = list(self.lives.values())
+        params = {life.var: relax.Var(life.name, life.var.ty) for life in lives}
+        buffers = [Buffer(v.name, v.shape, str(v.var.ty.dtype), v.first, v.last, v.replaces) for v in lives]
+        return self._rebuild(params), MemoryPlan(tuple(buffers), tuple(self.steps))
 
-    def run(self) -> tuple[ir.IRModule, tuple[Buffer, ...]]:
-        last = self._last_uses()
-        params: dict[Buffer, relax.Var] = {}
-        new: dict[relax.Var, relax.Expr] = {}
-        free: dict[tuple[str, str], set[int]] = {}
-        live: dict[relax.Var, Buffer] = {}
-        kept: list[relax.Binding] = []
-        for step, binding in enumerate(self.bindings):
-            buffer = self._assign(binding, free)
-            if buffer is None:
-                kept.append(relax.VarBinding(binding.var, substitute(binding.value, new)))
+    def _find_lives(self) -> None:
+        for binding in self.bindings:
+            var, value = binding.var, binding.value
+            read = [root for v in relax.analysis.free_vars(value) for root in self._roots(v)]
+            if is_call(value, "builtin.alloc_tensor"):
+                shape = self._shape(var)
+                if shape is not None:
+                    self.lives[var] = _Life(f"buffer_{len(self.lives)}", var, shape)
+            elif self._is_view(value):
+                self.views[var] = read
             else:
-                params.setdefault(buffer, relax.Var(buffer.name, binding.var.ty))
-                new[binding.var] = params[buffer]
-                live[binding.var] = buffer
-            for var in [v for v in live if last[v] <= step]:
-                done = live.pop(var)
-                free[(done.kind, done.dtype)].add(done.slot)
-        return self._rebuild(kept, params, new), tuple(params)
+                self._use(read)
+                self._count(value)
+        for var in relax.analysis.free_vars(self.func.body.body):
+            for root in self._roots(var):
+                self._use([root])
 
-    def _rebuild(self, kept: list, params: dict[Buffer, relax.Var], new: dict) -> ir.IRModule:
+    def _use(self, tensors: list[relax.Var]) -> None:
+        for life in (self.lives[v] for v in tensors if v in self.lives):
+            life.first = len(self.steps) if life.first < 0 else life.first
+            life.last = len(self.steps)
+
+    def _count(self, value: relax.Expr) -> None:
+        """A kernel makes a step; what the VM does itself belongs to the step that follows."""
+        if not isinstance(value, relax.Call):
+            return
+        if isinstance(value.op, ir.GlobalVar):
+            self.calls.append((len(self.steps), value))
+            self.steps.append(value.op.name_hint)
+        elif isinstance(value.op, relax.ExternFunc) and not str(value.op.global_symbol).startswith("vm."):
+            self.steps.append(str(value.op.global_symbol))
+
+    def _overwrite(self, step: int, call: relax.Call) -> None:
+        """Note that the output of a kernel may take the place of an input that dies there, if the kernel allows it."""
+        kernel = self.mod[call.op]
+        *inputs, out = call.args
+        made = self.lives.get(out)
+        if not isinstance(kernel, tirx.PrimFunc) or made is None or made.first != step:
+            return
+        roots = [self._roots(a) if isinstance(a, relax.Var) else [] for a in inputs]
+        for position in _overwrites(kernel, len(inputs)):
+            if len(roots[position]) != 1 or roots[position][0] not in self.lives:
+                continue
+            source = self.lives[roots[position][0]]
+            alike = (source.shape, source.var.ty.dtype) == (made.shape, made.var.ty.dtype)
+            alone = sum(source.var in found for found in roots) == 1
+            if alike and alone and source.first < step and source.last == step:
+                made.replaces = source.name
+                return
+
+    def _rebuild(self, new: dict[relax.Var, relax.Var]) -> ir.IRModule:
+        kept = [relax.VarBinding(b.var, substitute(b.value, new)) for b in self.bindings if b.var not in new]
         body = relax.SeqExpr([relax.BindingBlock(kept)], substitute(self.func.body.body, new))
         func = relax.Function(
-            [*self.func.params, *params.values()],
-            body,
-            self.func.ret_ty,
-            is_pure=False,
-            attrs=self.func.attrs,
+            [*self.func.params, *new.values()], body, self.func.ret_ty, is_pure=False, attrs=self.func.attrs
         )
         mod = ir.IRModule(dict(self.mod.functions_items()), attrs=self.mod.attrs)
         mod.update_func(self.var, func)
@@ -94,18 +158,6 @@ class _PlanMemory:
     def _roots(self, var: relax.Var) -> list[relax.Var]:
         """The tensors whose memory a variable looks at: itself, unless it is a view or a tuple."""
         return [root for seen in self.views[var] for root in self._roots(seen)] if var in self.views else [var]
-
-    def _last_uses(self) -> dict[relax.Var, int]:
-        """The step of the last binding that reads each tensor, through views of it; outputs live for ever."""
-        last: dict[relax.Var, int] = {}
-        for step, binding in enumerate(self.bindings):
-            read = [root for v in relax.analysis.free_vars(binding.value) for root in self._roots(v)]
-            last.update(dict.fromkeys([*read, binding.var], step))
-            if self._is_view(binding.value):
-                self.views[binding.var] = read
-        for var in relax.analysis.free_vars(self.func.body.body):
-            last.update(dict.fromkeys(self._roots(var), len(self.bindings)))
-        return last
 
     def _is_view(self, value: relax.Expr) -> bool:
         if isinstance(value, relax.Var | relax.Tuple | relax.TupleGetItem) or is_call(value, "reshape"):
@@ -116,34 +168,34 @@ class _PlanMemory:
             and "reshape" in str(value.op.global_symbol)
         )
 
-    def _assign(self, binding: relax.Binding, free: dict[tuple[str, str], set[int]]) -> Buffer | None:
-        """A slot for an allocation: a free one that is wide enough, else the widest free one, else a new one."""
-        found = self._rows(binding)
-        if found is None:
-            return None
-        kind, columns, dtype = found
-        pool = free.setdefault((kind, dtype), set())
-        widths = self.widths.setdefault((kind, dtype), {})
-        need = max(columns, 1)
-        wide = [s for s in pool if widths[s] >= need]
-        if wide:
-            slot = min(wide, key=lambda s: (widths[s], s))
-        elif pool:
-            slot = max(pool, key=lambda s: (widths[s], -s))
-        else:
-            slot, self.slots = self.slots, self.slots + 1
-        pool.discard(slot)
-        widths[slot] = max(widths.get(slot, 0), need)
-        return Buffer(slot, kind, columns, dtype)
+    def _shape(self, var: relax.Var) -> tuple[str, ...] | None:
+        dims = [self._product(d) for d in shape_of(var)]
+        return tuple(d for d in dims if d is not None) if dims and None not in dims else None
 
-    def _rows(self, binding: relax.Binding) -> tuple[str, int, str] | None:
-        """(kind, columns, dtype) of an allocation of packed rows; None for any other binding."""
-        if not is_call(binding.value, "builtin.alloc_tensor"):
+    def _product(self, dim: int | Expr) -> str | None:
+        """A dimension as a product of symbols and a number; None if it is no such thing."""
+        factors = self._factors(dim)
+        if factors is None:
             return None
-        first, *rest = shape_of(binding.var)
-        if not rest or rest[0] != self.row_tile or len(rest) > 2 or not all(isinstance(d, int) for d in rest):
+        number, names = factors
+        return "*".join([*([str(number)] if number != 1 or not names else []), *sorted(names)])
+
+    def _factors(self, dim: int | Expr) -> tuple[int, list[str]] | None:
+        if isinstance(dim, int | tirx.IntImm):
+            return (int(dim), []) if int(dim) > 0 else None
+        for name, expression in self.symbols.items():
+            if same_shape([dim], [expression]):
+                return 1, [name]
+        if not isinstance(dim, tirx.Mul):
             return None
-        columns, dtype = rest[1] if len(rest) == 2 else 0, str(binding.var.ty.dtype)
-        if same_shape([first], [self.tiles]):
-            return "token", columns, dtype
-        return ("sequence", columns, dtype) if same_shape([first], self.sequence_tiles) else None
+        left, right = self._factors(dim.a), self._factors(dim.b)
+        return (left[0] * right[0], [*left[1], *right[1]]) if left and right else None
+
+
+def _overwrites(kernel: tirx.PrimFunc, inputs: int) -> list[int]:
+    """Positions of the inputs that a kernel's output may overwrite."""
+    attrs = dict(kernel.attrs or {})
+    if OVERWRITES in attrs:
+        return [int(i) for i in attrs[OVERWRITES]]
+    pattern = attrs.get("op_pattern")
+    return list(range(inputs)) if pattern is not None and int(pattern) == _ELEMENTWISE else []

@@ -121,6 +121,14 @@ def tiles(rows: int, row_tile: int) -> int:
     return -(-rows // row_tile)
 
 
+def symbols(layout: str, row_tile: int, lengths: Sequence[int]) -> dict[str, int]:
+    """What sizes of buffers are made of, for sequences of these lengths: `manifest.SYMBOLS` by name."""
+    if layout == "packed":
+        return {"token_tiles": tiles(sum(lengths), row_tile), "sequence_tiles": tiles(len(lengths), row_tile)}
+    batch, length = len(lengths), max(lengths)
+    return {"batch": batch, "length": length, "row_tiles": tiles(batch * length, row_tile)}
+
+
 def boundaries(lengths: Sequence[int]) -> np.ndarray:
     """cu_seqlens, int32 (batch + 1,): the first row of each sequence, and the end of the last."""
     return np.array(list(accumulate(lengths, initial=0)), np.int32)

@@ -1,5 +1,4 @@
-"""The memory of a model's inputs and of a packed model's intermediates, kept between calls and grown when a batch needs
-more."""
+"""TVM's tensors in the executor's memory: of inputs, and of what the arena holds."""
 
 from __future__ import annotations
 
@@ -10,59 +9,58 @@ from collections.abc import Sequence
 import numpy as np
 import tvm
 
+from turbo_tvm.runtime.arena import Arena
 from turbo_tvm.runtime.manifest import BufferSpec
+from turbo_tvm.runtime.memory_planner import ALIGNMENT, COMPACT, Plan
+from turbo_tvm.runtime.memory_table import MemoryTable, Symbols
 
-ALIGNMENT = 64  # bytes; vector kernels use aligned stores
 GROWTH = 1.25  # room for the next, slightly longer batch
-KEPT_SHAPES = 64  # views are kept for so many recent batch shapes
+KEPT_SHAPES = 64  # tensors are kept for so many recent batch shapes
 
 
 class Buffers:
-    """Gives every buffer of a compiled function its tensor for a batch of some size.
+    """Gives every buffer of a compiled function its tensor for a batch. Steady state allocates nothing.
 
-    Steady state allocates nothing: memory grows to the largest batch seen, and the views of a shape are made once.
+    strategy, largest, budget: as the arena's.
     """
 
-    def __init__(self, specs: Sequence[BufferSpec], row_tile: int):
-        self._specs = tuple(specs)
-        self._row_tile = row_tile
-        self._memory: dict[int, np.ndarray] = {}
-        self._views: OrderedDict[tuple[int, int], list[tvm.runtime.Tensor]] = OrderedDict()
+    def __init__(
+        self,
+        specs: Sequence[BufferSpec],
+        strategy: str = "compact",
+        largest: Symbols | None = None,
+        budget: int | None = None,
+    ):
+        self._views: OrderedDict[tuple[int, ...], list[tvm.runtime.Tensor]] = OrderedDict()
+        self._held: tuple[Plan, Symbols] | None = None
+        self._table = MemoryTable(specs, strategy in COMPACT)
+        self.arena: Arena[np.ndarray] = Arena(
+            self._table, aligned_empty, self._views.clear, strategy=strategy, largest=largest, budget=budget
+        )
 
-    @property
-    def bytes_held(self) -> int:
-        """Bytes of all slots together."""
-        return sum(block.nbytes for block in self._memory.values())
-
-    def tensors(self, token_tiles: int, sequence_tiles: int) -> list[tvm.runtime.Tensor]:
-        """The buffers in call order, each (tiles, row_tile, columns) or (tiles, row_tile), 64-byte aligned."""
-        key = (token_tiles, sequence_tiles)
+    def tensors(self, symbols: Symbols) -> list[tvm.runtime.Tensor]:
+        """The buffers in call order, 64-byte aligned. MemoryBudgetError if they do not fit the budget."""
+        plan = self.arena.hold(symbols)
+        self._held = plan, symbols
+        key = tuple(symbols.values())
         if key not in self._views:
-            self._grow(key)
-            self._views[key] = [self._view(spec, key) for spec in self._specs]
+            regions, table = self.held_regions(), self._table
+            self._views[key] = [
+                tvm.runtime.from_dlpack(regions[place].view(dtype).reshape(shape))
+                for place, dtype, shape in zip(table.places, table.dtypes, table.shapes(symbols), strict=True)
+            ]
             while len(self._views) > KEPT_SHAPES:
                 self._views.popitem(last=False)
         self._views.move_to_end(key)
         return self._views[key]
 
-    def _grow(self, key: tuple[int, int]) -> None:
-        for spec in self._specs:
-            need = self._bytes(spec, key)
-            held = self._memory.get(spec.slot)
-            if held is None or held.nbytes < need:
-                self._views.clear()  # they look at the memory that is replaced
-                self._memory[spec.slot] = aligned_empty(need if held is None else int(need * GROWTH))
-
-    def _shape(self, spec: BufferSpec, key: tuple[int, int]) -> tuple[int, ...]:
-        tiles = key[0] if spec.kind == "token" else key[1]
-        return (tiles, self._row_tile, spec.columns) if spec.columns else (tiles, self._row_tile)
-
-    def _bytes(self, spec: BufferSpec, key: tuple[int, int]) -> int:
-        return math.prod(self._shape(spec, key)) * np.dtype(spec.dtype).itemsize
-
-    def _view(self, spec: BufferSpec, key: tuple[int, int]) -> tvm.runtime.Tensor:
-        block = self._memory[spec.slot][: self._bytes(spec, key)]
-        return tvm.runtime.from_dlpack(block.view(spec.dtype).reshape(self._shape(spec, key)))
+    def held_regions(self) -> list[np.ndarray]:
+        """The bytes of every place of the latest batch, by the table's numbers."""
+        if self._held is None:
+            return []
+        plan, symbols = self._held
+        blocks, sizes = self.arena.blocks, self._table.sizes(symbols)
+        return [blocks[p.chunk][p.offset : p.offset + size] for p, size in zip(plan.places, sizes, strict=True)]
 
 
 class Input:

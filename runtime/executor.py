@@ -6,7 +6,7 @@ One Relax VM is not thread-safe, so calls are serialised by a lock; TVM releases
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
@@ -20,6 +20,7 @@ from turbo_tvm.runtime import batch as packing
 from turbo_tvm.runtime.batch import Batch
 from turbo_tvm.runtime.buffers import Buffers, Input
 from turbo_tvm.runtime.manifest import Manifest, OutputSpec
+from turbo_tvm.runtime.memory_table import Symbols
 
 BIG_CORES = 1  # a mode of TVM's thread pool
 
@@ -37,7 +38,7 @@ class Executor:
         self._main = self.another_vm()["main"]
         self._inputs = [Input(spec.dtype) for spec in manifest.inputs]
         self._weights = [tvm.runtime.from_dlpack(weights[p.name]) for p in manifest.parameters]
-        self.buffers = Buffers(manifest.buffers, manifest.row_tile)
+        self.buffers = Buffers(manifest.buffers)
         self._lock = threading.RLock()
         self._config_threadpool = tvm.get_global_func("runtime.config_threadpool")
 
@@ -50,6 +51,40 @@ class Executor:
             # TVM keeps one thread pool per calling thread, for all models: another may have set it since (1 us)
             self._config_threadpool(BIG_CORES, self.threads)
             return self._packed(batch, output) if self.manifest.layout == "packed" else self._padded(batch, output)
+
+    def symbols(self, lengths: Sequence[int]) -> dict[str, int]:
+        """What the memory of a batch of these lengths depends on."""
+        return packing.symbols(self.manifest.layout, self.manifest.row_tile, lengths)
+
+    def peak_bytes(self, lengths: Sequence[int]) -> int:
+        """Bytes that lie between the kernels of a batch of these lengths."""
+        with self._lock:
+            return self.buffers.arena.peak_bytes(self.symbols(lengths))
+
+    def fits(self, lengths: Sequence[int]) -> bool:
+        """Whether a batch of these lengths fits the memory budget."""
+        with self._lock:
+            return self.buffers.arena.fits(self.symbols(lengths))
+
+    def check_memory(self, lengths: Sequence[int]) -> None:
+        """Raises MemoryBudgetError if a batch of these lengths does not fit the memory budget."""
+        with self._lock:
+            self.buffers.arena.plan(self.symbols(lengths))
+
+    @property
+    def memory(self) -> tuple[str, int | None]:
+        """The strategy of the memory planner, and the budget in bytes."""
+        return self.buffers.arena.strategy, self.buffers.arena.budget
+
+    def set_memory(self, strategy: str, budget: int | None, largest: Symbols | None) -> None:
+        """Plan memory in another way from the next run on; what is held is freed if the strategy changes.
+
+        largest: the largest batch, for the strategy "static".
+        """
+        with self._lock:
+            if strategy != self.buffers.arena.strategy:
+                self.buffers = Buffers(self.manifest.buffers, strategy, largest)
+            self.buffers.arena.budget = budget
 
     @property
     def function(self) -> Callable[..., Any]:
@@ -80,7 +115,9 @@ class Executor:
         ]
         try:
             out = self._main(*inputs, *self._weights, *buffers)
-        except tvm.error.TVMError as error:
+        except TurboError:
+            raise
+        except Exception as error:  # TVM raises Python's own exceptions
             raise TurboError(f"the compiled model failed: {error}") from error
         fields = [out] if isinstance(out, tvm.runtime.Tensor) else out
         return [
@@ -98,8 +135,7 @@ class Executor:
             "cu_seqlens": lambda: limits,
             "query_tiles": lambda: packing.query_tiles(limits, self.manifest.query_tile),
         }
-        tokens, pooled = (packing.tiles(rows, row_tile) for rows in (len(batch.token_ids), len(limits) - 1))
-        results = self._call(arrays, self.buffers.tensors(tokens, pooled), output)
+        results = self._call(arrays, self.buffers.tensors(self.symbols(batch.lengths.tolist())), output)
         return {spec.name: _split_packed(spec, result, limits.tolist()) for spec, result in results}
 
     def _padded(self, batch: Batch, output: str | None) -> Results:
@@ -116,7 +152,7 @@ class Executor:
                 row[:n].copy() if spec.kind == "token" else row.copy()
                 for row, n in zip(result, lengths.tolist(), strict=True)
             ]
-            for spec, result in self._call(arrays, [], output)
+            for spec, result in self._call(arrays, self.buffers.tensors(self.symbols(lengths.tolist())), output)
         }
 
 
@@ -135,6 +171,27 @@ class ForeignExecutor:
 
     def run(self, batch: Batch, output: str | None = None) -> Results:
         """Raises TurboError: why this machine cannot run the model."""
+        raise self.error
+
+    @property
+    def memory(self) -> tuple[str, int | None]:
+        """The default strategy, and no budget."""
+        return "compact", None
+
+    def set_memory(self, strategy: str, budget: int | None, largest: Symbols | None) -> None:
+        """Raises TurboError, as the others."""
+        raise self.error
+
+    def peak_bytes(self, lengths: Sequence[int]) -> int:
+        """Raises TurboError, as the others."""
+        raise self.error
+
+    def fits(self, lengths: Sequence[int]) -> bool:
+        """Raises TurboError, as the others."""
+        raise self.error
+
+    def check_memory(self, lengths: Sequence[int]) -> None:
+        """Raises TurboError, as the others."""
         raise self.error
 
 

@@ -16,6 +16,7 @@ from turbo_tvm.runtime.strict_json import AGAIN, record_of, show, wrong_field
 
 __all__ = [
     "FORMAT_VERSION",
+    "SYMBOLS",
     "Bounds",
     "BufferSpec",
     "KernelSpec",
@@ -28,7 +29,11 @@ __all__ = [
     "TensorSpec",
 ]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+
+# What a batch says about itself: tiles of token rows and of sequence rows (packed); sequences, the longest one in
+# tokens, and tiles of the rows of all of them (padded).
+SYMBOLS = ("token_tiles", "sequence_tiles", "batch", "length", "row_tiles")
 
 # An integer annotated with the least value it may have.
 Natural = Annotated[int, 0]
@@ -98,17 +103,19 @@ class PositionRule:
 
 @dataclass(frozen=True)
 class BufferSpec:
-    """An intermediate that the executor supplies: a row of `columns` values per token or per sequence.
+    """An intermediate or output that the executor supplies, in call order; where it lies follows from the batch.
 
-    slot: which piece of memory it lives in; buffers of one slot are never alive together. columns 0: one value per
-    row, without a column axis.
+    shape: a product per dimension, of numbers and SYMBOLS: "token_tiles", "4", "12*batch". first, last: the steps,
+    inclusive, between which it must keep its place; the last of an output is the number of steps. replaces: an earlier
+    buffer of the same shape, last read in the step that writes this one, whose place this one may take.
     """
 
     name: str
-    slot: Natural
-    kind: RowKind
-    columns: Natural
-    dtype: Dtype = "float32"
+    shape: tuple[str, ...]
+    dtype: Dtype
+    first: Natural
+    last: Natural
+    replaces: str | None = None
 
 
 @dataclass(frozen=True)
@@ -150,7 +157,8 @@ class Manifest:
 
     name: the model's. primary: the name of the main output, None for all of them. row_tile: rows (tokens) per
     matrix tile; query_tile: query rows per attention task. relative_positions: attention looks at distances between
-    tokens; pools_first: an output is made from a sequence's first token. parameters: in call order. declined: what
+    tokens; pools_first: an output is made from a sequence's first token. buffers, parameters: in call order. steps: the
+    kernels that a run calls, in order. declined: what
     was not fused, and why. source_parameters: the parameter count of the model before packing. members: every member
     of the file but the manifest itself; filled when the artifact is saved.
     """
@@ -173,6 +181,7 @@ class Manifest:
     relative_positions: bool = False
     pools_first: bool = False
     buffers: tuple[BufferSpec, ...] = ()
+    steps: tuple[str, ...] = ()
     parameters: tuple[ParameterSpec, ...] = ()
     kernels: tuple[KernelSpec, ...] = ()
     declined: tuple[str, ...] = ()
@@ -202,10 +211,29 @@ def _from_plain(plain: Any) -> Manifest:
     manifest = record_of(Manifest, plain, "")
     for group in ("inputs", "outputs", "buffers", "parameters"):
         _refuse_duplicates(group, [item.name for item in getattr(manifest, group)])
+    free: dict[str, BufferSpec] = {}  # buffers that nobody replaces yet
+    for buffer in manifest.buffers:
+        _check_buffer(buffer, len(manifest.steps), free)
+        free[buffer.name] = buffer
     names = [output.name for output in manifest.outputs]
     if manifest.primary is not None and manifest.primary not in names:
         raise wrong_field("primary", f"one of the outputs {names}", manifest.primary)
     return manifest
+
+
+def _check_buffer(buffer: BufferSpec, steps: int, free: dict[str, BufferSpec]) -> None:
+    where = f"buffers: {buffer.name}"
+    for dimension in buffer.shape:
+        for factor in dimension.split("*"):
+            number = int(factor) if factor.isdecimal() and factor.isascii() and len(factor) < 19 else 0
+            if factor not in SYMBOLS and number < 1:
+                raise wrong_field(f"{where}, shape", f"a product of numbers and {', '.join(SYMBOLS)}", dimension)
+    if not buffer.first <= buffer.last <= steps:
+        raise wrong_field(where, f"first <= last <= {steps}, the number of steps", (buffer.first, buffer.last))
+    if buffer.replaces is not None:
+        old = free.pop(buffer.replaces, None)
+        if old is None or (old.shape, old.dtype, old.last) != (buffer.shape, buffer.dtype, buffer.first):
+            raise wrong_field(f"{where}, replaces", "an earlier buffer alike that is last read then", buffer.replaces)
 
 
 def _other_version(plain: Mapping) -> ArtifactError:

@@ -15,6 +15,7 @@ from turbo_tvm.runtime import profiler
 from turbo_tvm.runtime.batch import Batch
 from turbo_tvm.runtime.executor import Executor, ForeignExecutor, Results
 from turbo_tvm.runtime.manifest import Manifest, OutputSpec
+from turbo_tvm.runtime.memory_report import MemoryReport, memory_report
 from turbo_tvm.runtime.profiler import MachineLimits, ProfileReport
 from turbo_tvm.runtime.text import TextTokenizer
 
@@ -58,6 +59,54 @@ class CompiledModel:
     def threads(self) -> int:
         """How many threads a call uses."""
         return self._executor.threads
+
+    @property
+    def memory_budget(self) -> int | None:
+        """The most bytes to hold for what lies between kernels and for outputs; None, the default, for no limit.
+
+        A list of sequences that needs more at once runs in smaller groups; a single sequence that needs more raises
+        MemoryBudgetError, and nothing runs. Weights and inputs are not counted.
+        """
+        return self._executor.memory[1]
+
+    @memory_budget.setter
+    def memory_budget(self, budget: int | None) -> None:
+        if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int) or budget < 1):
+            raise InputError(f"memory_budget is a number of bytes from 1, or None, not {budget!r}")
+        self._executor.set_memory(self._executor.memory[0], budget, self._largest())
+
+    @property
+    def memory_plan(self) -> str:
+        """How memory is planned: "compact", the default, or "turbo2021", "pooled" or "static", to compare with.
+
+        See `runtime/memory_planner.py`; "static" plans once, for a batch of `max_batch_tokens` tokens.
+        """
+        return self._executor.memory[0]
+
+    @memory_plan.setter
+    def memory_plan(self, strategy: str) -> None:
+        self._executor.set_memory(strategy, self.memory_budget, self._largest())
+
+    def _largest(self) -> dict[str, int] | None:
+        m = self.manifest
+        tokens = max(self.max_batch_tokens, m.bounds.max_length)
+        return packing.symbols(m.layout, m.row_tile, [1] * tokens) if m.layout == "packed" else None
+
+    def peak_bytes(self, lengths: Sequence[int]) -> int:
+        """Bytes that one batch of sequences of these lengths needs between kernels and for outputs.
+
+        Costs a look-up for a shape that was seen lately, and a plan otherwise. TurboError if this machine cannot run
+        the model.
+        """
+        return self._executor.peak_bytes(lengths)
+
+    def memory_report(self, lengths: Sequence[int]) -> MemoryReport:
+        """Where each tensor of a run lies in memory, for a batch of sequences of these lengths.
+
+        Raises InputError for lengths that the model cannot answer.
+        """
+        strategy = self.memory_plan
+        return memory_report(self.manifest, lengths, "compact" if strategy == "static" else strategy)
 
     def __repr__(self) -> str:
         m = self.manifest
@@ -157,10 +206,24 @@ class CompiledModel:
         return asked or self.manifest.primary
 
     def _run(self, batch: Batch, output: str | None = None) -> Results:
-        if len(batch.token_ids) <= self.max_batch_tokens:
+        small = len(batch.token_ids) <= self.max_batch_tokens
+        if small and self.memory_budget is None:
             return self._executor.run(batch, output)
-        groups = [self._executor.run(group, output) for group in _groups(batch, self.max_batch_tokens)]
-        return {name: [part for group in groups for part in group[name]] for name in groups[0]}
+        groups = [batch] if small else _groups(batch, self.max_batch_tokens)
+        fitting = [part for group in groups for part in self._within_budget(group)]  # all of them before any runs
+        results = [self._executor.run(group, output) for group in fitting]
+        return {name: [part for group in results for part in group[name]] for name in results[0]}
+
+    def _within_budget(self, batch: Batch) -> Iterator[Batch]:
+        """The batch, in halves as long as it does not fit; a single sequence must fit."""
+        count = len(batch.lengths)
+        if count == 1 or self._executor.fits(batch.lengths.tolist()):
+            if count == 1:
+                self._executor.check_memory(batch.lengths.tolist())
+            yield batch
+        else:
+            yield from self._within_budget(batch.part(0, count // 2))
+            yield from self._within_budget(batch.part(count // 2, count))
 
 
 def _groups(batch: Batch, max_tokens: int) -> Iterator[Batch]:

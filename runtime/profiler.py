@@ -135,7 +135,7 @@ class _Probe:
         return time.perf_counter() - start, self._vm_s
 
     def _count(self, func: Any, name: str, before: bool, _result: Any, *args: Any) -> int:
-        if before and _is_kernel(func, name):
+        if before and is_kernel(func, name):
             self.calls[name] += 1
             self.activations[name] += _activation_bytes(args, self._weights)
             if name not in self._cost:
@@ -143,7 +143,7 @@ class _Probe:
         return _RUN
 
     def _time(self, func: Any, name: str, before: bool, _result: Any, *args: Any) -> int:
-        if not before or not _is_kernel(func, name):
+        if not before or not is_kernel(func, name):
             return _RUN
         start = time.perf_counter()
         func(*args)
@@ -151,7 +151,7 @@ class _Probe:
         return _SKIP
 
 
-def _is_kernel(func: Any, name: str) -> bool:
+def is_kernel(func: Any, name: str) -> bool:
     """Whether this is a PrimFunc, and not a part of the VM or a Relax function."""
     return isinstance(func, tvm_ffi.Function) and not name.startswith(_NOT_KERNELS)
 
@@ -162,9 +162,10 @@ def _weights_of(manifest: Manifest, args: Sequence[Any]) -> Sequence[Any]:
 
 
 def _activation_bytes(args: Sequence[Any], weights: set[int]) -> int:
-    """Bytes of the tensors among a kernel's arguments that are no weights, each counted once."""
-    tensors = {a.data_ptr(): a for a in args if isinstance(a, tvm.runtime.Tensor)}
-    return sum(_bytes(t) for pointer, t in tensors.items() if pointer not in weights)
+    """Bytes of the tensors among a kernel's arguments that are no weights: of each input once, and of the output."""
+    last = len(args) - 1  # the output: written, also where it lies in the place of an input
+    tensors = {(a.data_ptr(), i == last): a for i, a in enumerate(args) if isinstance(a, tvm.runtime.Tensor)}
+    return sum(_bytes(t) for (pointer, _), t in tensors.items() if pointer not in weights)
 
 
 def _bytes(tensor: tvm.runtime.Tensor) -> int:

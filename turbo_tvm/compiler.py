@@ -210,7 +210,8 @@ def _manifest(
         positions=imported.positions,
         relative_positions=optimized.relative_positions,
         pools_first=optimized.pools_first,
-        buffers=tuple(BufferSpec(b.name, b.slot, b.kind, b.columns, b.dtype) for b in built.buffers),  # type: ignore[arg-type]
+        buffers=tuple(BufferSpec(**vars(b)) for b in built.memory.buffers),
+        steps=built.memory.steps,
         parameters=tuple(ParameterSpec(n, tuple(a.shape), str(a.dtype)) for n, a in built.parameters.items()),  # type: ignore[arg-type]
         kernels=optimized.kernels,
         declined=optimized.declined,

@@ -32,3 +32,7 @@ class InputError(TurboError, ValueError):
 
 class ArtifactError(TurboError):
     """An artifact cannot be written, or cannot be used here: damaged, of another version, for another CPU."""
+
+
+class MemoryBudgetError(InputError):
+    """A request whose intermediates need more memory than `memory_budget` allows; nothing of it ran."""

@@ -15,6 +15,7 @@ from tvm import ir, relax, s_tir, tirx
 
 from turbo_tvm.passes import composite
 from turbo_tvm.passes.composite import Composite
+from turbo_tvm.passes.plan_memory import OVERWRITES
 from turbo_tvm.passes.rewriter import dims_of, shape_of
 from turbo_tvm.runtime.manifest import KernelSpec
 from turbo_tvm.schedules import (
@@ -49,7 +50,8 @@ class CpuKernels:
             options[role] = RowFormat(int(dims_of(ty)[-1]), str(ty.dtype))
         if self.tiles.amx and fits_tiles(fused, out):
             factory = _IN_TILES[fused.name]
-        return kernel_name(fused, out, self.tiles.amx), _build(factory, self.tiles, tuple(sorted(options.items())))
+        kernel = _build(factory, self.tiles, tuple(sorted(options.items())), _overwritable(fused, out))
+        return kernel_name(fused, out, self.tiles.amx), kernel
 
     def _linear(self, fused: Composite, out: list) -> Recipe:
         options = {key: value for key, value in fused.attrs.items() if key != "columns"}
@@ -98,10 +100,13 @@ class CpuKernels:
 
 @lru_cache(maxsize=512)
 def _build(
-    factory: Callable[..., tirx.PrimFunc], tiles: CpuTiles, options: tuple[tuple[str, Any], ...]
+    factory: Callable[..., tirx.PrimFunc],
+    tiles: CpuTiles,
+    options: tuple[tuple[str, Any], ...],
+    overwritable: tuple[int, ...] = (),
 ) -> tirx.PrimFunc:
     """A schedule for these parameters; parsing TVMScript takes up to a second, so models of one process share them."""
-    return _rooted(factory(tiles, **dict(options)))
+    return _rooted(factory(tiles, **dict(options))).with_attr(OVERWRITES, list(overwritable))
 
 
 def _rooted(func: tirx.PrimFunc) -> tirx.PrimFunc:
@@ -110,6 +115,22 @@ def _rooted(func: tirx.PrimFunc) -> tirx.PrimFunc:
         return func
     root = s_tir.SBlockRealize([], True, s_tir.SBlock([], [], [], "root", func.body))
     return tirx.PrimFunc(func.params, root, func.ret_type, func.attrs)
+
+
+def _overwritable(fused: Composite, out: relax.TensorType) -> tuple[int, ...]:
+    """Which tensors the kernel reads element by element, each just before it writes that element of its output.
+
+    Those stored as the output is may be the same memory: the residual of a product, the rows that a norm reads.
+    """
+    candidates = {"linear": (3,), "norm": (0, 1), "normalize": (0,)}.get(fused.name, ())
+    if fused.name in ("linear", "norm") and not fused.attrs.get("residual"):
+        candidates = tuple(i for i in candidates if i == 0)
+    same = (str(out.dtype), [str(d) for d in dims_of(out)])
+    return tuple(
+        i
+        for i in candidates
+        if (str(fused.tensors[i].ty.dtype), [str(d) for d in dims_of(fused.tensors[i].ty)]) == same
+    )
 
 
 def has_position_bias(fused: Composite) -> bool:

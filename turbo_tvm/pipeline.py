@@ -28,8 +28,9 @@ from turbo_tvm.passes.lower_precision import lower_precision
 from turbo_tvm.passes.merge_qkv import merge_qkv
 from turbo_tvm.passes.normalize import normalize
 from turbo_tvm.passes.pack_weights import pack_weights
-from turbo_tvm.passes.plan_memory import Buffer, plan_memory
-from turbo_tvm.passes.remove_padding import Declined, remove_padding
+from turbo_tvm.passes.plan_memory import MemoryPlan, plan_memory
+from turbo_tvm.passes.remove_padding import Declined, remove_padding, sequence_tiles
+from turbo_tvm.passes.rewriter import dims_of
 from turbo_tvm.passes.tile_rows import tile_rows
 from turbo_tvm.passes.widen_rows import widen_rows
 from turbo_tvm.runtime.manifest import KernelSpec
@@ -68,11 +69,11 @@ class Optimized:
 
 @dataclass(frozen=True)
 class Built:
-    """Code and weights. parameters: prepared weights by name, in call order; buffers: what the executor supplies."""
+    """Code and weights. parameters: prepared weights by name, in call order; memory: what the executor supplies."""
 
     executable: relax.VMExecutable
     parameters: dict[str, np.ndarray]
-    buffers: tuple[Buffer, ...]
+    memory: MemoryPlan
     outputs: tuple[relax.TensorType, ...]
 
 
@@ -128,11 +129,12 @@ def build(
     target: tvm.target.Target,
     host: tvm.target.Target,
     tiles: CpuTiles,
+    planned: bool = True,
 ) -> Built:
     """Composites to machine code and prepared weights.
 
     weights: the model's weights in the order of the imported module's parameters. host: this machine, which prepares
-    them; it may be another than the target.
+    them; it may be another than the target. planned: False leaves intermediates to TVM's own allocator.
     """
     kernels = CpuKernels(tiles)
     mod = lower_kernels(optimized.mod, kernels)
@@ -141,9 +143,9 @@ def build(
     main = ir.IRModule({var: f for var, f in mod.functions_items() if var.name_hint != TRANSFORM})
     main = relax.transform.DeadCodeElimination(["main"])(main)
     outputs = _output_types(main["main"])
-    buffers: list[Buffer] = []
-    executable = tvm.compile(main, target=target, relax_pipeline=_lowering(optimized.layout, buffers))
-    return Built(executable, parameters, tuple(buffers), outputs)
+    memory = [MemoryPlan()]
+    executable = tvm.compile(main, target=target, relax_pipeline=_lowering(tiles.row_tile if planned else None, memory))
+    return Built(executable, parameters, memory[0], outputs)
 
 
 def _prepare_weights(
@@ -157,16 +159,14 @@ def _prepare_weights(
     return {name: np.from_dlpack(result) for name, result in zip(names, results, strict=True)}
 
 
-def _lowering(layout: str, buffers: list[Buffer]) -> tvm.transform.Pass:
-    """TVM's own lowering with our memory plan in its place; fills `buffers`."""
+def _lowering(row_tile: int | None, memory: list[MemoryPlan]) -> tvm.transform.Pass:
+    """TVM's own lowering with our memory plan in its place, which goes to `memory`; without it if row_tile is None."""
     t = relax.transform
 
     @tvm.transform.module_pass(opt_level=0, name="turbo_tvm.plan_memory")
     def supplied_buffers(mod: ir.IRModule, _ctx) -> ir.IRModule:
-        if layout != "packed":
-            return mod
-        mod, planned = plan_memory(mod)
-        buffers.extend(planned)
+        if row_tile is not None:
+            mod, memory[0] = plan_memory(mod, _memory_symbols(mod["main"], row_tile))
         return mod
 
     return tvm.transform.Sequential(
@@ -196,12 +196,22 @@ def _lowering(layout: str, buffers: list[Buffer]) -> tvm.transform.Pass:
     )
 
 
+def _memory_symbols(main: relax.Function, row_tile: int) -> dict[str, ir.Expr]:
+    """What sizes are made of, by `manifest.SYMBOLS`: the dimensions of token ids, and what follows from them."""
+    first, second = dims_of(main.params[0].ty)
+    if isinstance(second, int):
+        (boundaries,) = next(dims_of(p.ty) for p in main.params if p.name == "cu_seqlens")
+        return {"token_tiles": first, "sequence_tiles": sequence_tiles(boundaries, row_tile)}
+    return {"batch": first, "length": second, "row_tiles": (first * second + row_tile - 1) // row_tile}
+
+
 @tvm.transform.module_pass(opt_level=0, name="turbo_tvm.no_alias")
 def _no_alias(mod: ir.IRModule, _ctx) -> ir.IRModule:
     """Mark every PrimFunc as free of aliases.
 
     TVM 0.27 compiles a whole module by the mark of the function it declared last. Its own shape function has none, and
-    attention then runs five times slower. It has a single buffer, and every other function is given distinct outputs.
+    attention then runs five times slower. It has a single buffer, and every other function is given distinct outputs,
+    or one in the place of an input that it reads element by element just before it writes (`plan_memory.OVERWRITES`).
     """
     functions = {
         var: func.with_attr("tirx.noalias", True) if isinstance(func, tirx.PrimFunc) else func

@@ -1,4 +1,4 @@
-"""The command line of the benchmarks: `scripts/bench [encoder | overhead] [options]`, `scripts/bench report DIR`."""
+"""The command line of the benchmarks: `scripts/bench [encoder | memory | overhead]`, `scripts/bench report DIR`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from . import overhead
+from . import memory, overhead
 from .contenders import RIVALS
 from .encoder import PRECISIONS, Settings, run
 from .measure import Limits
@@ -33,7 +33,12 @@ EXAMPLES = """examples:
   scripts/bench report benchmarks/mine                Markdown and plots again from the JSON, without measuring"""
 OVERHEAD = """Time what CompiledModel.run adds to its kernels on a one-layer toy model: Python and TVM's VM apart, with
 hot and with cold caches. Prints medians and quartiles and writes overhead.json with every sample."""
-COMMANDS = ("encoder", "overhead", "report")
+MEMORY = """Compare how memory between kernels is planned, on traces of 1,000 requests (uniform 5..500, long-tailed,
+short and long in turn, slowly growing): ours, the published algorithm, TVM's pooled allocator and one worst-case plan:
+bytes held, allocated and freed, allocations, planning time, peak over lower bound. Then the growth of resident memory
+of turbo_tvm, PyTorch and ONNX Runtime on the same traces, in a process each.
+Writes memory.json (every sample), memory.md and memory.png."""
+COMMANDS = ("encoder", "memory", "overhead", "report")
 QUICK_LIMITS = {"rounds": 3, "seconds": 5.0}
 
 
@@ -49,6 +54,11 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=raw,
     )
     _encoder_options(encoder)
+    _memory_options(
+        commands.add_parser(
+            "memory", help="memory between kernels, planned and measured", description=MEMORY, formatter_class=raw
+        )
+    )
     _overhead_options(commands.add_parser("overhead", help="what run() costs above its kernels", description=OVERHEAD))
     again = commands.add_parser("report", help="Markdown and plots from existing JSON", description="Measures nothing.")
     again.add_argument("directory", type=Path, metavar="DIR", help="where the JSON files are")
@@ -75,6 +85,21 @@ def _encoder_options(encoder: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="of weights, lengths and token ids (default %(default)s)")
     add("--out", type=Path, default=Path("bench_results"), help="output directory (default %(default)s)")
     add("--resume", action="store_true", help="skip what the JSON there holds of this machine and these versions")
+
+
+def _memory_options(memory: argparse.ArgumentParser) -> None:
+    add = memory.add_argument
+    add("--model", choices=MODELS, default="bert-base", help="default %(default)s")
+    add(
+        "--measured",
+        type=int,
+        default=200,
+        metavar="N",
+        help="requests per trace and engine that are really run, 0 for none (default %(default)s)",
+    )
+    add("--threads", type=_positive, help="default: the physical cores")
+    add("--seed", type=int, default=0, help="of weights, lengths and token ids (default %(default)s)")
+    add("--out", type=Path, default=Path("bench_results"), help="output directory (default %(default)s)")
 
 
 def _overhead_options(overhead: argparse.ArgumentParser) -> None:
@@ -122,6 +147,20 @@ def settings(args: argparse.Namespace, argv: list[str]) -> Settings:
     )
 
 
+def memory_settings(args: argparse.Namespace, argv: list[str]) -> memory.Settings:
+    from turbo_tvm import config
+
+    return memory.Settings(
+        command=shlex.join(["scripts/bench", *argv]),
+        model=args.model,
+        sizes=MODELS[args.model],
+        measured=args.measured,
+        threads=config.num_threads(args.threads),
+        seed=args.seed,
+        out=args.out,
+    )
+
+
 def main(argv: list[str]) -> int:
     args = arguments(argv)
     console = Console(soft_wrap=True, highlight=False)
@@ -135,6 +174,8 @@ def main(argv: list[str]) -> int:
             from turbo_tvm import config
 
             overhead.run(args.rounds, config.num_threads(args.threads), args.seed, args.out, console)
+        elif args.command == "memory":
+            memory.run(memory_settings(args, argv), console)
         else:
             run(settings(args, argv), console)
     except KeyboardInterrupt:

@@ -12,10 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tvm import relax, te, tirx
 
-from turbo_tvm.passes.plan_memory import Buffer, plan_memory
+from turbo_tvm.passes.plan_memory import OVERWRITES, Buffer, MemoryPlan, plan_memory
 from turbo_tvm.passes.remove_padding import sequence_tiles
 from turbo_tvm.runtime.buffers import Buffers
 from turbo_tvm.runtime.manifest import BufferSpec
+from turbo_tvm.runtime.memory_planner import plan as place
+from turbo_tvm.runtime.memory_table import MemoryTable
 
 ROW_TILE = 4
 COLUMNS = (0, 2, 6)  # 0: rank 2
@@ -27,7 +29,10 @@ def rows(count, columns: int) -> tuple:
 
 @cache
 def kernel(op: str, a_columns: int, b_columns: int, columns: int) -> tirx.PrimFunc:
-    """A trivial kernel: `mix` adds two tensors of rows, `pool` makes rows of the first tile, `flat` reads a view."""
+    """A trivial kernel: `mix` adds two tensors of rows, `pool` makes rows of the first tile, `flat` reads a view.
+
+    What `mix` reads element by element, it may overwrite.
+    """
     n, p = (tirx.Var(name, "int64") for name in "np")
     flat = (n, ROW_TILE * a_columns)
     a = te.placeholder(flat if op == "flat" else rows(n, a_columns), "float32", "a")
@@ -44,7 +49,8 @@ def kernel(op: str, a_columns: int, b_columns: int, columns: int) -> tirx.PrimFu
     out = te.compute(rows(p if op == "pool" else n, columns), value, op)
     inputs = [a, b] if op == "mix" else [a]
     func = te.create_prim_func([*inputs, out])
-    return func.without_attr("global_symbol").with_attr("tirx.noalias", True)
+    alike = [i for i, width in enumerate((a_columns, b_columns)) if op == "mix" and width == columns]
+    return func.without_attr("global_symbol").with_attr("tirx.noalias", True).with_attr(OVERWRITES, alike)
 
 
 Step = tuple[str, int, int, int]  # operator, operands (counted from the latest value), columns
@@ -56,6 +62,7 @@ class Graph:
     def __init__(self, first_columns: int = 6):
         self.tiles, boundaries = tirx.Var("tiles", "int64"), tirx.Var("boundaries", "int64")
         self.sequences = sequence_tiles(boundaries, ROW_TILE)
+        self.symbols = {"token_tiles": self.tiles, "sequence_tiles": self.sequences}
         self.x = relax.Var("x", relax.TensorType(rows(self.tiles, 0), "float32"))
         self.cu_seqlens = relax.Var("cu_seqlens", relax.TensorType((boundaries,), "int32"))
         self.builder = relax.BlockBuilder()
@@ -125,21 +132,36 @@ def is_kernel(value: relax.Expr) -> bool:
     return isinstance(value, relax.Call) and isinstance(value.op, tvm.ir.GlobalVar)
 
 
+SYMBOLS = {"token_tiles": 3, "sequence_tiles": 2}
+
+
+def overlaps(buffers: tuple[Buffer, ...], in_place: bool) -> list[set[int]]:
+    """Which buffers each of them shares bytes with, in the runtime's plan for a batch."""
+    table = MemoryTable([BufferSpec(**vars(b)) for b in buffers], in_place)
+    sizes = table.sizes(SYMBOLS)
+    spans = [(p.offset, p.offset + size) for p, size in zip(place(table.records, sizes).places, sizes, strict=True)]
+    mine = [spans[number] for number in table.places]
+    return [{j for j, (c, d) in enumerate(mine) if c < b and a < d} for a, b in mine]
+
+
 class Memory:
     """Runs a lowered `main` on names in place of numbers: every tensor holds the expression that it was given.
 
-    A buffer holds what was last written to its slot, so whoever reads a tensor that was overwritten gets another name.
+    Whoever writes a buffer spoils all others that share bytes with it, so whoever reads one of them gets another name.
     """
 
-    def __init__(self, mod: tvm.IRModule, buffers: tuple[Buffer, ...] = ()):
-        params = mod["main"].params
-        self.slot = {p: b.slot for p, b in zip(params[len(params) - len(buffers) :], buffers, strict=True)}
-        self.held: dict = {p: p.name for p in params if p not in self.slot}
-        self.same_as: dict[relax.Var, relax.Var] = {}
+    def __init__(self, mod: tvm.IRModule, buffers: tuple[Buffer, ...] = (), in_place: bool = True):
+        params = list(mod["main"].params)
+        planned = params[len(params) - len(buffers) :]
+        self.spoils = {
+            p: [planned[j] for j in others if planned[j] is not p]
+            for p, others in zip(planned, overlaps(buffers, in_place), strict=True)
+        }
+        self.held: dict = {p: p.name for p in params}
+        self.same_as: dict[relax.Var, list[relax.Var]] = {}
         for _, var, value in bindings(mod):
             self._run(var, value)
-        out = mod["main"].body.body
-        self.outputs = self.read(out)
+        self.outputs = self.read(mod["main"].body.body)
 
     def _run(self, var: relax.Var, value: relax.Expr) -> None:
         if is_allocation(value):
@@ -147,49 +169,23 @@ class Memory:
         elif is_kernel(value):
             *arguments, out = value.args
             name = f"{value.op.name_hint}({', '.join(str(self.read(a)) for a in arguments)})"
-            self.held[self._place(out)] = str(hash(name))
+            out = self._source(out)
+            self.held |= dict.fromkeys(self.spoils.get(out, []), f"spoilt by {name}")
+            self.held[out] = str(hash(name))
         else:
             views = value.fields if isinstance(value, relax.Tuple) else [value]
             self.same_as[var] = [v.args[0] if isinstance(v, relax.Call) else v for v in views]
 
-    def _place(self, var: relax.Var):
-        """Where a tensor lies: its slot, or itself if TVM allocates it."""
+    def _source(self, var: relax.Var) -> relax.Var:
         while var in self.same_as:
             (var,) = self.same_as[var]
-        return self.slot.get(var, var)
+        return var
 
     def read(self, var: relax.Expr):
         fields = self.same_as.get(var, [])
         if len(fields) > 1:
             return tuple(self.read(f) for f in fields)
-        return self.held[self._place(var)]
-
-
-def peak(mod: tvm.IRModule, kind_of) -> dict:
-    """How many tensors of each kind are alive at most, from their first write to their last reader or the end."""
-    source: dict[relax.Var, list] = {}
-
-    def roots(var):
-        return [r for s in source[var] for r in roots(s)] if var in source else [var]
-
-    alive: dict[relax.Var, list[int]] = {}
-    for step, var, value in bindings(mod):
-        read = [v for v in relax.analysis.free_vars(value) if isinstance(v.ty, relax.TensorType | relax.TupleType)]
-        if is_allocation(value):
-            alive[var] = [step, step]
-        elif not is_kernel(value):
-            source[var] = read
-        for root in (r for v in read for r in roots(v)):
-            if root in alive:
-                alive[root][1] = step
-    for root in roots(mod["main"].body.body):
-        alive[root][1] = step + 1
-    counts: dict = {}
-    for now in range(step + 1):
-        for kind in {kind_of(v) for v in alive}:
-            living = sum(kind_of(v) == kind and first <= now <= last for v, (first, last) in alive.items())
-            counts[kind] = max(counts.get(kind, 0), living)
-    return counts
+        return self.held[self._source(var)]
 
 
 steps = st.lists(
@@ -207,23 +203,25 @@ outputs = st.lists(st.integers(0, 6), min_size=1, max_size=3, unique=True)
 @settings(max_examples=100, deadline=None)
 @given(steps, outputs)
 def test_nothing_is_overwritten_before_its_last_reader(steps, outputs):
-    before = lowered(Graph().build(steps, outputs))
-    after, buffers = plan_memory(before)
-    assert Memory(after, buffers).outputs == Memory(before).outputs
+    graph = Graph()
+    before = lowered(graph.build(steps, outputs))
+    after, planned = plan_memory(before, graph.symbols)
+    for in_place in (True, False):
+        assert Memory(after, planned.buffers, in_place).outputs == Memory(before).outputs
     assert not any(is_allocation(value) for _, _, value in bindings(after))
 
 
 @settings(max_examples=50, deadline=None)
 @given(steps, outputs)
-def test_slots_are_as_few_as_tensors_are_alive(steps, outputs):
+def test_lifetimes_are_within_the_steps_and_outputs_live_to_the_end(steps, outputs):
     graph = Graph()
     before = lowered(graph.build(steps, outputs))
-    _, buffers = plan_memory(before)
-    kinds = {b.slot: b.kind for b in buffers}
-    assert all(kinds[b.slot] == b.kind for b in buffers)
-    assert len(set(buffers)) == len(buffers)
-    wanted = peak(before, lambda v: "token" if v.ty.shape.values[0].same_as(graph.tiles) else "sequence")
-    assert {kind: list(kinds.values()).count(kind) for kind in wanted} == wanted
+    after, planned = plan_memory(before, graph.symbols)
+    assert list(planned.steps) == [value.op.name_hint for _, _, value in bindings(before) if is_kernel(value)]
+    assert all(0 <= b.first <= b.last <= len(planned.steps) for b in planned.buffers)
+    assert sum(b.last == len(planned.steps) for b in planned.buffers) == len({i % (len(steps) + 1) for i in outputs})
+    names = [p.name for p in after["main"].params]
+    assert names[len(names) - len(planned.buffers) :] == [b.name for b in planned.buffers]
 
 
 EXAMPLES = {
@@ -240,73 +238,96 @@ EXAMPLES = {
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_planned_and_unplanned_code_compute_the_same(name):
     steps, outputs = EXAMPLES[name]
-    before = lowered(Graph().build(steps, outputs))
-    after, buffers = plan_memory(before)
-    specs = [BufferSpec(b.name, b.slot, b.kind, b.columns, b.dtype) for b in buffers]
-    memory = Buffers(specs, ROW_TILE)
-    plain, planned = executable(before), executable(after)
+    graph = Graph()
+    before = lowered(graph.build(steps, outputs))
+    after, planned = plan_memory(before, graph.symbols)
+    memory = Buffers([BufferSpec(**vars(b)) for b in planned.buffers])
+    plain, on_buffers = executable(before), executable(after)
     rng = np.random.default_rng(0)
     for tiles, sequences in ((3, 2), (7, 9)):  # 1 and 3 tiles of sequences
         x = tvm.runtime.tensor(rng.standard_normal((tiles, ROW_TILE)).astype("float32"))
         bounds = tvm.runtime.tensor(np.zeros(sequences + 1, "int32"))
         wanted = plain["main"](x, bounds)
-        got = planned["main"](x, bounds, *memory.tensors(tiles, -(-sequences // ROW_TILE)))
+        batch = {"token_tiles": tiles, "sequence_tiles": -(-sequences // ROW_TILE)}
+        got = on_buffers["main"](x, bounds, *memory.tensors(batch))
         for w, g in zip(*([r] if isinstance(r, tvm.runtime.Tensor) else list(r) for r in (wanted, got)), strict=True):
             np.testing.assert_array_equal(g.numpy(), w.numpy())
 
 
-def plan(steps: list[Step], outputs: list[int] | None = None, first_columns: int = 6) -> tuple[Buffer, ...]:
-    return plan_memory(lowered(Graph(first_columns).build(steps, outputs or [0])))[1]
+def plan(steps: list[Step], outputs: list[int] | None = None, first_columns: int = 6) -> MemoryPlan:
+    graph = Graph(first_columns)
+    return plan_memory(lowered(graph.build(steps, outputs or [0])), graph.symbols)[1]
 
 
-def test_a_chain_needs_two_slots():
-    buffers = plan([("mix", 0, 0, 6)] * 7)
-    assert sorted({b.slot for b in buffers}) == [0, 1]
+def lives(found: MemoryPlan) -> list[tuple[int, int]]:
+    return [(b.first, b.last) for b in found.buffers]
 
 
-def test_an_output_made_early_keeps_its_slot():
-    buffers = plan([("mix", 0, 0, 6)] * 7, [0, 7])
-    assert len({b.slot for b in buffers}) == 3
+def test_a_tensor_lives_from_its_writer_to_its_last_reader():
+    assert lives(plan([("mix", 0, 0, 2), ("mix", 0, 1, 0), ("mix", 0, 0, 6)])) == [(0, 2), (1, 2), (2, 3), (3, 4)]
 
 
-def test_an_output_that_is_bound_early_keeps_its_slot():
-    mod = lowered(Graph().build([("mix", 0, 0, 6)] * 7, [0]))
+def test_a_view_keeps_its_source_alive():
+    found = plan([("view", 0, 0, 2), ("mix", 1, 1, 0), ("mix", 1, 0, 6)])
+    assert lives(found)[0] == (0, 2)
+
+
+def test_an_output_made_early_lives_to_the_end():
+    assert lives(plan([("mix", 0, 0, 2), ("mix", 0, 0, 0)], [0, 2])) == [(0, 3), (1, 2), (2, 3)]
+
+
+def test_an_output_that_is_bound_early_lives_to_the_end():
+    graph = Graph()
+    mod = lowered(graph.build([("mix", 0, 0, 6)] * 7, [0]))
     main = mod["main"]
     early = next(var for _, var, value in bindings(mod) if is_allocation(value))
     mod["main"] = relax.Function(main.params, relax.SeqExpr(main.body.blocks, early), early.ty, False, main.attrs)
-    after, buffers = plan_memory(mod)
-    assert Memory(after, buffers).outputs == Memory(mod).outputs
+    after, planned = plan_memory(mod, graph.symbols)
+    assert Memory(after, planned.buffers).outputs == Memory(mod).outputs
 
 
-def test_the_narrowest_free_slot_that_is_wide_enough_is_taken():
-    # Slots 0 (6 wide) and 1 (2 wide) are free when the last tensor, 2 wide, is allocated.
-    buffers = plan([("mix", 0, 0, 2), ("mix", 0, 1, 6), ("mix", 0, 0, 2)])
-    assert [(b.slot, b.columns) for b in buffers] == [(0, 6), (1, 2), (2, 6)]
+def test_shapes_are_products_of_symbols():
+    found = plan([("pool", 0, 0, 2), ("mix", 0, 0, 0)], [0, 2])
+    wanted = [("token_tiles", "4", "6"), ("sequence_tiles", "4", "2"), ("sequence_tiles", "4")]
+    assert [b.shape for b in found.buffers] == wanted
+    assert {b.dtype for b in found.buffers} == {"float32"}
 
 
-def test_a_free_slot_is_widened_before_a_new_one_is_made():
-    buffers = plan([("mix", 0, 0, 2), ("mix", 0, 0, 6)], first_columns=2)
-    assert [(b.slot, b.columns) for b in buffers] == [(0, 2), (1, 2), (0, 6)]
+def replaced(found: MemoryPlan) -> list[str | None]:
+    return [b.replaces for b in found.buffers]
 
 
-def test_tensors_of_one_slot_and_width_are_one_parameter():
-    mod = lowered(Graph().build([("mix", 0, 0, 6)] * 6, [0]))
-    after, buffers = plan_memory(mod)
-    assert [p.name for p in after["main"].params] == ["x", "cu_seqlens", "buffer_0_6_float32", "buffer_1_6_float32"]
-    assert [b.name for b in buffers] == ["buffer_0_6_float32", "buffer_1_6_float32"]
+class TestInPlace:
+    def test_a_kernel_may_overwrite_an_input_that_dies(self):
+        found = plan([("mix", 0, 0, 6), ("mix", 0, 1, 6), ("mix", 0, 1, 6)])
+        assert replaced(found) == [None, None, "buffer_0", "buffer_2"]
+
+    def test_not_one_that_is_read_later(self):
+        found = plan([("mix", 0, 0, 2), ("mix", 0, 1, 6), ("mix", 0, 2, 6)])
+        assert replaced(found) == [None, None, None, "buffer_2"]
+
+    def test_not_one_that_is_an_output(self):
+        assert replaced(plan([("mix", 0, 0, 2), ("mix", 0, 1, 6)], [0, 2])) == [None, None, None]
+
+    def test_not_one_that_the_kernel_reads_in_another_place_too(self):
+        assert replaced(plan([("mix", 0, 0, 6)])) == [None, None]
+
+    def test_not_one_of_another_type(self):
+        assert replaced(plan([("mix", 0, 0, 2), ("mix", 0, 0, 6)])) == [None, None, None]
+
+    def test_not_where_the_kernel_does_not_say_so(self, monkeypatch):
+        monkeypatch.setattr("turbo_tvm.passes.plan_memory.OVERWRITES", "another attribute")
+        assert set(replaced(plan([("mix", 0, 0, 6), ("mix", 0, 1, 6), ("mix", 0, 1, 6)]))) == {None}
 
 
 @pytest.mark.parametrize(
     "shape",
     [
-        lambda g: (g.tiles, 8, 2),
-        lambda g: (g.tiles * 2, ROW_TILE, 2),
-        lambda g: (5, ROW_TILE, 2),
-        lambda g: (g.tiles, ROW_TILE, 2, 2),
-        lambda g: (g.tiles, ROW_TILE, g.tiles),
-        lambda g: (g.tiles,),
+        lambda g: (g.tiles + 1, ROW_TILE, 2),
+        lambda g: ((g.tiles + 1) // 2, ROW_TILE, 2),
+        lambda g: (),
     ],
-    ids=["other row tile", "twice the tiles", "constant", "rank 4", "symbolic columns", "rank 1"],
+    ids=["one more", "half", "scalar"],
 )
 def test_tensors_of_any_other_shape_are_left_to_tvm(shape):
     graph = Graph()
@@ -315,9 +336,29 @@ def test_tensors_of_any_other_shape_are_left_to_tvm(shape):
             out = graph.builder.emit_output(relax.op.zeros(shape(graph), "float32"))
         graph.builder.emit_func_output(out)
     before = lowered(graph.builder.finalize())
-    after, buffers = plan_memory(before)
-    assert buffers == ()
+    after, planned = plan_memory(before, graph.symbols)
+    assert planned.buffers == ()
     assert sum(is_allocation(value) for _, _, value in bindings(after)) == 1
+
+
+@pytest.mark.parametrize(
+    ("shape", "wanted"),
+    [
+        (lambda g: (g.tiles * 2, 8, 2), ("2*token_tiles", "8", "2")),
+        (lambda g: (5, 3), ("5", "3")),
+        (lambda g: (g.tiles, 3, g.tiles * g.sequences, 2), ("token_tiles", "3", "sequence_tiles*token_tiles", "2")),
+    ],
+    ids=["twice the tiles", "constant", "a product of symbols"],
+)
+def test_tensors_of_any_shape_of_products_are_planned(shape, wanted):
+    graph = Graph()
+    with graph.builder.function("main", [graph.x, graph.cu_seqlens], attrs={"num_input": 2}):
+        with graph.builder.dataflow():
+            out = graph.builder.emit_output(relax.op.zeros(shape(graph), "float32"))
+        graph.builder.emit_func_output(out)
+    after, planned = plan_memory(lowered(graph.builder.finalize()), graph.symbols)
+    assert [(b.shape, b.first, b.last) for b in planned.buffers] == [(wanted, 0, 1)]
+    assert not any(is_allocation(value) for _, _, value in bindings(after))
 
 
 def test_a_model_that_keeps_nothing_needs_no_buffers():
@@ -326,4 +367,4 @@ def test_a_model_that_keeps_nothing_needs_no_buffers():
         with graph.builder.dataflow():
             out = graph.builder.emit_output(graph.x)
         graph.builder.emit_func_output(out)
-    assert plan_memory(lowered(graph.builder.finalize()))[1] == ()
+    assert plan_memory(lowered(graph.builder.finalize()), graph.symbols)[1] == MemoryPlan()

@@ -1,25 +1,33 @@
-"""The executor's memory: alignment, reuse, growth."""
+"""TVM's tensors in the executor's memory: alignment, reuse, growth."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from turbo_tvm.runtime.buffers import ALIGNMENT, KEPT_SHAPES, Buffers, Input, aligned_empty
+from turbo_tvm.errors import MemoryBudgetError
+from turbo_tvm.runtime.buffers import KEPT_SHAPES, Buffers, Input, aligned_empty
 from turbo_tvm.runtime.manifest import BufferSpec
+from turbo_tvm.runtime.memory_planner import ALIGNMENT
 
 SPECS = (
-    BufferSpec("a", 0, "token", 768),
-    BufferSpec("b", 1, "token", 3072),
-    BufferSpec("c", 1, "token", 36),
-    BufferSpec("d", 2, "sequence", 2),
-    BufferSpec("e", 3, "token", 0),
+    BufferSpec("a", ("token_tiles", "12", "768"), "float32", 0, 2),
+    BufferSpec("b", ("token_tiles", "12", "3072"), "float32", 1, 2),
+    BufferSpec("c", ("token_tiles", "12", "36"), "uint16", 3, 4),
+    BufferSpec("d", ("sequence_tiles", "12", "2"), "float32", 3, 4),
+    BufferSpec("e", ("token_tiles", "12"), "float32", 3, 4),
 )
 
 
+def batch(tokens: int, sequences: int) -> dict[str, int]:
+    return {"token_tiles": tokens, "sequence_tiles": sequences}
+
+
 def test_buffers_have_the_shapes_that_kernels_bind():
-    shapes = [tuple(t.shape) for t in Buffers(SPECS, 12).tensors(5, 2)]
-    assert shapes == [(5, 12, 768), (5, 12, 3072), (5, 12, 36), (2, 12, 2), (5, 12)]
+    tensors = Buffers(SPECS).tensors(batch(5, 2))
+    assert [tuple(t.shape) for t in tensors] == [(5, 12, 768), (5, 12, 3072), (5, 12, 36), (2, 12, 2), (5, 12)]
+    assert [str(t.dtype) for t in tensors] == ["float32", "float32", "uint16", "float32", "float32"]
+    assert all(t.data_ptr() % ALIGNMENT == 0 for t in tensors)
 
 
 @pytest.mark.parametrize("size", [1, 63, 64, 65, 4096])
@@ -28,44 +36,61 @@ def test_memory_is_aligned(size):
     assert block.nbytes == size and block.ctypes.data % ALIGNMENT == 0
 
 
-def test_buffers_of_one_slot_share_memory_and_others_do_not():
-    views = [np.from_dlpack(t) for t in Buffers(SPECS, 12).tensors(5, 2)]
-    assert np.shares_memory(views[1], views[2])
-    distinct = [views[0], views[1], views[3], views[4]]
-    for i, left in enumerate(distinct):
-        for right in distinct[i + 1 :]:
-            assert not np.shares_memory(left, right)
+def test_buffers_share_memory_only_if_they_never_live_at_once():
+    views = [np.from_dlpack(t) for t in Buffers(SPECS).tensors(batch(5, 2))]
+    assert not np.shares_memory(views[0], views[1])
+    for i in (2, 3, 4):
+        assert np.shares_memory(views[i], views[0]) or np.shares_memory(views[i], views[1])
+        for j in range(2, i):
+            assert not np.shares_memory(views[i], views[j])
 
 
 def test_the_same_shape_gives_the_same_tensors_again():
-    buffers = Buffers(SPECS, 12)
-    first = buffers.tensors(5, 2)
-    assert buffers.tensors(5, 2) is first
+    buffers = Buffers(SPECS)
+    first = buffers.tensors(batch(5, 2))
+    assert buffers.tensors(batch(5, 2)) is first
 
 
 def test_a_smaller_batch_allocates_nothing_and_a_larger_one_grows():
-    buffers = Buffers(SPECS, 12)
-    buffers.tensors(8, 1)
-    held = buffers.bytes_held
-    buffers.tensors(3, 1)
-    assert buffers.bytes_held == held
-    buffers.tensors(9, 1)
-    assert buffers.bytes_held > held
+    buffers = Buffers(SPECS)
+    buffers.tensors(batch(8, 1))
+    held = buffers.arena.bytes_held
+    buffers.tensors(batch(3, 1))
+    assert buffers.arena.bytes_held == held
+    buffers.tensors(batch(19, 1))
+    assert buffers.arena.bytes_held > held
 
 
 def test_views_of_replaced_memory_are_not_handed_out_again():
-    buffers = Buffers(SPECS, 12)
-    buffers.tensors(2, 1)
-    buffers.tensors(50, 1)
-    small, large = (np.from_dlpack(buffers.tensors(n, 1)[0]) for n in (2, 50))
-    assert np.shares_memory(small, large)
+    buffers = Buffers(SPECS)
+    buffers.tensors(batch(2, 1))
+    buffers.tensors(batch(50, 1))
+    (block,) = buffers.arena.blocks
+    for tokens in (2, 50):
+        assert all(np.shares_memory(np.from_dlpack(t), block) for t in buffers.tensors(batch(tokens, 1)))
 
 
 def test_views_of_many_shapes_do_not_pile_up():
-    buffers = Buffers(SPECS, 12)
+    buffers = Buffers(SPECS)
     for tiles in range(1, 200):
-        buffers.tensors(tiles, 1)
-    assert len(buffers._views) <= 64
+        buffers.tensors(batch(tiles, 1))
+    assert len(buffers._views) <= KEPT_SHAPES
+
+
+def test_regions_are_the_bytes_of_the_tensors():
+    buffers = Buffers(SPECS)
+    assert buffers.held_regions() == []
+    tensors = buffers.tensors(batch(5, 2))
+    for region, tensor in zip(buffers.held_regions(), tensors, strict=True):
+        assert region.ctypes.data == tensor.data_ptr()
+        assert region.nbytes == np.from_dlpack(tensor).nbytes
+
+
+def test_a_budget_is_kept():
+    buffers = Buffers(SPECS, budget=1000)
+    with pytest.raises(MemoryBudgetError):
+        buffers.tensors(batch(5, 2))
+    assert buffers.arena.bytes_held == 0
 
 
 def test_an_input_is_filled_in_place_and_keeps_its_tensors():

@@ -12,6 +12,7 @@ import pytest
 import tvm
 
 import turbo_tvm
+from turbo_tvm.errors import TurboError
 from turbo_tvm.runtime import batch as packing
 
 pytestmark = pytest.mark.xdist_group("served")
@@ -98,7 +99,7 @@ def test_outputs_are_copies_of_the_buffers(served):
     manifest = executor.manifest
     batch = packing.from_sequences([[5, 6, 7], [8]], None, manifest.bounds, manifest.positions)
     results = executor.run(batch)
-    views = [np.from_dlpack(t) for t in executor.buffers.tensors(1, 1)]
+    views = [np.from_dlpack(t) for t in executor.buffers.tensors(executor.symbols([3, 1]))]
     for parts in results.values():
         assert all(not np.shares_memory(part, view) for part in parts for view in views)
 
@@ -137,3 +138,18 @@ def test_a_shape_that_was_seen_makes_no_tensor(served, name, monkeypatch):
     for request, want in zip(requests * 2, wanted * 2, strict=True):
         for got, other in zip(arrays(compiled.run(request)), want, strict=True):
             np.testing.assert_array_equal(got, other)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, ValueError, AssertionError, MemoryError])
+def test_what_goes_wrong_in_compiled_code_is_an_error_of_ours(served, error):
+    compiled = served("bert").compiled
+
+    def broken(*_args):
+        raise error("inside the kernel")
+
+    with (
+        compiled._executor.calling(broken),
+        pytest.raises(TurboError, match="failed: inside the kernel"),
+    ):
+        compiled.run([[5, 6, 7]])
+    assert len(compiled.run([[5, 6, 7]])) == 1

@@ -45,7 +45,11 @@ FULL = replace(
     primary="hidden",
     bounds=Bounds(512, 1003, 2),
     positions=PositionRule("count_non_pad", 1, 1),
-    buffers=(BufferSpec("qkv", 0, "token", 288),),
+    buffers=(
+        BufferSpec("qkv", ("token_tiles", "4", "2*batch*length"), "float32", 0, 1),
+        BufferSpec("out", ("token_tiles", "4", "2*batch*length"), "float32", 1, 1, "qkv"),
+    ),
+    steps=("gemm",),
     parameters=(ParameterSpec("dense", (8, 12, 96)), ParameterSpec("scale", (), "float16")),
     kernels=(KernelSpec("gemm", "linear", 24, "n x 96 x 96", 18432.0, 0.5, 36864),),
     declined=("tanh pooler: no pattern",),
@@ -155,13 +159,14 @@ def test_not_a_manifest(text):
 def test_other_format_versions_are_named(version, advice):
     # A later format has fields of its own: the version is what the message must be about.
     plain = {"format_version": version, "turbo_version": "9.9.9", "shards": 4}
-    with pytest.raises(ArtifactError, match=f"format version {version!r}.*9.9.9.*reads version 1.*use {advice}"):
+    with pytest.raises(
+        ArtifactError, match=f"format version {version!r}.*9.9.9.*reads version {FORMAT_VERSION}.*use {advice}"
+    ):
         Manifest.from_json(json.dumps(plain))
 
 
-@pytest.mark.parametrize("version", [True, 1.0])
-def test_version_of_another_type(version):
-    plain = json.loads(SMALL.to_json()) | {"format_version": version}
+def test_version_of_another_type():
+    plain = json.loads(SMALL.to_json()) | {"format_version": float(FORMAT_VERSION)}
     with pytest.raises(ArtifactError, match="format_version must be a 64-bit integer"):
         Manifest.from_json(json.dumps(plain))
 
@@ -194,3 +199,33 @@ def test_any_value_anywhere_is_accepted_or_an_artifact_error(path, value):
     except ArtifactError:
         return
     assert Manifest.from_json(manifest.to_json()) == manifest
+
+
+@pytest.mark.parametrize(
+    ("buffers", "message"),
+    [
+        ([BufferSpec("a", ("token_tiles", "rows"), "float32", 0, 1)], "buffers: a, shape"),
+        ([BufferSpec("a", ("-4",), "float32", 0, 1)], "buffers: a, shape"),
+        ([BufferSpec("a", ("0",), "float32", 0, 1)], "buffers: a, shape"),
+        ([BufferSpec("a", ("4**2",), "float32", 0, 1)], "buffers: a, shape"),
+        ([BufferSpec("a", ("9" * 30,), "float32", 0, 1)], "buffers: a, shape"),
+        ([BufferSpec("a", ("4",), "float32", 1, 0)], "first <= last <= 1"),
+        ([BufferSpec("a", ("4",), "float32", 0, 2)], "first <= last <= 1"),
+        ([BufferSpec("a", ("4",), "float32", 0, 1, "b")], "buffers: a, replaces"),
+        (
+            [BufferSpec("a", ("4",), "float32", 0, 1), BufferSpec("b", ("8",), "float32", 1, 1, "a")],
+            "buffers: b, replaces",
+        ),
+        (
+            [BufferSpec("a", ("4",), "float32", 0, 0), BufferSpec("b", ("4",), "float32", 1, 1, "a")],
+            "buffers: b, replaces",
+        ),
+        (
+            [BufferSpec("a", ("4",), "int8", 0, 1), *(BufferSpec(n, ("4",), "int8", 1, 1, "a") for n in "bc")],
+            "buffers: c, replaces",
+        ),
+    ],
+)
+def test_a_buffer_that_cannot_be_planned_is_refused(buffers, message):
+    with pytest.raises(ArtifactError, match=message):
+        replace(SMALL, buffers=tuple(buffers), steps=("gemm",)).to_json()

@@ -12,10 +12,9 @@ KERNELS = (
     KernelSpec("attention_8", "attention", calls=1, flops_per_pair=32.0),
 )
 BUFFERS = (
-    BufferSpec("a", 0, "token", 8),
-    BufferSpec("b", 0, "token", 24),  # shares its memory with a
-    BufferSpec("c", 1, "token", 0, "int32"),
-    BufferSpec("d", 2, "sequence", 8),
+    BufferSpec("a", ("token_tiles", "6", "8"), "float32", 0, 1),
+    BufferSpec("b", ("token_tiles", "6", "32"), "float32", 1, 2),
+    BufferSpec("c", ("sequence_tiles", "6", "16"), "uint16", 2, 3),
 )
 
 
@@ -32,7 +31,8 @@ def manifest(layout: str = "packed", declined: tuple[str, ...] = ()) -> Manifest
         outputs=(),
         bounds=Bounds(40, 50),
         kernels=KERNELS,
-        buffers=BUFFERS,
+        buffers=BUFFERS if layout == "packed" else (),
+        steps=("x", "y", "z"),
         declined=declined,
     )
 
@@ -58,11 +58,9 @@ def test_padded_batch_counts_the_padding():
     assert cost.flops == cost.flops_padded == 3 * 128 * 10 + 32 * 2 * 25
 
 
-def test_buffers_come_in_whole_tiles_and_share_slots():
+def test_buffers_come_in_whole_tiles_and_use_memory_again():
     cost = numbers.batch_cost(manifest(), [2, 5])
-    assert cost.bytes_buffers == 12 * (24 * 4 + 4) + 6 * 8 * 4
-    assert numbers.slot_bytes(BUFFERS, "token") == 24 * 4 + 4
-    assert numbers.slot_bytes(BUFFERS, "sequence") == 8 * 4
+    assert cost.bytes_buffers == 12 * (8 + 32) * 4
 
 
 def test_why_padded():

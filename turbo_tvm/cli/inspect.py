@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from turbo_tvm.cli.options import debug_option, lengths_callback
+from turbo_tvm.cli.options import can_plot, check_plot, debug_option, lengths_callback
 
 if TYPE_CHECKING:
     from turbo_tvm.runtime.manifest import Manifest
+
+_STRATEGIES = ("compact", "turbo2021", "pooled")  # memory_planner.STRATEGIES, which is not imported for --help
 
 
 @click.command("inspect")
@@ -21,8 +23,31 @@ if TYPE_CHECKING:
 @click.option(
     "--lengths", metavar="N,N,...", callback=lengths_callback, help="Also the cost of a batch of these lengths."
 )
+@click.option("--memory", is_flag=True, help="Where tensors lie in memory, for a request of each of the lengths.")
+@click.option("--batch", is_flag=True, help="With --memory: for one batch of all the lengths.")
+@click.option(
+    "--strategy",
+    type=click.Choice(_STRATEGIES),
+    default="compact",
+    show_default=True,
+    help="With --memory: the planner.",
+)
+@click.option(
+    "--plot",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="With --memory: the picture, .png or .svg.  [default: FILE's name-memory.png, if matplotlib is installed]",
+)
 @debug_option
-def inspect_command(file: Path, as_json: bool, lengths: list[int] | None) -> None:
+def inspect_command(
+    file: Path,
+    as_json: bool,
+    lengths: list[int] | None,
+    memory: bool,
+    batch: bool,
+    strategy: str,
+    plot: Path | None,
+) -> None:
     """Show what is inside an artifact.
 
     The model, the CPU it was compiled for, inputs and outputs, each kernel with its shape, FLOPs and weights, buffers,
@@ -34,11 +59,22 @@ def inspect_command(file: Path, as_json: bool, lengths: list[int] | None) -> Non
       turbo-tvm inspect minilm.turbo
       turbo-tvm inspect minilm.turbo --lengths 12,200,37
       turbo-tvm inspect minilm.turbo --json | jq '.kernels[].name'
+      turbo-tvm inspect minilm.turbo --memory --lengths 200,240
+      turbo-tvm inspect minilm.turbo --memory --batch --lengths 12,200,37 --plot plan.svg
     """
+    if memory and not lengths:
+        raise click.UsageError("--memory needs --lengths, such as --lengths 200,240")
+    if not memory and (batch or plot):
+        raise click.UsageError(f"{'--batch' if batch else '--plot'} goes with --memory")
+    check_plot(plot)
     from turbo_tvm import artifact
     from turbo_tvm.errors import InputError
 
     manifest = artifact.read(file).manifest
+    if memory:
+        batches = [tuple(lengths or ())] if batch else [(n,) for n in lengths or ()]
+        _memory(file, manifest, batches, strategy, as_json, plot)
+        return
     longest = manifest.bounds.max_length
     if lengths and max(lengths) > longest:
         raise InputError(f"a sequence of {max(lengths)} tokens is too long: {manifest.name} allows {longest}")
@@ -48,6 +84,35 @@ def inspect_command(file: Path, as_json: bool, lengths: list[int] | None) -> Non
     from turbo_tvm.cli.inspect_tables import show
 
     show(file, manifest, lengths)
+
+
+def _memory(
+    file: Path,
+    manifest: Manifest,
+    batches: list[tuple[int, ...]],
+    strategy: str,
+    as_json: bool,
+    plot: Path | None,
+) -> None:
+    """The memory plans of some batches: as JSON, or as tables and a picture."""
+    from turbo_tvm.runtime.memory_report import memory_report
+
+    reports = [memory_report(manifest, lengths, strategy) for lengths in batches]
+    if as_json:
+        derived = [{"total": r.total, "ratio": r.ratio} for r in reports]
+        plain = [dataclasses.asdict(r) | d for r, d in zip(reports, derived, strict=True)]
+        click.echo(json.dumps(plain, indent=1))
+    else:
+        from turbo_tvm.cli.memory_tables import show
+
+        show(reports)
+    if plot is None and (as_json or not can_plot()):
+        return
+    from turbo_tvm.cli.memory_plot import draw
+
+    plot = plot or Path(f"{file.stem}-memory.png")
+    draw(reports, plot)
+    click.echo(f"wrote {plot}", err=True)
 
 
 def _plain(file: Path, manifest: Manifest, lengths: list[int] | None) -> dict[str, Any]:
@@ -61,8 +126,6 @@ def _plain(file: Path, manifest: Manifest, lengths: list[int] | None) -> dict[st
         "flops_per_pair": numbers.flops_per_pair(manifest.kernels),
         "kernel_calls": sum(k.calls for k in manifest.kernels),
         "bytes_weights": sum(k.calls * k.bytes_weights for k in manifest.kernels),
-        "buffer_bytes_per_token": numbers.slot_bytes(manifest.buffers, "token"),
-        "buffer_bytes_per_sequence": numbers.slot_bytes(manifest.buffers, "sequence"),
     }
     if lengths:
         plain["batch"] = {"lengths": lengths, **dataclasses.asdict(numbers.batch_cost(manifest, lengths))}

@@ -88,12 +88,10 @@ def _count(flops: float) -> str:
 
 
 def _memory(manifest: Manifest) -> Table:
-    rows = table("Buffers", ["name", "slot>", "row", "columns>", "dtype", "bytes/row>"], "name")
+    rows = table("Buffers", ["name", "shape", "dtype", "first step>", "last step>", "may replace"], "shape")
+    rows.caption = "where they lie follows from the batch: --memory --lengths 200,240"
     for b in manifest.buffers:
-        add_row(rows, b.name, str(b.slot), b.kind, str(b.columns or 1), b.dtype, f"{numbers.row_bytes(b):,}")
-    rows.add_section()
-    for kind in ("token", "sequence"):
-        add_row(rows, f"memory per {kind}", "", "", "", "", f"{numbers.slot_bytes(manifest.buffers, kind):,}")
+        add_row(rows, b.name, " x ".join(b.shape), b.dtype, str(b.first), str(b.last), b.replaces or "")
     return rows
 
 

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from turbo_tvm.runtime.manifest import BufferSpec, KernelSpec, Manifest
+from turbo_tvm.runtime.memory_report import memory_report
 
-_ITEM_BYTES = {"float64": 8, "int64": 8, "float32": 4, "int32": 4, "float16": 2, "int8": 1, "uint8": 1, "bool": 1}
+if TYPE_CHECKING:
+    from turbo_tvm.runtime.manifest import KernelSpec, Manifest
 
 
 @dataclass(frozen=True)
@@ -59,39 +59,13 @@ def batch_cost(manifest: Manifest, lengths: Sequence[int]) -> BatchCost:
         flops=_flops(manifest, lengths) if manifest.layout == "packed" else padded,
         flops_padded=padded,
         bytes_weights=sum(k.calls * k.bytes_weights for k in manifest.kernels),
-        bytes_buffers=_buffer_bytes(manifest, sum(lengths), len(lengths)),
+        bytes_buffers=memory_report(manifest, lengths).peak,
     )
-
-
-def row_bytes(buffer: BufferSpec) -> int:
-    """Bytes of one row, which is a token or a sequence."""
-    return max(buffer.columns, 1) * _ITEM_BYTES[buffer.dtype]
-
-
-def slot_bytes(buffers: Sequence[BufferSpec], kind: str) -> int:
-    """Bytes per row of all memory that holds rows of this kind: buffers of one slot share it."""
-    slots: dict[int, int] = {}
-    for buffer in buffers:
-        if buffer.kind == kind:
-            slots[buffer.slot] = max(slots.get(buffer.slot, 0), row_bytes(buffer))
-    return sum(slots.values())
 
 
 def _flops(manifest: Manifest, lengths: Sequence[int]) -> float:
     pairs = sum(n * n for n in lengths)
     return flops_per_token(manifest.kernels) * sum(lengths) + flops_per_pair(manifest.kernels) * pairs
-
-
-def _buffer_bytes(manifest: Manifest, tokens: int, sequences: int) -> int:
-    rows = {"token": _whole_tiles(tokens, manifest.row_tile), "sequence": _whole_tiles(sequences, manifest.row_tile)}
-    slots: dict[int, int] = {}
-    for buffer in manifest.buffers:
-        slots[buffer.slot] = max(slots.get(buffer.slot, 0), rows[buffer.kind] * row_bytes(buffer))
-    return sum(slots.values())
-
-
-def _whole_tiles(count: int, tile: int) -> int:
-    return -(-count // tile) * tile
 
 
 def _scaled(count: float, unit: str) -> str:

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from turbo_tvm.cli.options import Failure, debug_option, lengths_callback
+from turbo_tvm.cli.options import check_plot, debug_option, lengths_callback
 
 if TYPE_CHECKING:
     from turbo_tvm.runtime.model import CompiledModel
     from turbo_tvm.runtime.roofline import MachineLimits, ProfileReport
-
-_PICTURES = (".png", ".svg")
 
 
 @click.command("profile")
@@ -53,7 +50,7 @@ def profile_command(
       turbo-tvm profile minilm.turbo --lengths 5,37,128 --plot roofline.png
       turbo-tvm profile minilm.turbo --lengths 16 --json | jq '.kernels[0]'
     """
-    _check_plot(plot)
+    check_plot(plot)
     from turbo_tvm import config, machine_limits
 
     count = config.num_threads(threads)
@@ -94,17 +91,6 @@ def _limits(threads: int, remeasure: bool, step: Any) -> MachineLimits:
 
 def _silent(_text: str) -> None:
     """The look for limits that decides what to import; the one that uses them gives the notice."""
-
-
-def _check_plot(plot: Path | None) -> None:
-    if plot is None:
-        return
-    if plot.suffix not in _PICTURES:
-        raise click.UsageError(f"--plot {plot}: the name must end in .png or .svg")
-    if not plot.resolve().parent.is_dir():
-        raise Failure(f"cannot write {plot}: there is no directory {plot.resolve().parent}; create it first")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise Failure("--plot needs matplotlib: pip install 'turbo-tvm[plot]'")
 
 
 def plain(report: ProfileReport) -> dict[str, Any]:

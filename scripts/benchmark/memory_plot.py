@@ -1,0 +1,38 @@
+"""The PNG of `scripts/bench memory`: bytes held over the requests of each trace, and the growth that was measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .plots import HINT, PlotsAbsent
+
+MB = 1e6
+
+
+def draw(report: dict[str, Any], path: Path) -> None:
+    """Write the PNG. Raises PlotsAbsent without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise PlotsAbsent(HINT) from error
+    planned, measured = report["planned"], report["measured"]
+    rows = 2 if measured else 1
+    figure = Figure(figsize=(4.5 * len(planned), 4.2 * rows), layout="constrained")
+    axes = figure.subplots(rows, len(planned), squeeze=False)
+    figure.suptitle(f"{report['model']}: memory between kernels, {report['machine']['cpu']}")
+    for axis, (trace, by_strategy) in zip(axes[0], planned.items(), strict=True):
+        for strategy, found in by_strategy.items():
+            axis.plot([b / MB for b in found["held"]], label=strategy, linewidth=1)
+        axis.set(title=f"planned: {trace}", xlabel="request", ylim=(0, None))
+    axes[0][0].set_ylabel("held, MB")
+    axes[0][0].legend(fontsize=8)
+    for axis, (trace, by_engine) in zip(axes[1] if measured else (), measured.items(), strict=False):
+        for engine, found in by_engine.items():
+            if "absent" not in found:
+                axis.plot([(b - found["after_first"]) / MB for b in found["resident"]], label=engine, linewidth=1)
+        axis.set(title=f"measured: {trace}", xlabel="request")
+        axis.legend(fontsize=8)
+    if measured:
+        axes[1][0].set_ylabel("resident memory grown by, MB")
+    figure.savefig(path, dpi=110)
