@@ -104,7 +104,10 @@ def planned_strategy(manifest: Any, lengths: Sequence[int], strategy: str) -> di
     table = MemoryTable(manifest.buffers, strategy in COMPACT)
     largest = symbols(manifest.layout, manifest.row_tile, (manifest.bounds.max_length,))
     arena: Arena[int] = Arena(table, lambda size: size, strategy=strategy, largest=largest)
-    held, ratios, new, known = [], [], [], []
+    held: list[int] = []
+    ratios: list[float] = []
+    new: list[float] = []
+    known: list[float] = []
     for length in lengths:
         batch = symbols(manifest.layout, manifest.row_tile, (length,))
         plans, start = arena.statistics.plans, time.perf_counter()
@@ -138,7 +141,8 @@ def planning_times(manifest: Any) -> dict[str, Any]:
     row = manifest.row_tile
     buffers = Buffers(manifest.buffers)
     buffers.tensors(symbols(manifest.layout, row, (row * (SHAPES + 1),)))  # memory for all of them
-    new, known = [], []
+    new: list[float] = []
+    known: list[float] = []
     for tiles in range(1, SHAPES + 1):
         batch = symbols(manifest.layout, row, (row * tiles,))
         for samples in (new, *[known] * 5):
@@ -228,7 +232,7 @@ MEASURED_COLUMNS = ("trace", "engine", "requests", "after loading, MB", "growth 
 
 
 def measured_rows(trace: str, by_engine: dict[str, Any]) -> list[tuple[str, ...]]:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for engine, f in by_engine.items():
         if "absent" in f:
             rows.append((trace, engine, f"absent: {f['absent']}", "", "", ""))

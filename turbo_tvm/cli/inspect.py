@@ -72,7 +72,7 @@ def inspect_command(
 
     manifest = artifact.read(file).manifest
     if memory:
-        batches = [tuple(lengths or ())] if batch else [(n,) for n in lengths or ()]
+        batches: list[tuple[int, ...]] = [tuple(lengths or ())] if batch else [(n,) for n in lengths or ()]
         _memory(file, manifest, batches, strategy, as_json, plot)
         return
     longest = manifest.bounds.max_length

@@ -54,7 +54,7 @@ def _panel(ax: Any, report: MemoryReport, highest: int) -> None:
     ax.set_title(
         f"length {lengths}: peak {report.peak / _MB:.3g} MB, {report.ratio:.3f} x the lower bound", fontsize=10
     )
-    ax.legend(loc="upper right", fontsize=8)
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=3, fontsize=8)
 
 
 def _kind(tensor: TensorPlace) -> str:
