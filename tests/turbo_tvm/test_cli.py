@@ -309,6 +309,13 @@ class TestMemory:
             assert part in text
         assert (tmp_path / "tiny-memory.png").read_bytes().startswith(b"\x89PNG")
 
+    def test_without_matplotlib_there_are_tables_and_a_hint(self, tiny_artifact, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr("turbo_tvm.cli.inspect.can_plot", lambda: False)
+        result = invoke("inspect", tiny_artifact, "--memory", "--lengths", "12")
+        assert result.exit_code == 0 and "offset at 12" in result.stdout and "turbo-tvm[plot]" in result.stderr
+        assert list(tmp_path.iterdir()) == []
+
     def test_one_batch_as_svg(self, tiny_artifact, tmp_path):
         path = tmp_path / "plan.svg"
         text = succeed("inspect", tiny_artifact, "--memory", "--batch", "--lengths", "12,40,3", "--plot", path)

@@ -106,7 +106,10 @@ def _memory(
         from turbo_tvm.cli.memory_tables import show
 
         show(reports)
-    if plot is None and (as_json or not can_plot()):
+    if plot is None and as_json:
+        return
+    if plot is None and not can_plot():
+        click.echo("no picture: it needs matplotlib: pip install 'turbo-tvm[plot]'", err=True)
         return
     from turbo_tvm.cli.memory_plot import draw
 
