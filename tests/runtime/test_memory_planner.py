@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from turbo_tvm.runtime import memory_planner
 from turbo_tvm.runtime.memory_planner import (
     ALIGNMENT,
     PAGE,
@@ -136,6 +137,16 @@ def best_of_all_orders(table: list[Record], wanted: list[int]) -> int:
 def test_a_few_tensors_are_placed_as_well_as_can_be(tensors):
     table, wanted = [t[0] for t in tensors], [t[1] for t in tensors]
     assert plan(table, wanted).peak == best_of_all_orders(table, wanted)
+
+
+def test_moving_forward_what_sticks_out_beats_every_order():
+    table = [Record(*r) for r in [(0, 3), (5, 8), (8, 9), (3, 5), (4, 4)]]
+    wanted = [ALIGNMENT * n for n in (2, 2, 5, 2, 4)]
+    conflicts = memory_planner._conflicts(tuple(table))
+    orders = memory_planner._orders(conflicts, wanted)
+    peaks = [memory_planner._in_order(order, conflicts.neighbours, wanted)[1] for order in orders]
+    assert min(peaks) == 8 * ALIGNMENT
+    assert plan(table, wanted).peak == lower_bound(table, wanted) == 7 * ALIGNMENT
 
 
 class TestNothingMuch:
