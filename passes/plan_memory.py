@@ -6,8 +6,8 @@
 Runs on the lowered, ordered function, after CallTIRRewrite. A step is a call of a kernel. A tensor lives from the step
 that writes it to the last one that reads it, through views of it; an output to the end. Sizes stay symbolic: a
 dimension is a product of numbers and of what a batch says about itself (`symbols`), so that placing the tensors is left
-to the runtime, which does it once per shape (`runtime/memory_planner.py`). Tensors of any other shape are left to TVM's
-own allocation.
+to the runtime, which does it once per shape (`runtime/memory_planner.py`). Tensors of any other shape or type are left
+to TVM's own allocation.
 
 In place: a kernel may overwrite an input that has no later reader, if it is of the same type and the kernel allows it:
 its attribute `OVERWRITES` lists such parameters, and TVM's element-wise kernels allow all of theirs. The runtime may
@@ -26,6 +26,9 @@ from turbo_tvm.passes.normalize import same_shape
 from turbo_tvm.passes.rewriter import is_call, shape_of, substitute
 
 OVERWRITES = "turbo_tvm.overwrites"  # of a PrimFunc: positions of parameters that may be the memory of its output
+
+# What the runtime can name; TVM keeps tensors of other types.
+DTYPES = ("float64", "float32", "float16", "int64", "int32", "uint16", "int8", "uint8", "bool")
 
 _ELEMENTWISE = 0  # TVM's operator pattern
 
@@ -101,7 +104,7 @@ class _PlanMemory:
             read = [root for v in relax.analysis.free_vars(value) for root in self._roots(v)]
             if is_call(value, "builtin.alloc_tensor"):
                 shape = self._shape(var)
-                if shape is not None:
+                if shape is not None and str(var.ty.dtype) in DTYPES:
                     self.lives[var] = _Life(f"buffer_{len(self.lives)}", var, shape)
             elif self._is_view(value):
                 self.views[var] = read

@@ -165,6 +165,7 @@ class Arena(Generic[Block]):
             raise MemoryBudgetError(
                 f"a batch of this shape needs {plan.bytes_held:,} bytes for what lies between its kernels, and the "
                 f"budget is {budget:,}: send fewer or shorter sequences at once, or raise memory_budget"
+                + (" (the plan 'static' is that of the largest batch)" if self.strategy == "static" else "")
             )
         return plan
 

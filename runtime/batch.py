@@ -121,6 +121,15 @@ def tiles(rows: int, row_tile: int) -> int:
     return -(-rows // row_tile)
 
 
+def check_lengths(lengths: Sequence[int], bounds: Bounds) -> list[int]:
+    """The lengths as plain numbers. InputError for what is no length, or longer than the model allows."""
+    if not len(lengths) or min(lengths) < 1:
+        raise InputError(f"lengths are whole numbers of at least 1, and at least one of them, not {list(lengths)}")
+    if max(lengths) > bounds.max_length:
+        raise InputError(f"a sequence of {max(lengths)} tokens is too long: the model allows {bounds.max_length}")
+    return [int(n) for n in lengths]
+
+
 def symbols(layout: str, row_tile: int, lengths: Sequence[int]) -> dict[str, int]:
     """What sizes of buffers are made of, for sequences of these lengths: `manifest.SYMBOLS` by name."""
     if layout == "packed":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import tvm
@@ -21,7 +21,7 @@ KEPT_SHAPES = 64  # tensors are kept for so many recent batch shapes
 class Buffers:
     """Gives every buffer of a compiled function its tensor for a batch. Steady state allocates nothing.
 
-    strategy, largest, budget: as the arena's.
+    strategy, largest, budget: as the arena's. forget: called before memory goes, to drop results that lie in it.
     """
 
     def __init__(
@@ -30,13 +30,15 @@ class Buffers:
         strategy: str = "compact",
         largest: Symbols | None = None,
         budget: int | None = None,
+        forget: Callable[[], None] = lambda: None,
     ):
         self._views: OrderedDict[tuple[int, ...], list[tvm.runtime.Tensor]] = OrderedDict()
         self._held: tuple[Plan, Symbols] | None = None
         self._table = MemoryTable(specs, strategy in COMPACT)
         self.arena: Arena[np.ndarray] = Arena(
-            self._table, aligned_empty, self._views.clear, strategy=strategy, largest=largest, budget=budget
+            self._table, aligned_empty, self._drop_views, strategy=strategy, largest=largest, budget=budget
         )
+        self._forget = forget
 
     def tensors(self, symbols: Symbols) -> list[tvm.runtime.Tensor]:
         """The buffers in call order, 64-byte aligned. MemoryBudgetError if they do not fit the budget."""
@@ -53,6 +55,10 @@ class Buffers:
                 self._views.popitem(last=False)
         self._views.move_to_end(key)
         return self._views[key]
+
+    def _drop_views(self) -> None:
+        self._views.clear()
+        self._forget()
 
     def held_regions(self) -> list[np.ndarray]:
         """The bytes of every place of the latest batch, by the table's numbers."""

@@ -35,10 +35,10 @@ class Executor:
         self.manifest = manifest
         self.threads = threads
         self._module = module
-        self._main = self.another_vm()["main"]
+        self._main = self._own = self.another_vm()["main"]
         self._inputs = [Input(spec.dtype) for spec in manifest.inputs]
         self._weights = [tvm.runtime.from_dlpack(weights[p.name]) for p in manifest.parameters]
-        self.buffers = Buffers(manifest.buffers)
+        self.buffers = Buffers(manifest.buffers, forget=self._forget)
         self._lock = threading.RLock()
         self._config_threadpool = tvm.get_global_func("runtime.config_threadpool")
 
@@ -50,7 +50,10 @@ class Executor:
         with self._lock:
             # TVM keeps one thread pool per calling thread, for all models: another may have set it since (1 us)
             self._config_threadpool(BIG_CORES, self.threads)
-            return self._packed(batch, output) if self.manifest.layout == "packed" else self._padded(batch, output)
+            try:
+                return self._packed(batch, output) if self.manifest.layout == "packed" else self._padded(batch, output)
+            except MemoryError as error:
+                raise TurboError(f"there is not enough memory for this batch: {error}") from error
 
     def symbols(self, lengths: Sequence[int]) -> dict[str, int]:
         """What the memory of a batch of these lengths depends on."""
@@ -83,8 +86,17 @@ class Executor:
         """
         with self._lock:
             if strategy != self.buffers.arena.strategy:
-                self.buffers = Buffers(self.manifest.buffers, strategy, largest)
-            self.buffers.arena.budget = budget
+                self._forget()
+                self.buffers = Buffers(self.manifest.buffers, strategy, largest, forget=self._forget)
+            arena = self.buffers.arena
+            arena.budget = budget
+            if budget is not None and arena.bytes_held > budget:
+                arena.release()
+
+    def _forget(self) -> None:
+        """Let go of the last results, which lie in memory that is to be freed: TVM's VM keeps them until its next."""
+        if self._main is self._own:
+            self._main = self._own = self.another_vm()["main"]
 
     @property
     def function(self) -> Callable[..., Any]:
@@ -99,11 +111,11 @@ class Executor:
     def calling(self, function: Callable[..., Any]) -> Iterator[None]:
         """While open, `run` calls this in place of the compiled function, and other threads wait; for the profiler."""
         with self._lock:
-            own, self._main = self._main, function
+            self._main = function
             try:
                 yield
             finally:
-                self._main = own
+                self._main = self._own
 
     def _call(
         self, arrays: Mapping[str, Callable[[], np.ndarray]], buffers: list[tvm.runtime.Tensor], output: str | None

@@ -31,9 +31,9 @@ __all__ = [
 
 FORMAT_VERSION = 2
 
-# What a batch says about itself: tiles of token rows and of sequence rows (packed); sequences, the longest one in
-# tokens, and tiles of the rows of all of them (padded).
-SYMBOLS = ("token_tiles", "sequence_tiles", "batch", "length", "row_tiles")
+# What a batch says about itself, by layout: tiles of token rows and of sequence rows; or sequences, the longest one in
+# tokens, and tiles of the rows of all of them.
+SYMBOLS = {"packed": ("token_tiles", "sequence_tiles"), "padded": ("batch", "length", "row_tiles")}
 
 # An integer annotated with the least value it may have.
 Natural = Annotated[int, 0]
@@ -213,7 +213,7 @@ def _from_plain(plain: Any) -> Manifest:
         _refuse_duplicates(group, [item.name for item in getattr(manifest, group)])
     free: dict[str, BufferSpec] = {}  # buffers that nobody replaces yet
     for buffer in manifest.buffers:
-        _check_buffer(buffer, len(manifest.steps), free)
+        _check_buffer(buffer, len(manifest.steps), SYMBOLS[manifest.layout], free)
         free[buffer.name] = buffer
     names = [output.name for output in manifest.outputs]
     if manifest.primary is not None and manifest.primary not in names:
@@ -221,18 +221,19 @@ def _from_plain(plain: Any) -> Manifest:
     return manifest
 
 
-def _check_buffer(buffer: BufferSpec, steps: int, free: dict[str, BufferSpec]) -> None:
+def _check_buffer(buffer: BufferSpec, steps: int, symbols: tuple[str, ...], free: dict[str, BufferSpec]) -> None:
     where = f"buffers: {buffer.name}"
     for dimension in buffer.shape:
         for factor in dimension.split("*"):
             number = int(factor) if factor.isdecimal() and factor.isascii() and len(factor) < 19 else 0
-            if factor not in SYMBOLS and number < 1:
-                raise wrong_field(f"{where}, shape", f"a product of numbers and {', '.join(SYMBOLS)}", dimension)
+            if factor not in symbols and number < 1:
+                raise wrong_field(f"{where}, shape", f"a product of numbers and {', '.join(symbols)}", dimension)
     if not buffer.first <= buffer.last <= steps:
         raise wrong_field(where, f"first <= last <= {steps}, the number of steps", (buffer.first, buffer.last))
     if buffer.replaces is not None:
         old = free.pop(buffer.replaces, None)
-        if old is None or (old.shape, old.dtype, old.last) != (buffer.shape, buffer.dtype, buffer.first):
+        alike = old is not None and (old.shape, old.dtype, old.last) == (buffer.shape, buffer.dtype, buffer.first)
+        if old is None or not alike or old.first >= buffer.first:
             raise wrong_field(f"{where}, replaces", "an earlier buffer alike that is last read then", buffer.replaces)
 
 

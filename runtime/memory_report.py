@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from turbo_tvm.errors import InputError, TurboError
+from turbo_tvm.errors import TurboError
 from turbo_tvm.runtime import batch as packing
 from turbo_tvm.runtime.manifest import Manifest
 from turbo_tvm.runtime.memory_planner import COMPACT, STRATEGIES
@@ -61,12 +61,7 @@ def memory_report(manifest: Manifest, lengths: Sequence[int], strategy: str = "c
     """
     if strategy not in STRATEGIES:
         raise TurboError(f"there is no memory plan {strategy!r} for a batch; use one of {', '.join(STRATEGIES)}")
-    if not len(lengths) or min(lengths) < 1:
-        raise InputError(f"lengths are whole numbers of at least 1, and at least one of them, not {list(lengths)}")
-    if max(lengths) > manifest.bounds.max_length:
-        raise InputError(
-            f"a sequence of {max(lengths)} tokens is too long: {manifest.name} allows {manifest.bounds.max_length}"
-        )
+    lengths = packing.check_lengths(lengths, manifest.bounds)
     table = MemoryTable(manifest.buffers, strategy in COMPACT)
     symbols = packing.symbols(manifest.layout, manifest.row_tile, lengths)
     shapes, sizes = table.shapes(symbols), table.sizes(symbols)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from numbers import Integral
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -65,15 +66,15 @@ class CompiledModel:
         """The most bytes to hold for what lies between kernels and for outputs; None, the default, for no limit.
 
         A list of sequences that needs more at once runs in smaller groups; a single sequence that needs more raises
-        MemoryBudgetError, and nothing runs. Weights and inputs are not counted.
+        MemoryBudgetError, and nothing runs. Weights, inputs and the scratch of single kernels are not counted.
         """
         return self._executor.memory[1]
 
     @memory_budget.setter
     def memory_budget(self, budget: int | None) -> None:
-        if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int) or budget < 1):
+        if budget is not None and (isinstance(budget, bool) or not isinstance(budget, Integral) or budget < 1):
             raise InputError(f"memory_budget is a number of bytes from 1, or None, not {budget!r}")
-        self._executor.set_memory(self._executor.memory[0], budget, self._largest())
+        self._executor.set_memory(self.memory_plan, None if budget is None else int(budget), self._largest())
 
     @property
     def memory_plan(self) -> str:
@@ -88,22 +89,23 @@ class CompiledModel:
         self._executor.set_memory(strategy, self.memory_budget, self._largest())
 
     def _largest(self) -> dict[str, int] | None:
-        m = self.manifest
-        tokens = max(self.max_batch_tokens, m.bounds.max_length)
-        return packing.symbols(m.layout, m.row_tile, [1] * tokens) if m.layout == "packed" else None
+        """Tiles of the largest batch: as many tokens as run at once, each of them a sequence of its own."""
+        tiles = packing.tiles(max(self.max_batch_tokens, self.manifest.bounds.max_length), self.manifest.row_tile)
+        return {"token_tiles": tiles, "sequence_tiles": tiles} if self.manifest.layout == "packed" else None
 
     def peak_bytes(self, lengths: Sequence[int]) -> int:
         """Bytes that one batch of sequences of these lengths needs between kernels and for outputs.
 
-        Costs a look-up for a shape that was seen lately, and a plan otherwise. TurboError if this machine cannot run
-        the model.
+        Costs a look-up for a shape that was seen lately, and a plan otherwise; waits for a run that goes on. InputError
+        for lengths that the model cannot answer, TurboError if this machine cannot run the model.
         """
-        return self._executor.peak_bytes(lengths)
+        return self._executor.peak_bytes(packing.check_lengths(lengths, self.manifest.bounds))
 
     def memory_report(self, lengths: Sequence[int]) -> MemoryReport:
         """Where each tensor of a run lies in memory, for a batch of sequences of these lengths.
 
-        Raises InputError for lengths that the model cannot answer.
+        With the plan "static", which is that of the largest batch, the report is the batch's own. Raises InputError for
+        lengths that the model cannot answer.
         """
         strategy = self.memory_plan
         return memory_report(self.manifest, lengths, "compact" if strategy == "static" else strategy)
@@ -217,9 +219,10 @@ class CompiledModel:
     def _within_budget(self, batch: Batch) -> Iterator[Batch]:
         """The batch, in halves as long as it does not fit; a single sequence must fit."""
         count = len(batch.lengths)
-        if count == 1 or self._executor.fits(batch.lengths.tolist()):
-            if count == 1:
-                self._executor.check_memory(batch.lengths.tolist())
+        if count == 1:
+            self._executor.check_memory(batch.lengths.tolist())
+            yield batch
+        elif self._executor.fits(batch.lengths.tolist()):
             yield batch
         else:
             yield from self._within_budget(batch.part(0, count // 2))

@@ -19,6 +19,7 @@ import tvm
 import tvm_ffi
 
 from turbo_tvm.errors import InputError
+from turbo_tvm.runtime.batch import check_lengths
 from turbo_tvm.runtime.executor import Executor
 from turbo_tvm.runtime.manifest import Bounds, KernelSpec, Manifest
 from turbo_tvm.runtime.roofline import KernelProfile, MachineLimits, ProfileReport, Work, floor
@@ -65,14 +66,6 @@ def random_sequences(lengths: Sequence[int], bounds: Bounds, seed: int) -> list[
     check_lengths(lengths, bounds)
     rng = np.random.default_rng(seed)
     return [rng.integers(0, bounds.vocab_size, length, np.int32) for length in lengths]
-
-
-def check_lengths(lengths: Sequence[int], bounds: Bounds) -> None:
-    """Raises InputError for lengths that are no lengths, or longer than the model allows."""
-    if not len(lengths) or min(lengths) < 1:
-        raise InputError(f"lengths are whole numbers of at least 1, and at least one of them, not {list(lengths)}")
-    if max(lengths) > bounds.max_length:
-        raise InputError(f"a sequence of {max(lengths)} tokens is too long: the model allows {bounds.max_length}")
 
 
 class _Probe:

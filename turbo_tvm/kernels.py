@@ -118,9 +118,10 @@ def _rooted(func: tirx.PrimFunc) -> tirx.PrimFunc:
 
 
 def _overwritable(fused: Composite, out: relax.TensorType) -> tuple[int, ...]:
-    """Which tensors the kernel reads element by element, each just before it writes that element of its output.
+    """Which tensors may be the memory of the output, if they are stored as it is.
 
-    Those stored as the output is may be the same memory: the residual of a product, the rows that a norm reads.
+    Each of their elements (of a norm, each of their rows) is read by the task that writes it, before it does: the
+    residual of a product, the rows that a norm reads.
     """
     candidates = {"linear": (3,), "norm": (0, 1), "normalize": (0,)}.get(fused.name, ())
     if fused.name in ("linear", "norm") and not fused.attrs.get("residual"):

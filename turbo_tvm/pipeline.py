@@ -211,7 +211,7 @@ def _no_alias(mod: ir.IRModule, _ctx) -> ir.IRModule:
 
     TVM 0.27 compiles a whole module by the mark of the function it declared last. Its own shape function has none, and
     attention then runs five times slower. It has a single buffer, and every other function is given distinct outputs,
-    or one in the place of an input that it reads element by element just before it writes (`plan_memory.OVERWRITES`).
+    or one in the place of an input that the task that writes an element has read before (`plan_memory.OVERWRITES`).
     """
     functions = {
         var: func.with_attr("tirx.noalias", True) if isinstance(func, tirx.PrimFunc) else func

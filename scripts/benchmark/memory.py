@@ -273,7 +273,9 @@ def markdown(report: dict[str, Any]) -> str:
         f"    {report['command']}    # {report['started']}, revision {report['revision']}\n",
         "## Planned\n",
         f"{len(next(iter(report['traces'].values()))):,} requests of one sequence each, handled by the arena that "
-        "serves models. Held: chunks, after each request. The lower bound is the most bytes alive in any step.\n",
+        "serves models. Held: chunks, after each request. The lower bound is the most bytes alive in any step, of the "
+        "strategy's own tensors: `compact` and `static` write over inputs that die, the others do not. Over it stands "
+        "the peak of a plan, or what is held (`pooled`, `static`).\n",
         _markdown_table(PLANNED_COLUMNS, planned),
         "From a batch's shape to its tensors, `deep` being an encoder of 48 layers:\n",
         _markdown_table(TIME_COLUMNS, time_rows(report["times"])),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -12,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tvm import relax, te, tirx
 
-from turbo_tvm.passes.plan_memory import OVERWRITES, Buffer, MemoryPlan, plan_memory
+from turbo_tvm.passes.plan_memory import DTYPES, OVERWRITES, Buffer, MemoryPlan, plan_memory
 from turbo_tvm.passes.remove_padding import sequence_tiles
 from turbo_tvm.runtime.buffers import Buffers
-from turbo_tvm.runtime.manifest import BufferSpec
+from turbo_tvm.runtime.manifest import BufferSpec, Dtype
 from turbo_tvm.runtime.memory_planner import plan as place
 from turbo_tvm.runtime.memory_table import MemoryTable
 
@@ -368,3 +369,16 @@ def test_a_model_that_keeps_nothing_needs_no_buffers():
             out = graph.builder.emit_output(graph.x)
         graph.builder.emit_func_output(out)
     assert plan_memory(lowered(graph.builder.finalize()), graph.symbols)[1] == MemoryPlan()
+
+
+def test_types_that_the_runtime_cannot_name_are_left_to_tvm():
+    graph = Graph()
+    with graph.builder.function("main", [graph.x, graph.cu_seqlens], attrs={"num_input": 2}):
+        with graph.builder.dataflow():
+            out = graph.builder.emit_output(relax.op.astype(graph.x, "int16"))
+        graph.builder.emit_func_output(out)
+    assert plan_memory(lowered(graph.builder.finalize()), graph.symbols)[1].buffers == ()
+
+
+def test_planned_types_are_those_of_the_manifest():
+    assert set(DTYPES) == set(get_args(Dtype))

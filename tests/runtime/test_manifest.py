@@ -46,8 +46,8 @@ FULL = replace(
     bounds=Bounds(512, 1003, 2),
     positions=PositionRule("count_non_pad", 1, 1),
     buffers=(
-        BufferSpec("qkv", ("token_tiles", "4", "2*batch*length"), "float32", 0, 1),
-        BufferSpec("out", ("token_tiles", "4", "2*batch*length"), "float32", 1, 1, "qkv"),
+        BufferSpec("qkv", ("row_tiles", "4", "2*batch*length"), "float32", 0, 1),
+        BufferSpec("out", ("row_tiles", "4", "2*batch*length"), "float32", 1, 1, "qkv"),
     ),
     steps=("gemm",),
     parameters=(ParameterSpec("dense", (8, 12, 96)), ParameterSpec("scale", (), "float16")),
@@ -209,9 +209,14 @@ def test_any_value_anywhere_is_accepted_or_an_artifact_error(path, value):
         ([BufferSpec("a", ("0",), "float32", 0, 1)], "buffers: a, shape"),
         ([BufferSpec("a", ("4**2",), "float32", 0, 1)], "buffers: a, shape"),
         ([BufferSpec("a", ("9" * 30,), "float32", 0, 1)], "buffers: a, shape"),
+        ([BufferSpec("a", ("batch",), "float32", 0, 1)], "buffers: a, shape"),
         ([BufferSpec("a", ("4",), "float32", 1, 0)], "first <= last <= 1"),
         ([BufferSpec("a", ("4",), "float32", 0, 2)], "first <= last <= 1"),
         ([BufferSpec("a", ("4",), "float32", 0, 1, "b")], "buffers: a, replaces"),
+        (
+            [BufferSpec("a", ("4",), "float32", 1, 1), BufferSpec("b", ("4",), "float32", 1, 1, "a")],
+            "buffers: b, replaces",
+        ),
         (
             [BufferSpec("a", ("4",), "float32", 0, 1), BufferSpec("b", ("8",), "float32", 1, 1, "a")],
             "buffers: b, replaces",

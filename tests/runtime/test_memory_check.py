@@ -7,14 +7,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+import turbo_tvm
 from turbo_tvm import pipeline, targets
 from turbo_tvm.errors import TurboError
 from turbo_tvm.frontends.torch_module import import_module
+from turbo_tvm.loader import open_model
 from turbo_tvm.runtime import batch as packing
 from turbo_tvm.runtime.buffers import aligned_empty
 from turbo_tvm.runtime.executor import Executor
 from turbo_tvm.runtime.memory_check import dead_memory_is_nan
-from turbo_tvm.runtime.memory_table import MemoryTable
 from turbo_tvm.schedules.tiles import cpu_tiles
 
 pytestmark = pytest.mark.xdist_group("served")
@@ -73,19 +74,13 @@ def test_tvms_own_allocator_gives_the_same_answers(served, random_requests, name
 
 
 def test_a_plan_that_gives_memory_away_too_early_is_found_out(served):
-    compiled = served("bert").compiled
-    executor, arena = compiled._executor, compiled._executor.buffers.arena
-    wanted = compiled.run([[5, 6, 7]])[0]
-    buffers, steps = executor.manifest.buffers, executor.manifest.steps
+    artifact = served("bert").compiled._artifact
+    buffers, steps = artifact.manifest.buffers, artifact.manifest.steps
     attention = next(b for b in buffers if steps[b.first].startswith("attention"))
-    table = arena.table
-    try:
-        arena.table = MemoryTable([replace(b, last=b.first) if b is attention else b for b in buffers])
-        with dead_memory_is_nan(executor):
-            assert np.isnan(compiled.run([[5, 6, 7]])[0]).all()
-    finally:
-        arena.table = table
-    np.testing.assert_array_equal(compiled.run([[5, 6, 7]])[0], wanted)
+    wrong = tuple(replace(b, last=b.first) if b is attention else b for b in buffers)
+    broken = open_model(replace(artifact, manifest=replace(artifact.manifest, buffers=wrong)), 1)
+    with dead_memory_is_nan(broken._executor):
+        assert np.isnan(broken.run([[5, 6, 7]])[0]).all()
 
 
 @pytest.mark.parametrize(
@@ -101,3 +96,21 @@ def test_steps_that_are_not_those_of_the_code_are_an_error(served, steps, messag
             compiled.run([[5, 6, 7]])
     finally:
         executor.manifest = manifest
+
+
+def test_bf16_in_place_gives_the_same_answers(served, random_requests):
+    """Kernels that write over an input, and the same ones with memory of their own."""
+    machine = targets.resolve("cpu")
+    try:
+        targets.check_precision(machine, "bf16")
+    except TurboError:
+        pytest.skip("needs a CPU with AVX512-BF16")
+    compiled = turbo_tvm.compile(served("bert").module, precision="bf16", progress=False)
+    assert sum(b.replaces is not None for b in compiled.manifest.buffers) >= 2
+    requests = random_requests(6, seed=11)
+    compiled.memory_plan = "pooled"
+    wanted = [compiled.run(request) for request in requests]
+    compiled.memory_plan = "compact"
+    with dead_memory_is_nan(compiled._executor):
+        for request, answers in zip(requests, wanted, strict=True):
+            assert_same(compiled.run(request), answers)

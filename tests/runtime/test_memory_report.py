@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import numpy as np
 import pytest
 
@@ -107,6 +109,40 @@ class TestModel:
         assert len(model.run([[5] * 10])) == 1
         model.memory_budget = None
         assert len(model.run([[5] * 10, [5] * 64])) == 2
+
+    def test_memory_that_is_replaced_is_freed_before_the_next_comes(self, model):
+        """TVM's VM keeps its last results: they must not keep the chunk that they lie in."""
+        model.run([[5]])
+        old = weakref.ref(model._executor.buffers.arena.blocks[0].base)
+        allocate = model._executor.buffers.arena._chunks._allocate
+        alive = []
+        model._executor.buffers.arena._chunks._allocate = lambda size: (alive.append(old()), allocate(size))[1]
+        model.run([[5] * 64] * 9)
+        assert alive == [None]
+
+    def test_a_smaller_budget_frees_what_is_held_at_once(self, model):
+        model.run([[5] * 64] * 9)
+        model.memory_budget = model.peak_bytes([10])
+        assert model._executor.buffers.arena.bytes_held == 0
+
+    def test_lengths_may_be_numpy_numbers(self, model):
+        lengths = np.array([64] * 9)
+        assert model.peak_bytes(lengths) == model.peak_bytes([64] * 9) == model.memory_report(lengths).peak
+        model.memory_budget = np.int64(model.peak_bytes(lengths))
+        assert len(model.run([[5] * 64] * 9)) == 9
+
+    @pytest.mark.parametrize("lengths", [[], [0], [65]])
+    def test_peak_bytes_refuses_what_is_no_length(self, model, lengths):
+        with pytest.raises(InputError):
+            model.peak_bytes(lengths)
+
+    def test_too_little_memory_is_an_error_of_ours(self, model):
+        def full(size):
+            raise MemoryError(f"no {size} bytes")
+
+        model._executor.buffers.arena._chunks._allocate = full
+        with pytest.raises(TurboError, match="not enough memory"):
+            model.run([[5, 6]])
 
     def test_a_padded_call_is_bound_too(self, model):
         model.memory_budget = model.peak_bytes([10])

@@ -130,3 +130,21 @@ def test_neon_compiles_to_vectors_without_allocations(assembly, neon_target):
         text = assembly(kernel, neon_target)
         assert "fmla" in text
         assert "AllocWorkspace" not in text
+
+
+@pytest.mark.parametrize("over", [0, 1], ids=["x", "residual"])
+def test_layer_norm_in_the_place_of_an_input(run_kernel, target, over):
+    geometry, n = tiles.cpu_tiles(target), 100
+    rows, affine = [draw(i, 3, geometry.row_tile, n) for i in (1, 2)], [draw(3, n), draw(4, n)]
+    kernel = normalization.layer_norm(geometry, n=n, eps=1e-5, residual=True)
+    wanted = run_kernel(kernel, [*rows, *affine], rows[0].shape, target)
+    got = run_kernel(kernel, [*rows, *affine], rows[0].shape, target, out=rows[over])
+    np.testing.assert_array_equal(got, wanted)
+
+
+def test_l2_normalize_in_the_place_of_its_input(run_kernel, target):
+    geometry, n = tiles.cpu_tiles(target), 100
+    rows = draw(1, 3, geometry.row_tile, n)
+    kernel = normalization.l2_normalize(geometry, n=n)
+    wanted = run_kernel(kernel, [rows], rows.shape, target)
+    np.testing.assert_array_equal(run_kernel(kernel, [rows], rows.shape, target, out=rows), wanted)

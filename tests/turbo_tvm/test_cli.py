@@ -342,6 +342,7 @@ class TestMemory:
             (("--memory",), "--memory needs --lengths", 2),
             (("--lengths", "3", "--batch"), "--batch goes with --memory", 2),
             (("--lengths", "3", "--plot", "a.png"), "--plot goes with --memory", 2),
+            (("--lengths", "3", "--strategy", "pooled"), "--strategy goes with --memory", 2),
             (("--memory", "--lengths", "3", "--plot", "a.pdf"), ".png or .svg", 2),
             (("--memory", "--lengths", "3", "--plot", "none/a.png"), "there is no directory", 1),
             (("--memory", "--lengths", "3,41"), "allows 40", 1),

@@ -26,11 +26,7 @@ _STRATEGIES = ("compact", "turbo2021", "pooled")  # memory_planner.STRATEGIES, w
 @click.option("--memory", is_flag=True, help="Where tensors lie in memory, for a request of each of the lengths.")
 @click.option("--batch", is_flag=True, help="With --memory: for one batch of all the lengths.")
 @click.option(
-    "--strategy",
-    type=click.Choice(_STRATEGIES),
-    default="compact",
-    show_default=True,
-    help="With --memory: the planner.",
+    "--strategy", type=click.Choice(_STRATEGIES), help=f"With --memory: the planner.  [default: {_STRATEGIES[0]}]"
 )
 @click.option(
     "--plot",
@@ -45,7 +41,7 @@ def inspect_command(
     lengths: list[int] | None,
     memory: bool,
     batch: bool,
-    strategy: str,
+    strategy: str | None,
     plot: Path | None,
 ) -> None:
     """Show what is inside an artifact.
@@ -64,8 +60,9 @@ def inspect_command(
     """
     if memory and not lengths:
         raise click.UsageError("--memory needs --lengths, such as --lengths 200,240")
-    if not memory and (batch or plot):
-        raise click.UsageError(f"{'--batch' if batch else '--plot'} goes with --memory")
+    given = {"--batch": batch, "--plot": plot is not None, "--strategy": strategy is not None}
+    if not memory and any(given.values()):
+        raise click.UsageError(f"{next(name for name, there in given.items() if there)} goes with --memory")
     check_plot(plot)
     from turbo_tvm import artifact
     from turbo_tvm.errors import InputError
@@ -73,7 +70,7 @@ def inspect_command(
     manifest = artifact.read(file).manifest
     if memory:
         batches: list[tuple[int, ...]] = [tuple(lengths or ())] if batch else [(n,) for n in lengths or ()]
-        _memory(file, manifest, batches, strategy, as_json, plot)
+        _memory(file, manifest, batches, strategy or _STRATEGIES[0], as_json, plot)
         return
     longest = manifest.bounds.max_length
     if lengths and max(lengths) > longest:
@@ -95,6 +92,7 @@ def _memory(
     plot: Path | None,
 ) -> None:
     """The memory plans of some batches: as JSON, or as tables and a picture."""
+    from turbo_tvm.errors import TurboError
     from turbo_tvm.runtime.memory_report import memory_report
 
     reports = [memory_report(manifest, lengths, strategy) for lengths in batches]
@@ -113,9 +111,15 @@ def _memory(
         return
     from turbo_tvm.cli.memory_plot import draw
 
-    plot = plot or Path(f"{file.stem}-memory.png")
-    draw(reports, plot)
-    click.echo(f"wrote {plot}", err=True)
+    path = plot or Path(f"{file.stem}-memory.png")
+    try:
+        draw(reports, path)
+    except TurboError as error:
+        if plot is not None:
+            raise
+        click.echo(f"no picture: {error}; name another place with --plot", err=True)
+    else:
+        click.echo(f"wrote {path}", err=True)
 
 
 def _plain(file: Path, manifest: Manifest, lengths: list[int] | None) -> dict[str, Any]:
