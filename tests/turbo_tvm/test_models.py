@@ -20,6 +20,7 @@ import turbo_tvm
 from turbo_tvm import targets
 from turbo_tvm.errors import TargetError
 from turbo_tvm.frontends.sentence import SentenceEncoder
+from turbo_tvm.runtime.memory_check import dead_memory_is_nan
 
 LENGTHS = (1, 2, 7, 11, 12, 13, 31, 128, 511, 512)
 VOCABULARY = 1003
@@ -124,6 +125,24 @@ def test_batches_of_1_to_33_agree_with_pytorch_and_with_each_sequence_alone(name
         for index, got in zip(picked, compiled.run([pool[i] for i in picked]), strict=True):
             np.testing.assert_allclose(got, wanted[index], rtol=0, atol=AGREEMENT)
             np.testing.assert_allclose(got, alone[index], rtol=0, atol=SAME)
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_memory_is_planned_without_a_trace_in_the_answers(name):
+    """The same bits where every tensor has memory of its own, and where all that is dead is NaN."""
+    _, compiled = bare(name)
+    requests = sequences((1, 13, 200, 31))
+    wanted = compiled.run(requests)
+    try:
+        compiled.memory_plan = "pooled"
+        alone = compiled.run(requests)
+    finally:
+        compiled.memory_plan = "compact"
+    with dead_memory_is_nan(compiled._executor):
+        poisoned = compiled.run(requests)
+    for want, *others in zip(wanted, alone, poisoned, strict=True):
+        for got in others:
+            np.testing.assert_array_equal(got, want)
 
 
 def cosine(got: np.ndarray, wanted: np.ndarray) -> float:
