@@ -133,9 +133,14 @@ def check_lengths(lengths: Sequence[int], bounds: Bounds) -> list[int]:
 def symbols(layout: str, row_tile: int, lengths: Sequence[int]) -> dict[str, int]:
     """What sizes of buffers are made of, for sequences of these lengths: `manifest.SYMBOLS` by name."""
     if layout == "packed":
-        return {"token_tiles": tiles(sum(lengths), row_tile), "sequence_tiles": tiles(len(lengths), row_tile)}
+        return packed_symbols(row_tile, sum(lengths), len(lengths))
     batch, length = len(lengths), max(lengths)
     return {"batch": batch, "length": length, "row_tiles": tiles(batch * length, row_tile)}
+
+
+def packed_symbols(row_tile: int, tokens: int, sequences: int) -> dict[str, int]:
+    """The same for a packed batch, which depends on no more than this."""
+    return {"token_tiles": tiles(tokens, row_tile), "sequence_tiles": tiles(sequences, row_tile)}
 
 
 def boundaries(lengths: Sequence[int]) -> np.ndarray:

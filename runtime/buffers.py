@@ -21,7 +21,7 @@ KEPT_SHAPES = 64  # tensors are kept for so many recent batch shapes
 class Buffers:
     """Gives every buffer of a compiled function its tensor for a batch. Steady state allocates nothing.
 
-    strategy, largest, budget: as the arena's. forget: called before memory goes, to drop results that lie in it.
+    strategy, largest: as the arena's. forget: called before memory goes, to drop results that lie in it.
     """
 
     def __init__(
@@ -29,14 +29,13 @@ class Buffers:
         specs: Sequence[BufferSpec],
         strategy: str = "compact",
         largest: Symbols | None = None,
-        budget: int | None = None,
         forget: Callable[[], None] = lambda: None,
     ):
         self._views: OrderedDict[tuple[int, ...], list[tvm.runtime.Tensor]] = OrderedDict()
         self._held: tuple[Plan, Symbols] | None = None
-        self._table = MemoryTable(specs, strategy in COMPACT)
+        table = MemoryTable(specs, strategy in COMPACT)
         self.arena: Arena[np.ndarray] = Arena(
-            self._table, aligned_empty, self._drop_views, strategy=strategy, largest=largest, budget=budget
+            table, aligned_empty, self._drop_views, strategy=strategy, largest=largest
         )
         self._forget = forget
 
@@ -46,7 +45,7 @@ class Buffers:
         self._held = plan, symbols
         key = tuple(symbols.values())
         if key not in self._views:
-            regions, table = self.held_regions(), self._table
+            regions, table = self.held_regions(), self.arena.table
             self._views[key] = [
                 tvm.runtime.from_dlpack(regions[place].view(dtype).reshape(shape))
                 for place, dtype, shape in zip(table.places, table.dtypes, table.shapes(symbols), strict=True)
@@ -65,7 +64,7 @@ class Buffers:
         if self._held is None:
             return []
         plan, symbols = self._held
-        blocks, sizes = self.arena.blocks, self._table.sizes(symbols)
+        blocks, sizes = self.arena.blocks, self.arena.table.sizes(symbols)
         return [blocks[p.chunk][p.offset : p.offset + size] for p, size in zip(plan.places, sizes, strict=True)]
 
 

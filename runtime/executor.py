@@ -147,7 +147,8 @@ class Executor:
             "cu_seqlens": lambda: limits,
             "query_tiles": lambda: packing.query_tiles(limits, self.manifest.query_tile),
         }
-        results = self._call(arrays, self.buffers.tensors(self.symbols(batch.lengths.tolist())), output)
+        symbols = packing.packed_symbols(row_tile, len(batch.token_ids), len(limits) - 1)
+        results = self._call(arrays, self.buffers.tensors(symbols), output)
         return {spec.name: _split_packed(spec, result, limits.tolist()) for spec, result in results}
 
     def _padded(self, batch: Batch, output: str | None) -> Results:

@@ -25,7 +25,7 @@ out once per table of records.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -162,7 +162,7 @@ def chunk_class(size: int) -> int:
 
 
 class _Conflicts(NamedTuple):
-    """What follows from lifetimes alone. neighbours: who lives at the same time; orders: in which to place."""
+    """What follows from lifetimes alone. neighbours: who lives at the same time; lifetimes: how many steps."""
 
     neighbours: tuple[tuple[int, ...], ...]
     lifetimes: tuple[int, ...]
@@ -185,28 +185,29 @@ def _conflicts(records: tuple[Record, ...]) -> _Conflicts:
 
 def _place_all(conflicts: _Conflicts, sizes: Sequence[int], bound: int) -> tuple[list[int], int]:
     """Offsets and peak: the first order that reaches the bound, else the best of all and of some moves from it."""
-    best: tuple[list[int], int, list[int]] | None = None
-    for order in _orders(conflicts, sizes):
-        offsets, peak = _in_order(order, conflicts.neighbours, sizes)
-        if best is None or peak < best[1]:
-            best = offsets, peak, order
-        if peak == bound:
-            return offsets, peak
+    best: tuple[list[int], int] | None = None
+    order: Sequence[int] = ()
+    for tried in _orders(conflicts, sizes):
+        found = _in_order(tried, conflicts.neighbours, sizes)
+        if best is None or found[1] < best[1]:
+            best, order = found, tried
+        if found[1] == bound:
+            return found
     assert best is not None
-    offsets, peak, order = best
+    offsets = best[0]
     for _ in range(_MOVES):
         # who sticks out above the bound chose too late: it chooses earlier (Joslin, Clements, "Squeaky wheel", 1999)
         late = {i for i in order if offsets[i] + sizes[i] > bound}
         order = sorted(order, key=lambda i: i not in late)
         offsets, reached = _in_order(order, conflicts.neighbours, sizes)
         if reached < best[1]:
-            best = offsets, reached, order
+            best = offsets, reached
         if reached == bound:
             break
-    return best[0], best[1]
+    return best
 
 
-def _orders(conflicts: _Conflicts, sizes: Sequence[int]):
+def _orders(conflicts: _Conflicts, sizes: Sequence[int]) -> Iterator[list[int]]:
     lifetimes, firsts = conflicts.lifetimes, conflicts.firsts
     everyone = range(len(sizes))
     yield sorted(everyone, key=lambda i: (-sizes[i], -lifetimes[i], i))

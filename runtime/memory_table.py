@@ -14,13 +14,12 @@ Symbols = Mapping[str, int]  # the value of every symbol that the shapes name
 
 
 class MemoryTable:
-    """records: the lifetime of every place. places: for every buffer, in call order, the number of its place.
+    """records: the lifetime of every place. places, dtypes: of every buffer, in call order; a place by its number.
 
     in_place: whether a buffer takes the place of the one that it may replace; the place then lives as long as both.
     """
 
     def __init__(self, buffers: Sequence[BufferSpec], in_place: bool = True):
-        self.names = tuple(b.name for b in buffers)
         self.dtypes = tuple(np.dtype(b.dtype) for b in buffers)
         self._shapes = tuple(tuple(_factors(d) for d in b.shape) for b in buffers)
         places: dict[str, int] = {}

@@ -90,8 +90,9 @@ class CompiledModel:
 
     def _largest(self) -> dict[str, int] | None:
         """Tiles of the largest batch: as many tokens as run at once, each of them a sequence of its own."""
-        tiles = packing.tiles(max(self.max_batch_tokens, self.manifest.bounds.max_length), self.manifest.row_tile)
-        return {"token_tiles": tiles, "sequence_tiles": tiles} if self.manifest.layout == "packed" else None
+        tokens = max(self.max_batch_tokens, self.manifest.bounds.max_length)
+        packed = self.manifest.layout == "packed"
+        return packing.packed_symbols(self.manifest.row_tile, tokens, tokens) if packed else None
 
     def peak_bytes(self, lengths: Sequence[int]) -> int:
         """Bytes that one batch of sequences of these lengths needs between kernels and for outputs.
@@ -209,24 +210,23 @@ class CompiledModel:
 
     def _run(self, batch: Batch, output: str | None = None) -> Results:
         small = len(batch.token_ids) <= self.max_batch_tokens
-        if small and self.memory_budget is None:
-            return self._executor.run(batch, output)
-        groups = [batch] if small else _groups(batch, self.max_batch_tokens)
-        fitting = [part for group in groups for part in self._within_budget(group)]  # all of them before any runs
-        results = [self._executor.run(group, output) for group in fitting]
+        groups = [batch] if small else list(_groups(batch, self.max_batch_tokens))
+        if self.memory_budget is not None:  # all of them before any runs
+            groups = [part for group in groups for part in self._within_budget(group)]
+        results = [self._executor.run(group, output) for group in groups]
+        if len(results) == 1:
+            return results[0]
         return {name: [part for group in results for part in group[name]] for name in results[0]}
 
     def _within_budget(self, batch: Batch) -> Iterator[Batch]:
         """The batch, in halves as long as it does not fit; a single sequence must fit."""
-        count = len(batch.lengths)
-        if count == 1:
-            self._executor.check_memory(batch.lengths.tolist())
-            yield batch
-        elif self._executor.fits(batch.lengths.tolist()):
-            yield batch
+        lengths = batch.lengths.tolist()
+        if len(lengths) > 1 and not self._executor.fits(lengths):
+            yield from self._within_budget(batch.part(0, len(lengths) // 2))
+            yield from self._within_budget(batch.part(len(lengths) // 2, len(lengths)))
         else:
-            yield from self._within_budget(batch.part(0, count // 2))
-            yield from self._within_budget(batch.part(count // 2, count))
+            self._executor.check_memory(lengths)
+            yield batch
 
 
 def _groups(batch: Batch, max_tokens: int) -> Iterator[Batch]:

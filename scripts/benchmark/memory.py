@@ -26,6 +26,7 @@ from rich.table import Table
 from . import machine, models
 from .memory_child import ENGINES
 from .onnx_files import OnnxFiles
+from .report import markdown_row
 from .traces import traces
 
 MB = 1e6
@@ -291,4 +292,4 @@ def markdown(report: dict[str, Any]) -> str:
 
 def _markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    return "\n".join(markdown_row(line) for line in lines) + "\n"

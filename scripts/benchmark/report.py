@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from . import figures
@@ -102,11 +103,11 @@ def _grid(result: dict[str, Any]) -> str:
         return ""
     names = figures.contenders(result)
     head = ["batch x length", OURS, "GFLOP/s", "best rival", *names]
-    lines = ["## Fixed shapes", "", _row(head), _row(["---"] * len(head))]
+    lines = ["## Fixed shapes", "", markdown_row(head), markdown_row(["---"] * len(head))]
     for workload in rows:
         each = [_ratio(figures.best_rival(workload, name, PADDED)) for name in names]
         best = _named(figures.best_rival(workload, strategy=PADDED), strategy=False)
-        lines.append(_row([workload["label"], *_ours(workload), best, *each]))
+        lines.append(markdown_row([workload["label"], *_ours(workload), best, *each]))
     return "\n".join(lines)
 
 
@@ -115,13 +116,13 @@ def _ragged(result: dict[str, Any]) -> str:
     if not rows:
         return ""
     head = ["requests", "tokens", OURS, "GFLOP/s", "sequences/s", "best rival, padded", "best rival, best strategy"]
-    lines = ["## Ragged requests", "", _row(head), _row(["---"] * len(head))]
+    lines = ["## Ragged requests", "", markdown_row(head), markdown_row(["---"] * len(head))]
     for w in rows:
         padded, best = figures.best_rival(w, strategy=PADDED), figures.best_rival(w)
         mine = figures.ours(w)
         rate = "–" if mine is None else f"{len(w['lengths']) / figures.seconds(mine):,.0f}"
         tokens = str(w["tokens"])
-        lines.append(_row([w["label"], tokens, *_ours(w), rate, _named(padded, strategy=False), _named(best)]))
+        lines.append(markdown_row([w["label"], tokens, *_ours(w), rate, _named(padded, strategy=False), _named(best)]))
     return "\n".join(lines)
 
 
@@ -129,10 +130,10 @@ def _strategies(result: dict[str, Any]) -> str:
     blocks = []
     for w in (w for w in result["workloads"] if w["kind"] == RAGGED):
         head = [w["label"], *STRATEGIES]
-        lines = [_row(head), _row(["---"] * len(head))]
+        lines = [markdown_row(head), markdown_row(["---"] * len(head))]
         for name in dict.fromkeys(e["contender"] for e in figures.rivals(w)):
             cells = [figures.best_rival(w, name, strategy) for strategy in STRATEGIES]
-            lines.append(_row([name, *(f"{_ms(b.seconds)} ({_ratio(b)})" if b else "–" for b in cells)]))
+            lines.append(markdown_row([name, *(f"{_ms(b.seconds)} ({_ratio(b)})" if b else "–" for b in cells)]))
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
 
@@ -141,12 +142,12 @@ def _checks(result: dict[str, Any]) -> str:
     if not result["contenders"]:
         return ""
     head = ["contender", "largest difference", "least cosine", "seconds to build", "details"]
-    lines = ["## Answers beside PyTorch's in fp32", "", _row(head), _row(["---"] * len(head))]
+    lines = ["## Answers beside PyTorch's in fp32", "", markdown_row(head), markdown_row(["---"] * len(head))]
     for name, d in result["contenders"].items():
         more = ", ".join(f"{key}: {value}" for key, value in d.items() if key not in ("check", "build_s"))
         check = d["check"]
         lines.append(
-            _row([name, f"{check['max_abs_diff']:.2g}", f"{check['cosine']:.6f}", f"{d['build_s']:.1f}", more])
+            markdown_row([name, f"{check['max_abs_diff']:.2g}", f"{check['cosine']:.6f}", f"{d['build_s']:.1f}", more])
         )
     return "\n".join(lines)
 
@@ -178,5 +179,6 @@ def _ms(seconds: float) -> str:
     return f"{ms:,.0f} ms" if ms >= 100 else f"{ms:.3g} ms"
 
 
-def _row(cells: list[str]) -> str:
+def markdown_row(cells: Sequence[str]) -> str:
+    """A line of a Markdown table."""
     return "| " + " | ".join(cells) + " |"

@@ -88,7 +88,8 @@ def test_regions_are_the_bytes_of_the_tensors():
 
 
 def test_a_budget_is_kept():
-    buffers = Buffers(SPECS, budget=1000)
+    buffers = Buffers(SPECS)
+    buffers.arena.budget = 1000
     with pytest.raises(MemoryBudgetError):
         buffers.tensors(batch(5, 2))
     assert buffers.arena.bytes_held == 0

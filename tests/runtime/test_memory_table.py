@@ -20,7 +20,8 @@ SYMBOLS = {"token_tiles": 5, "batch": 2, "length": 7}
 
 def test_lifetimes_and_types():
     assert TABLE.records == (Record(0, 3), Record(2, 2), Record(1, 9))
-    assert (TABLE.names, [str(d) for d in TABLE.dtypes]) == (("a", "b", "c"), ["float32", "uint16", "int64"])
+    assert TABLE.places == (0, 1, 2)
+    assert [str(d) for d in TABLE.dtypes] == ["float32", "uint16", "int64"]
 
 
 def test_dimensions_are_products():

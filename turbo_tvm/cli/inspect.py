@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from turbo_tvm.cli.options import can_plot, check_plot, debug_option, lengths_callback
+from turbo_tvm.cli.options import debug_option, lengths_callback
+from turbo_tvm.cli.pictures import can_plot, check_plot
 
 if TYPE_CHECKING:
     from turbo_tvm.runtime.manifest import Manifest
@@ -65,16 +66,15 @@ def inspect_command(
         raise click.UsageError(f"{next(name for name, there in given.items() if there)} goes with --memory")
     check_plot(plot)
     from turbo_tvm import artifact
-    from turbo_tvm.errors import InputError
+    from turbo_tvm.runtime.batch import check_lengths
 
     manifest = artifact.read(file).manifest
     if memory:
         batches: list[tuple[int, ...]] = [tuple(lengths or ())] if batch else [(n,) for n in lengths or ()]
         _memory(file, manifest, batches, strategy or _STRATEGIES[0], as_json, plot)
         return
-    longest = manifest.bounds.max_length
-    if lengths and max(lengths) > longest:
-        raise InputError(f"a sequence of {max(lengths)} tokens is too long: {manifest.name} allows {longest}")
+    if lengths:
+        check_lengths(lengths, manifest.bounds)
     if as_json:
         click.echo(json.dumps(_plain(file, manifest, lengths), indent=1))
         return

@@ -7,7 +7,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from turbo_tvm.errors import TurboError
+from turbo_tvm.cli.pictures import save
 from turbo_tvm.runtime.memory_report import MemoryReport, TensorPlace
 
 _MB = 1e6
@@ -27,10 +27,7 @@ def draw(reports: Sequence[MemoryReport], path: Path) -> None:
         _panel(ax, report, highest)
     axes[0].set_ylabel("offset, MB")
     figure.suptitle(f"{reports[0].model}: memory between kernels, planned by {reports[0].strategy}")
-    try:
-        figure.savefig(path)
-    except OSError as error:
-        raise TurboError(f"cannot write {path}: {error.strerror or error}") from error
+    save(figure, path)
 
 
 def _panel(ax: Any, report: MemoryReport, highest: int) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import platform
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import click
@@ -14,7 +12,6 @@ from turbo_tvm import __version__
 from turbo_tvm.errors import TurboError
 
 _DEBUG = "turbo_tvm.debug"
-_PICTURES = (".png", ".svg")
 _INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 
 
@@ -65,23 +62,6 @@ def lengths_callback(_ctx: click.Context, _param: click.Parameter, value: str | 
     if not lengths or min(lengths) < 1:
         raise click.BadParameter("lengths are whole numbers of at least 1, such as 12,200,37")
     return lengths
-
-
-def check_plot(plot: Path | None) -> None:
-    """A usage error or a Failure where a picture cannot be drawn to this path; to know before anything long begins."""
-    if plot is None:
-        return
-    if plot.suffix not in _PICTURES:
-        raise click.UsageError(f"--plot {plot}: the name must end in .png or .svg")
-    if not plot.resolve().parent.is_dir():
-        raise Failure(f"cannot write {plot}: there is no directory {plot.resolve().parent}; create it first")
-    if not can_plot():
-        raise Failure("--plot needs matplotlib: pip install 'turbo-tvm[plot]'")
-
-
-def can_plot() -> bool:
-    """Whether matplotlib is installed."""
-    return importlib.util.find_spec("matplotlib") is not None
 
 
 def print_version(ctx: click.Context, _param: click.Parameter, value: bool) -> None:

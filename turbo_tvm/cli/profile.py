@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from turbo_tvm.cli.options import check_plot, debug_option, lengths_callback
+from turbo_tvm.cli.options import debug_option, lengths_callback
+from turbo_tvm.cli.pictures import check_plot
 
 if TYPE_CHECKING:
     from turbo_tvm.runtime.model import CompiledModel

@@ -6,7 +6,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from turbo_tvm.errors import TurboError
+from turbo_tvm.cli.pictures import save
 from turbo_tvm.runtime.roofline import MachineLimits, ProfileReport
 
 _MARKERS = "osD^vP*X"
@@ -32,10 +32,7 @@ def draw(report: ProfileReport, path: Path) -> None:
     axes.set_title(f"{report.model}, {report.tokens:,} tokens, threads: {report.threads}")
     axes.grid(True, which="both", alpha=0.2)
     figure.legend(loc="outside lower center", ncols=2, fontsize=8)
-    try:
-        figure.savefig(path)
-    except OSError as error:
-        raise TurboError(f"cannot write {path}: {error.strerror or error}") from error
+    save(figure, path)
 
 
 def _roofs(axes: Any, limits: MachineLimits | None, intensities: list[float]) -> None:
