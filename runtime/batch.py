@@ -43,6 +43,14 @@ class Batch(NamedTuple):
         return Batch(ids, types, positions, self.boundaries[start : end + 1] - first, columns)
 
 
+def join(parts: Sequence[Batch]) -> Batch:
+    """The sequences of several batches, one after the other."""
+    if len(parts) == 1:
+        return parts[0]
+    ids, types, positions = (np.concatenate([part[i] for part in parts]) for i in range(3))
+    return Batch(ids, types, positions, boundaries([n for part in parts for n in part.lengths.tolist()]))
+
+
 def position_ids(rule: PositionRule, token_ids: np.ndarray) -> np.ndarray:
     """The position of every token of one sequence, int32 (length,), by the model's rule."""
     return ragged_positions(rule, token_ids, np.array([0, len(token_ids)], np.int32))

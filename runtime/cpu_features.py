@@ -13,9 +13,11 @@ from pathlib import Path
 from turbo_tvm.errors import ArtifactError, TargetError
 from turbo_tvm.runtime.manifest import TargetSpec
 
-__all__ = ["check_host", "checkable", "host_arch", "host_features", "missing", "request_amx"]
+__all__ = ["check_host", "checkable", "cpu_name", "host_arch", "host_features", "machine_name", "missing", "request_amx"]
 
 CPUINFO = Path("/proc/cpuinfo")
+
+_NAMED_BY = ("model name", "cpu family", "model", "CPU implementer", "CPU part")  # x86-64, then Arm
 
 _ARCHES = {"x86_64": "x86_64", "amd64": "x86_64", "aarch64": "aarch64", "arm64": "aarch64"}
 _FLAGS_KEY = {"x86_64": "flags", "aarch64": "Features"}
@@ -167,3 +169,18 @@ def _flags(cpuinfo: str, key: str) -> frozenset[str]:
     if not per_core:
         raise TargetError(f"cannot find out which features this CPU has: {CPUINFO} has no {key!r} line")
     return frozenset.intersection(*per_core)
+
+
+def cpu_name() -> str:
+    """The CPU's model as the system names it: its name and family, or what identifies an Arm core."""
+    try:
+        rows = [line.partition(":") for line in CPUINFO.read_text(errors="replace").splitlines()]
+    except OSError:
+        rows = []
+    values = {name.strip(): value.strip() for name, _, value in reversed(rows)}
+    return ", ".join(values[name] for name in _NAMED_BY if name in values) or "unknown CPU"
+
+
+def machine_name(threads: int) -> str:
+    """What measured costs are kept under: the CPU, and how many threads a model has."""
+    return f"{cpu_name()}; {threads} thread{'s' if threads != 1 else ''}"

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from turbo_tvm.errors import ArtifactError
+from turbo_tvm.runtime.cost_spec import CostSpec, check_cost
 from turbo_tvm.runtime.strict_json import AGAIN, record_of, show, wrong_field
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "SYMBOLS",
     "Bounds",
     "BufferSpec",
+    "CostSpec",
     "KernelSpec",
     "Manifest",
     "MemberSpec",
@@ -29,7 +31,7 @@ __all__ = [
     "TensorSpec",
 ]
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 # What a batch says about itself, by layout: tiles of token rows and of sequence rows; or sequences, the longest one in
 # tokens, and tiles of the rows of all of them.
@@ -158,9 +160,9 @@ class Manifest:
     name: the model's. primary: the name of the main output, None for all of them. row_tile: rows (tokens) per
     matrix tile; query_tile: query rows per attention task. relative_positions: attention looks at distances between
     tokens; pools_first: an output is made from a sequence's first token. buffers, parameters: in call order. steps: the
-    kernels that a run calls, in order. declined: what
-    was not fused, and why. source_parameters: the parameter count of the model before packing. members: every member
-    of the file but the manifest itself; filled when the artifact is saved.
+    kernels that a run calls, in order. declined: what was not fused, and why. source_parameters: the parameter count of
+    the model before packing. costs: what batches cost, by machine (`cpu_features.machine_name`). members: every member of
+    the file but the manifest itself; filled when the artifact is saved.
     """
 
     format_version: int = FORMAT_VERSION
@@ -186,6 +188,7 @@ class Manifest:
     kernels: tuple[KernelSpec, ...] = ()
     declined: tuple[str, ...] = ()
     source_parameters: Natural = 0
+    costs: dict[str, CostSpec] = field(default_factory=dict)
     members: dict[str, MemberSpec] = field(default_factory=dict)
 
     def to_json(self) -> str:
@@ -215,6 +218,8 @@ def _from_plain(plain: Any) -> Manifest:
     for buffer in manifest.buffers:
         _check_buffer(buffer, len(manifest.steps), SYMBOLS[manifest.layout], free)
         free[buffer.name] = buffer
+    for machine, cost in manifest.costs.items():
+        check_cost(cost, f"costs.{show(machine)}")
     names = [output.name for output in manifest.outputs]
     if manifest.primary is not None and manifest.primary not in names:
         raise wrong_field("primary", f"one of the outputs {names}", manifest.primary)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import secrets
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from numbers import Integral
 from os import PathLike
 from typing import TYPE_CHECKING, Any
@@ -12,8 +14,11 @@ import numpy as np
 
 from turbo_tvm.errors import InputError, TurboError
 from turbo_tvm.runtime import batch as packing
-from turbo_tvm.runtime import profiler
+from turbo_tvm.runtime import cost_measurement, cost_model, profiler
 from turbo_tvm.runtime.batch import Batch
+from turbo_tvm.runtime.cost_model import PackedCost, PaddedCost
+from turbo_tvm.runtime.cost_spec import CostSpec
+from turbo_tvm.runtime.cpu_features import machine_name
 from turbo_tvm.runtime.executor import Executor, ForeignExecutor, Results
 from turbo_tvm.runtime.manifest import Manifest, OutputSpec
 from turbo_tvm.runtime.memory_report import MemoryReport, memory_report
@@ -49,6 +54,7 @@ class CompiledModel:
         self._artifact = artifact
         self._executor = executor
         self._tokenizer: TextTokenizer | None = None
+        self._unsaved = secrets.token_hex(32)
         self.max_batch_tokens = MAX_BATCH_TOKENS
 
     @property
@@ -60,6 +66,18 @@ class CompiledModel:
     def threads(self) -> int:
         """How many threads a call uses."""
         return self._executor.threads
+
+    @property
+    def fingerprint(self) -> str:
+        """A name for what the model answers: that of its file, by the sums of what it holds; else of this object alone."""
+        members = self.manifest.members
+        return "".join(f"{name}:{members[name].sha256};" for name in sorted(members)) or self._unsaved
+
+    @property
+    def cost(self) -> PackedCost | PaddedCost | None:
+        """`cost(lengths) -> seconds` that one batch takes on this machine; None until `measure_cost`, or a file, says."""
+        spec = self.manifest.costs.get(machine_name(self.threads))
+        return None if spec is None else cost_model.cost_of(spec)
 
     @property
     def memory_budget(self) -> int | None:
@@ -133,8 +151,11 @@ class CompiledModel:
 
         Long lists run in groups of at most `max_batch_tokens` tokens. Raises InputError before anything runs.
         """
-        name = self._output_name(output)
+        name = self.output_name(output)
         batch = packing.from_sequences(sequences, token_type_ids, self.manifest.bounds, self.manifest.positions)
+        return self._answers(batch, name)
+
+    def _answers(self, batch: Batch, name: str | None) -> list[Any]:
         results = self._run(batch, name)
         if name is not None:
             return results[name]
@@ -145,6 +166,11 @@ class CompiledModel:
 
         An embedding model gives one vector per text. Raises TurboError if the artifact carries no tokenizer.
         """
+        ids, types = self.tokenize(texts)
+        return self.run(ids, token_type_ids=types, output=output)
+
+    def tokenize(self, texts: Sequence[str]) -> tuple[list[np.ndarray], list[np.ndarray] | None]:
+        """Token ids and token type ids of each text, the latter None if the model takes none; errors as `encode`."""
         if self._artifact.tokenizer is None:
             raise TurboError(
                 f"{self.manifest.name} carries no tokenizer: call run() with token ids, or compile a model folder that "
@@ -153,7 +179,16 @@ class CompiledModel:
         if self._tokenizer is None:
             self._tokenizer = TextTokenizer(self._artifact.tokenizer, self.manifest.bounds.max_length)
         ids, types = self._tokenizer(texts)
-        return self.run(ids, token_type_ids=types if self.manifest.bounds.type_vocab_size > 1 else None, output=output)
+        return ids, types if self.manifest.bounds.type_vocab_size > 1 else None
+
+    def prepare(self, sequence: Any, token_type_ids: Any = None) -> Batch:
+        """One sequence of token ids, checked and ready for `answer`. Raises InputError."""
+        types = None if token_type_ids is None else [token_type_ids]
+        return packing.from_sequences([sequence], types, self.manifest.bounds, self.manifest.positions)
+
+    def answer(self, parts: Sequence[Batch], output: str | None = None) -> list[Any]:
+        """Answer what `prepare` made, as `run` does."""
+        return self._answers(packing.join(parts), self.output_name(output))
 
     def __call__(
         self, input_ids: Any, attention_mask: Any = None, token_type_ids: Any = None, **options: Any
@@ -195,6 +230,28 @@ class CompiledModel:
             raise self._executor.error
         return profiler.profile(self.run, self._executor, lengths, rounds=rounds, limits=limits, seed=seed)
 
+    def measure_cost(self, *, budget_s: float = 5.0, say: Callable[[str], None] = lambda _text: None) -> CostSpec:
+        """Measure what batches take on this machine, in about `budget_s` seconds, and keep it: `cost`, and in `save`.
+
+        say: is told what is being measured. Returns the fitted cost with its error on batches that it was not fitted to.
+        Raises TurboError if this machine cannot run the model.
+        """
+        if isinstance(self._executor, ForeignExecutor):
+            raise self._executor.error
+        rng = np.random.default_rng(0)
+        bounds = self.manifest.bounds
+
+        def run(lengths: Sequence[int]) -> None:
+            self.run([rng.integers(0, bounds.vocab_size, n) for n in lengths], output=self.manifest.outputs[0].name)
+
+        points, held_out = cost_measurement.measure(
+            run, bounds.max_length, self.max_batch_tokens, budget_s=budget_s, say=say
+        )
+        spec = cost_model.fit(points, held_out)
+        costs = {**self.manifest.costs, machine_name(self.threads): spec}
+        self._artifact = replace(self._artifact, manifest=replace(self.manifest, costs=costs))
+        return spec
+
     def save(self, path: str | PathLike[str]) -> None:
         """Write the artifact: code, weights, tokenizer and manifest in one file. Raises ArtifactError."""
         from turbo_tvm import artifact
@@ -202,7 +259,8 @@ class CompiledModel:
         a = self._artifact
         artifact.write(path, a.manifest, a.library, a.weights, a.tokenizer)
 
-    def _output_name(self, asked: str | None) -> str | None:
+    def output_name(self, asked: str | None) -> str | None:
+        """The output that is asked for, or the main one; None for all of them. Raises InputError."""
         names = [spec.name for spec in self.manifest.outputs]
         if asked is not None and asked not in names:
             raise InputError(f"the model has no output {asked!r}; it has {', '.join(names)}")

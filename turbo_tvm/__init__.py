@@ -6,6 +6,8 @@ fast = turbo_tvm.compile(model)                  # a torch.nn.Module or a model 
 vectors = fast.run([ids_a, ids_b, ids_c])        # any lengths, no padding
 fast.save("model.turbo")
 fast = turbo_tvm.load("model.turbo")             # no torch, no compiler
+with turbo_tvm.Engine(fast) as engine:           # many requests at once, in the best batches
+    vector = engine.infer_sync(ids_a)
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from turbo_tvm.errors import (
     ArtifactError,
     CompileError,
+    EngineError,
     InputError,
     TargetError,
     TurboError,
@@ -24,6 +27,7 @@ from turbo_tvm.errors import (
 if TYPE_CHECKING:
     from turbo_tvm.compiler import compile
     from turbo_tvm.loader import load
+    from turbo_tvm.runtime.engine import Engine
     from turbo_tvm.runtime.model import CompiledModel
 
 __version__ = "0.1.0"
@@ -32,6 +36,8 @@ __all__ = [
     "ArtifactError",
     "CompileError",
     "CompiledModel",
+    "Engine",
+    "EngineError",
     "InputError",
     "TargetError",
     "TurboError",
@@ -45,6 +51,7 @@ _LAZY = {
     "compile": "turbo_tvm.compiler",
     "load": "turbo_tvm.loader",
     "CompiledModel": "turbo_tvm.runtime.model",
+    "Engine": "turbo_tvm.runtime.engine",
 }
 
 

@@ -36,3 +36,15 @@ class ArtifactError(TurboError):
 
 class MemoryBudgetError(InputError):
     """A request whose intermediates need more memory than `memory_budget` allows; nothing of it ran."""
+
+
+class EngineError(TurboError):
+    """The engine cannot answer a request: it is closed, overloaded, or stopped by an error of its own."""
+
+
+class OverloadError(EngineError):
+    """The engine's queue is full: the request was refused at once and can be sent again later."""
+
+
+class DeadlineError(EngineError, TimeoutError):
+    """A request was not answered within its time; if it was still waiting, it never ran."""

@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from turbo_tvm import config
+from turbo_tvm.runtime.cpu_features import cpu_name
 
 if TYPE_CHECKING:
     from turbo_tvm.runtime.roofline import MachineLimits
 
-_CPUINFO = Path("/proc/cpuinfo")
-_NAMED_BY = ("model name", "cpu family", "model", "CPU implementer", "CPU part")  # x86-64, then Arm
 _LEAST_SHARE = 0.95  # of their time that the threads must have run
 _MAY_BE_NONE = ("bf16_flops", "cache")
 _FORMAT = 2  # raised when a figure comes to mean something else; 2: bf16_flops are AMX's where the CPU has it
@@ -69,16 +68,6 @@ def cache_file(threads: int) -> Path | None:
     directory = config.cache_directory()
     key = hashlib.sha256("\n".join((str(_FORMAT), cpu_name(), str(threads), tvm_version())).encode()).hexdigest()
     return directory / f"machine-limits-{key[:16]}.json" if directory else None
-
-
-def cpu_name() -> str:
-    """The CPU's model as the system names it: its name and family, or what identifies an Arm core."""
-    try:
-        rows = [line.partition(":") for line in _CPUINFO.read_text(errors="replace").splitlines()]
-    except OSError:
-        rows = []
-    values = {name.strip(): value.strip() for name, _, value in reversed(rows)}
-    return ", ".join(values[name] for name in _NAMED_BY if name in values) or "unknown CPU"
 
 
 def tvm_version() -> str:

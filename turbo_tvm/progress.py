@@ -34,6 +34,10 @@ class Progress:
         self._step, self._started = step, time.perf_counter()
         self._status.update(f"{step} ...")
 
+    def note(self, text: str) -> None:
+        """Say how far the step is."""
+        self._status.update(f"{text} ...")
+
     def __exit__(self, kind: object, *_: object) -> None:
         if kind is None:
             self._finish_step()

@@ -1,0 +1,233 @@
+"""Cost models: `cost(lengths) -> seconds` that a batch takes, all that the scheduler knows about a model.
+
+Two kinds, each fitted to a few measured batches; `fit` takes the one that predicts held-out batches better.
+
+- `PackedCost`, for execution without padding: a fixed cost, a cost per sequence, a piecewise linear one in tokens, and one
+  in squared lengths, which is attention's.
+- `PaddedCost`: a table by length of the longest sequence and by batch, interpolated in both (`cached_cost[length][batch]`
+  of Fang et al., "TurboTransformers", PPoPP 2021).
+
+`RefinedCost` follows what live batches take. All of them price whole arrays of batches at once (`batches`), for `partition`.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from turbo_tvm.errors import InputError
+from turbo_tvm.runtime.manifest import CostSpec
+
+KNOTS = (16, 64, 256, 1024)  # tokens where the cost of a further token may change
+SWEEPS = 2000  # of coordinate descent; some hundreds are enough for eight terms
+
+STEP = 16  # tokens per entry of the table of corrections
+LARGEST = 1 << 14  # tokens; larger batches are corrected like these
+RATE = 0.1  # of a batch's surprise that is believed
+SURPRISE = 0.3  # the most that one batch may surprise, as a logarithm: an outlier moves the cost by 3 %
+BOUND = math.log(4)  # the most that the cost may differ from the measured one, as a logarithm
+
+
+class ArrayCost(Protocol):
+    """A cost that also prices arrays of batches by what they amount to."""
+
+    contiguous: bool
+
+    def __call__(self, lengths: Sequence[int], /) -> float: ...
+    def batches(self, counts: Any, tokens: Any, squares: Any, longest: Any, /) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Point:
+    """A measured batch: lengths in tokens, seconds that it took."""
+
+    lengths: tuple[int, ...]
+    seconds: float
+
+
+class PackedCost:
+    """fixed + per_sequence * sequences + f(tokens) + per_square * sum of squared lengths, in seconds.
+
+    f is piecewise linear with slopes[i], seconds per token, up to knots[i] tokens, and the last slope beyond.
+    """
+
+    contiguous = True  # more tokens never cost less; where f bends up, runs are a good rule and not exact
+
+    def __init__(self, spec: CostSpec):
+        self.spec = spec
+        self._fixed, self._sequence, self._square, *slopes = spec.terms
+        self._starts = (0, *spec.knots)
+        widths = np.diff(self._starts)
+        self._values = np.concatenate(([0.0], np.cumsum(np.array(slopes[:-1]) * widths))).tolist()
+        self._slopes = slopes
+
+    def __call__(self, lengths: Sequence[int]) -> float:
+        """Seconds for a batch of these lengths."""
+        tokens, squares = sum(lengths), sum(n * n for n in lengths)
+        i = bisect_right(self._starts, tokens) - 1
+        of_tokens = self._values[i] + self._slopes[i] * (tokens - self._starts[i])
+        return self._fixed + self._sequence * len(lengths) + of_tokens + self._square * squares
+
+    def batches(self, counts: np.ndarray, tokens: np.ndarray, squares: np.ndarray, longest: np.ndarray) -> np.ndarray:
+        """The same for arrays of batches."""
+        total = self._fixed + self._sequence * counts + self._square * squares + self._slopes[0] * tokens
+        for start, before, after in zip(self._starts[1:], self._slopes, self._slopes[1:], strict=False):
+            if after != before:
+                total += (after - before) * np.maximum(tokens - start, 0)
+        return total
+
+    @staticmethod
+    def fit(points: Sequence[Point]) -> PackedCost:
+        """Least squares of the relative error, no term negative."""
+        most = max(sum(p.lengths) for p in points)
+        knots = tuple(k for k in KNOTS if k < most)
+        rows = np.array([_packed_terms(p.lengths, knots) for p in points])
+        seconds = np.array([p.seconds for p in points])
+        terms = _non_negative_least_squares(rows / seconds[:, None], np.ones(len(points)))
+        return PackedCost(CostSpec("packed", terms=tuple(terms.tolist()), knots=knots))
+
+
+class PaddedCost:
+    """A table in seconds by length and batch, linear between its entries and beyond them."""
+
+    contiguous = True
+
+    def __init__(self, spec: CostSpec):
+        self.spec = spec
+        self._lengths, self._batches = np.array(spec.lengths, float), np.array(spec.batches, float)
+        self._seconds = np.array(spec.seconds)
+
+    def __call__(self, lengths: Sequence[int]) -> float:
+        """Seconds for a batch of these lengths, padded to the longest."""
+        return float(self.batches(np.array([len(lengths)]), None, None, np.array([max(lengths)]))[0])
+
+    def batches(self, counts: np.ndarray, tokens: Any, squares: Any, longest: np.ndarray) -> np.ndarray:
+        """The same for arrays of batches."""
+        i, u = _place(self._lengths, longest)
+        j, v = _place(self._batches, counts)
+        table = self._seconds
+        low = table[i, j] * (1 - v) + table[i, j + 1] * v
+        high = table[i + 1, j] * (1 - v) + table[i + 1, j + 1] * v
+        return np.maximum(low * (1 - u) + high * u, table[0, 0] / 2)
+
+    @staticmethod
+    def fit(points: Sequence[Point]) -> PaddedCost:
+        """The table of the batches of equal lengths; what was not measured is what the packed cost of its rectangle is."""
+        equal = {(p.lengths[0], len(p.lengths)): p.seconds for p in points if len(set(p.lengths)) == 1}
+        if not equal:
+            raise InputError("a table of costs needs measured batches of equal lengths")
+        lengths, counts = ((*sorted({key[k] for key in equal}),) for k in (0, 1))
+        if len(lengths) == 1:
+            lengths = (lengths[0], lengths[0] + 1)
+        if len(counts) == 1:
+            counts = (counts[0], counts[0] + 1)
+        whole = [Point((max(p.lengths),) * len(p.lengths), p.seconds) for p in points]
+        guess = PackedCost.fit(whole)
+        rows = np.array([[equal.get((n, k)) or guess((n,) * k) for k in counts] for n in lengths])
+        grown = np.maximum.accumulate(np.maximum.accumulate(rows, 0), 1)  # no cheaper for being larger
+        table = tuple(tuple(row) for row in grown.tolist())
+        return PaddedCost(CostSpec("padded", lengths=lengths, batches=counts, seconds=table))
+
+
+class RefinedCost:
+    """A cost, corrected by what live batches take: bounded, slow to believe one of them. One thread observes.
+
+    The correction is a factor that depends on a batch's tokens: a logarithm at each power of two, linear between.
+    """
+
+    def __init__(self, base: ArrayCost):
+        self.base, self.contiguous = base, base.contiguous
+        self._logs = np.zeros(LARGEST.bit_length())
+        self._factors = np.ones(LARGEST // STEP + 1)
+
+    def __call__(self, lengths: Sequence[int]) -> float:
+        """Seconds for a batch of these lengths."""
+        return self.base(lengths) * float(self._factors[min(sum(lengths), LARGEST) // STEP])
+
+    def batches(self, counts: np.ndarray, tokens: np.ndarray, squares: np.ndarray, longest: np.ndarray) -> np.ndarray:
+        """The same for arrays of batches."""
+        factors = self._factors[np.minimum(tokens, LARGEST) // STEP]
+        return self.base.batches(counts, tokens, squares, longest) * factors
+
+    def observe(self, lengths: Sequence[int], seconds: float) -> None:
+        """A batch of these lengths took so long."""
+        if not seconds > 0:
+            return
+        place = math.log2(max(1, min(sum(lengths), LARGEST)))
+        surprise = max(-SURPRISE, min(SURPRISE, math.log(seconds / self(lengths))))
+        lower = min(int(place), len(self._logs) - 2)
+        share = place - lower
+        logs = self._logs.copy()
+        for i, weight in ((lower, 1 - share), (lower + 1, share)):
+            logs[i] = max(-BOUND, min(BOUND, logs[i] + RATE * weight * surprise))
+        tokens = np.maximum(np.arange(len(self._factors)) * STEP, STEP // 2)
+        self._factors = np.exp(np.interp(np.log2(tokens), np.arange(len(logs)), logs))
+        self._logs = logs
+
+    @property
+    def corrections(self) -> dict[int, float]:
+        """The factor by tokens, at the powers of two."""
+        return {1 << i: math.exp(value) for i, value in enumerate(self._logs.tolist())}
+
+
+KINDS: dict[str, type[PackedCost] | type[PaddedCost]] = {"packed": PackedCost, "padded": PaddedCost}
+
+
+def cost_of(spec: CostSpec) -> PackedCost | PaddedCost:
+    """The cost that a manifest holds."""
+    return KINDS[spec.kind](spec)
+
+
+def fit(points: Sequence[Point], held_out: Sequence[Point]) -> CostSpec:
+    """The kind that predicts the held-out batches better, fitted to all batches. `error`: its mean relative error there."""
+    errors = {name: mean_error(kind.fit(points), held_out) for name, kind in KINDS.items()}
+    best = min(errors, key=lambda name: errors[name])
+    fitted = KINDS[best].fit([*points, *held_out]).spec
+    return CostSpec(
+        kind=fitted.kind,
+        terms=fitted.terms,
+        knots=fitted.knots,
+        lengths=fitted.lengths,
+        batches=fitted.batches,
+        seconds=fitted.seconds,
+        error=errors[best],
+        points=len(points) + len(held_out),
+    )
+
+
+def mean_error(cost: ArrayCost, points: Sequence[Point]) -> float:
+    """The mean of |predicted - measured| / measured."""
+    return sum(abs(cost(p.lengths) - p.seconds) / p.seconds for p in points) / len(points)
+
+
+def _packed_terms(lengths: Sequence[int], knots: Sequence[int]) -> list[float]:
+    """What each term of a PackedCost is multiplied with."""
+    tokens, starts, ends = sum(lengths), (0, *knots), (*knots, math.inf)
+    parts = [max(0.0, min(tokens, end) - start) for start, end in zip(starts, ends, strict=True)]
+    return [1.0, len(lengths), float(sum(n * n for n in lengths)), *parts]
+
+
+def _non_negative_least_squares(rows: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """x >= 0 with the least |rows @ x - wanted|, by coordinate descent: the columns are few."""
+    scale = np.maximum(np.linalg.norm(rows, axis=0), 1e-300)
+    scaled = rows / scale
+    gram, right = scaled.T @ scaled, scaled.T @ wanted
+    x = np.zeros(len(right))
+    for _ in range(SWEEPS):
+        before = x.copy()
+        for i in range(len(x)):
+            x[i] = max(0.0, x[i] + right[i] - gram[i] @ x)
+        if np.abs(x - before).max() < 1e-12 * max(1.0, np.abs(x).max()):
+            break
+    return x / scale
+
+
+def _place(grid: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The interval of the grid that a value is read in, and where in it; values beyond extend the last one."""
+    i = np.clip(np.searchsorted(grid, values, "right") - 1, 0, len(grid) - 2)
+    return i, (values - grid[i]) / (grid[i + 1] - grid[i])

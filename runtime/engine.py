@@ -1,0 +1,320 @@
+"""The engine: answers requests from many producers in batches that the scheduler chooses. `turbo_tvm.Engine`.
+
+    submit -> response cache -> queue -> trigger, policy -> executor thread -> model -> every waiter's future
+
+An executor thread per model plans, runs a batch, answers it, and plans again with whatever has come meanwhile; TVM lets go
+of the interpreter inside kernels, so producers go on. All that can be said without a thread is said elsewhere:
+`scheduler` and `triggers` choose, `request_queue` keeps who waits, `cost_model` predicts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import math
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from dataclasses import replace
+from functools import partial
+from typing import Any, Protocol
+
+from turbo_tvm.errors import DeadlineError, EngineError, InputError, TurboError
+from turbo_tvm.progress import Progress
+from turbo_tvm.runtime import batch as packing
+from turbo_tvm.runtime import scheduler, triggers
+from turbo_tvm.runtime.batch import Batch
+from turbo_tvm.runtime.cost_model import ArrayCost, RefinedCost
+from turbo_tvm.runtime.engine_statistics import EngineStatistics
+from turbo_tvm.runtime.manifest import Manifest
+from turbo_tvm.runtime.peak_memory import PeakBytes
+from turbo_tvm.runtime.request_queue import Flight, RequestFuture, RequestQueue
+from turbo_tvm.runtime.response_cache import ResponseCache, request_key
+from turbo_tvm.runtime.scheduler import Limits, Request
+from turbo_tvm.runtime.triggers import Trigger
+
+MAX_BATCH = 64
+MAX_WAIT_S = 1.0
+CACHE_BYTES = 32 << 20
+
+
+class Servable(Protocol):
+    """What the engine needs of a model: `CompiledModel` has it."""
+
+    max_batch_tokens: int
+    memory_budget: int | None
+
+    @property
+    def manifest(self) -> Manifest: ...
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def cost(self) -> Any: ...
+    def measure_cost(self, *, say: Any) -> Any: ...
+    def output_name(self, asked: str | None) -> str | None: ...
+    def peak_bytes(self, lengths: Sequence[int]) -> int: ...
+    def tokenize(self, texts: Sequence[str]) -> Any: ...
+    def prepare(self, sequence: Any, token_type_ids: Any = None) -> Batch: ...
+    def answer(self, parts: Sequence[Batch], output: str | None = None) -> list[Any]: ...
+
+
+class Engine:
+    """Serves a compiled model to any number of threads and coroutines.
+
+    >>> with turbo_tvm.Engine(model) as engine:          # or `async with`
+    ...     vector = engine.infer_sync([101, 7592, 102])  # or `await engine.infer(...)`, or `engine.submit(...)`
+    """
+
+    def __init__(
+        self,
+        models: Servable | Sequence[Servable],
+        *,
+        policy: str = "dp",
+        trigger: str | Trigger = "hungry",
+        max_batch: int = MAX_BATCH,
+        max_tokens: int | None = None,
+        max_wait_s: float | None = MAX_WAIT_S,
+        max_queue: int = 1024,
+        cache: int | ResponseCache = CACHE_BYTES,
+        output: str | None = None,
+        cost: ArrayCost | None = None,
+        progress: bool | None = None,
+    ):
+        """models: one model, or several of the same artifact, each loaded by itself: a thread runs each of them.
+        policy: how batches are chosen, see `scheduler.POLICIES`: "dp", "dp_latency", "deadline", "token_budget", "naive",
+            "nobatch".
+        trigger: when: "hungry", whenever a model is idle; "lazy", or a `triggers.Lazy`, to wait for fuller batches.
+        max_batch, max_tokens: sequences and tokens of a batch; by default 64, and as many tokens as the model runs at once.
+            Its `memory_budget`, as it is when the engine starts, is a cap too.
+        max_wait_s: who has waited so long goes first, whatever the policy; None for no such bound.
+        max_queue: requests that may wait; a further one raises OverloadError.
+        cache: bytes of answers that are kept, 0 for none; or a ResponseCache that engines share.
+        output: which output is answered; by default the model's main one.
+        cost: `cost(lengths) -> seconds`; by default the model's own, which is measured at the start if it is not known.
+        progress: whether to show that on stderr; by default if it is a terminal.
+
+        Raises InputError.
+        """
+        self._models = _checked_models(models)
+        first = self._models[0]
+        self._policy = scheduler.policy(policy)
+        self._trigger = triggers.trigger(trigger) if isinstance(trigger, str) else trigger
+        self._output = first.output_name(output)
+        tokens = first.max_batch_tokens if max_tokens is None else max_tokens
+        self._limits = Limits(_whole("max_batch", max_batch), _whole("max_tokens", tokens), max_wait_s=max_wait_s)
+        self._queue = RequestQueue(_whole("max_queue", max_queue))
+        self._cache = cache if isinstance(cache, ResponseCache) else ResponseCache(cache)
+        self._given_cost, self._progress = cost, progress
+        self._threads: list[threading.Thread] = []
+        self._state = threading.Lock()
+
+    @property
+    def statistics(self) -> EngineStatistics:
+        """Counts and histograms since the start."""
+        return self._queue.statistics()
+
+    def start(self) -> Engine:
+        """Measure what batches cost if that is not known, which takes seconds, and begin to answer."""
+        with self._state:
+            if self._threads:
+                raise EngineError("the engine was started before: make another one")
+            self._cost = RefinedCost(self._given_cost or self._measured())
+            self._limits = self._with_memory(self._limits)
+            names = (f"turbo_tvm engine {i}" for i in range(len(self._models)))
+            self._threads = [
+                threading.Thread(target=self._serve, args=(model,), name=name, daemon=True)
+                for model, name in zip(self._models, names, strict=True)
+            ]
+            for thread in self._threads:
+                thread.start()
+            atexit.register(self._at_exit)
+        return self
+
+    def close(self, *, drain: bool = True) -> None:
+        """Accept nothing more, and return when all that waits is answered.
+
+        Without `drain`, only the batches that run are answered; what waits gets an EngineError.
+        """
+        self._queue.close("the engine is closed: start another one", drain=drain and bool(self._threads))
+        for thread in self._threads:
+            thread.join()
+        atexit.unregister(self._at_exit)
+
+    def submit(
+        self,
+        request: Any,
+        *,
+        token_type_ids: Any = None,
+        timeout_s: float | None = None,
+        priority: int = 0,
+    ) -> RequestFuture:
+        """Queue a request; returns at once with the future of its answer.
+
+        request: a text, or token ids (length,) of one sequence, with token_type_ids of the same shape. timeout_s: a
+        request that has not started so many seconds from now never runs: its result is a DeadlineError. priority: higher
+        ones go first. The future can be cancelled until it starts. Its answer, fp32 (columns,) or (length, hidden), is the
+        caller's own.
+
+        Raises InputError for what the model cannot answer, OverloadError for a full queue, EngineError for an engine that
+        does not run.
+        """
+        if not self._threads:
+            raise EngineError("the engine does not run: use `with Engine(model) as engine`, or call start()")
+        sequence = self._prepared(request, token_type_ids)
+        deadline_s = _deadline(timeout_s)
+        key = request_key(self._models[0].fingerprint, self._output, sequence)
+        known = self._cache.get(key)
+        if known is not None:
+            return self._queue.answered(known)
+        return self._queue.submit(key, sequence, deadline_s, int(priority))
+
+    def infer_sync(self, request: Any, *, timeout_s: float | None = None, **options: Any) -> Any:
+        """The answer to a request, in its place: see `submit`. DeadlineError after `timeout_s`, even if it runs."""
+        future = self.submit(request, timeout_s=timeout_s, **options)
+        try:
+            return future.result(timeout_s)
+        except DeadlineError:
+            raise
+        except (TimeoutError, FutureTimeoutError):
+            return _given_up(future)
+        except BaseException:
+            future.cancel()  # an interrupt, for one
+            raise
+
+    async def infer(self, request: Any, *, timeout_s: float | None = None, **options: Any) -> Any:
+        """The same for coroutines: see `submit`. Cancelling it cancels the request."""
+        future = self.submit(request, timeout_s=timeout_s, **options)
+        waiting = asyncio.wrap_future(future)
+        if timeout_s is None:
+            return await waiting
+        try:
+            await asyncio.wait({waiting}, timeout=timeout_s)
+            return waiting.result() if waiting.done() else _given_up(future)
+        finally:
+            waiting.cancel()
+
+    def __enter__(self) -> Engine:
+        return self.start()
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self.close(drain=kind is None)
+
+    async def __aenter__(self) -> Engine:
+        return await asyncio.to_thread(self.start)
+
+    async def __aexit__(self, kind: object, *_: object) -> None:
+        await asyncio.to_thread(partial(self.close, drain=kind is None))
+
+    def _prepared(self, request: Any, token_type_ids: Any) -> Batch:
+        if isinstance(request, str):
+            if token_type_ids is not None:
+                raise InputError("a text brings its own token_type_ids: give them with token ids only")
+            ids, types = self._models[0].tokenize([request])
+            request, token_type_ids = ids[0], types and types[0]
+        return self._models[0].prepare(request, token_type_ids)
+
+    def _measured(self) -> ArrayCost:
+        model = self._models[0]
+        if model.cost is None:
+            with Progress("engine", self._progress) as show:
+                show("measuring what batches cost")
+                model.measure_cost(say=show.note)
+        return model.cost
+
+    def _with_memory(self, limits: Limits) -> Limits:
+        budget = self._models[0].memory_budget
+        if budget is None:
+            return limits
+        peak = PeakBytes(self._models[0].peak_bytes, self._models[0].manifest)
+        return replace(limits, max_bytes=budget, peak_bytes=peak)
+
+    def _wait_s(self, requests: Sequence[Request], now: float) -> float:
+        return self._trigger(requests, self._cost, self._limits.at(now))
+
+    def _choose(self, requests: Sequence[Request], now: float) -> list[int]:
+        return scheduler.next_batch(requests, self._policy, self._cost, self._limits.at(now))
+
+    def _serve(self, model: Servable) -> None:
+        """The life of an executor thread."""
+        flights: list[Flight] = []
+        try:
+            while flights := self._queue.take(self._wait_s, self._choose):
+                self._run(model, flights)
+        except BaseException as error:  # a fault of the engine itself: nobody may wait for ever
+            stopped = EngineError(f"the engine stopped: {type(error).__name__}: {error}")
+            stopped.__cause__ = error
+            for flight in flights:
+                self._queue.finish(flight, error=stopped)
+            self._queue.close(str(stopped), drain=False)
+            if not isinstance(error, Exception):
+                raise
+
+    def _run(self, model: Servable, flights: Sequence[Flight]) -> None:
+        """One batch; if it fails, each of its requests by itself, so that only the guilty one gets the error."""
+        lengths = [flight.request.length for flight in flights]
+        started = time.perf_counter()
+        try:
+            answers = model.answer([flight.sequence for flight in flights], self._output)
+            if len(answers) != len(flights):
+                raise TurboError(f"the model gave {len(answers)} answers to {len(flights)} requests")
+        except Exception as error:
+            if len(flights) == 1:
+                self._queue.finish(flights[0], error=error)
+                return
+            self._queue.count("retries", len(flights))
+            for flight in flights:
+                self._run(model, [flight])
+            return
+        seconds = time.perf_counter() - started
+        self._cost.observe(lengths, seconds)
+        self._queue.record_batch(lengths, computed_rows(model.manifest, lengths), seconds)
+        for flight, answer in zip(flights, answers, strict=True):
+            self._cache.put(flight.key, answer)
+            self._queue.finish(flight, answer)
+
+    def _at_exit(self) -> None:
+        self.close(drain=False)
+
+
+def computed_rows(manifest: Manifest, lengths: Sequence[int]) -> int:
+    """Token rows that a batch computes: whole row tiles, or a rectangle."""
+    if manifest.layout == "padded":
+        return len(lengths) * max(lengths)
+    return packing.tiles(sum(lengths), manifest.row_tile) * manifest.row_tile
+
+
+def _given_up(future: RequestFuture) -> Any:
+    """The time is over: an answer that came in this moment, or a DeadlineError."""
+    future.expire()
+    if future.done():
+        return future.result()
+    raise DeadlineError("the time was over while the request ran: its answer is dropped")
+
+
+def _checked_models(models: Any) -> list[Servable]:
+    found = list(models) if isinstance(models, Sequence) else [models]
+    if not found:
+        raise InputError("an engine needs a model")
+    if len({id(model) for model in found}) < len(found):
+        raise InputError("the engine was given the same model twice: load its file again for every further one")
+    first = found[0].manifest
+    for model in found[1:]:
+        other = model.manifest
+        if (other.name, other.bounds, other.outputs) != (first.name, first.bounds, first.outputs):
+            raise InputError(f"the models of an engine must be of one artifact, not {first.name} and {other.name}")
+    return found
+
+
+def _whole(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InputError(f"{name} is a whole number from 1, not {value!r}")
+    return value
+
+
+def _deadline(timeout_s: float | None) -> float | None:
+    if timeout_s is None:
+        return None
+    if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float) or not 0 < timeout_s < math.inf:
+        raise InputError(f"timeout_s is a number of seconds above 0, or None, not {timeout_s!r}")
+    return time.perf_counter() + timeout_s

@@ -1,0 +1,230 @@
+"""Partitions of sequences into batches, by dynamic programming: pure functions over lengths and a cost.
+
+Padded batches. Sorted by length, some best partition consists of contiguous runs: if two batches overlap in length,
+exchanging members makes one of them shorter and none longer. Then
+
+    least[i] = min over j < i of least[j] + cost(lengths j .. i - 1)
+
+finds it in O(n * longest run) steps (Fang et al., "TurboTransformers", PPoPP 2021).
+
+Any batches. With a cap on tokens or bytes, or a cost that is convex in tokens, the best partition need not be
+contiguous. Up to `EXACT` sequences are then partitioned in every way, by dynamic programming over subsets; more of them
+in runs of the order of length, which is a good rule and no longer exact. A cost with `contiguous = True` says that it is
+of a kind for which runs are as good.
+
+A cost with a method `batches(counts, tokens, squares, longest) -> seconds` over int64 arrays, as those of `cost_model`
+have it, prices a thousand sequences in milliseconds; any other is called once per run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+EXACT = 9  # sequences that are partitioned in every way
+
+
+class Cost(Protocol):
+    """Seconds that a batch of sequences of these lengths takes."""
+
+    def __call__(self, lengths: Sequence[int], /) -> float: ...
+
+
+class Caps(Protocol):
+    """What may run together: `scheduler.Limits`."""
+
+    @property
+    def max_batch(self) -> int | None: ...
+    @property
+    def max_tokens(self) -> int | None: ...
+    @property
+    def max_bytes(self) -> int | None: ...
+    @property
+    def now_s(self) -> float: ...
+    def allow(self, lengths: Sequence[int], /) -> bool: ...
+    def fits_memory(self, lengths: Sequence[int], /) -> bool: ...
+
+
+def needs_every_subset(lengths: Sequence[int], cost: Cost, caps: Caps) -> bool:
+    """Whether runs may miss the best partition, and there are few enough sequences to find it."""
+    if not 1 < len(lengths) <= EXACT:
+        return False
+    tokens_bind = caps.max_tokens is not None and sum(lengths) > caps.max_tokens
+    return tokens_bind or not getattr(cost, "contiguous", False) or not caps.fits_memory(lengths)
+
+
+def best_subsets(lengths: Sequence[int], cost: Cost, caps: Caps) -> list[list[int]]:
+    """The best of all partitions, each batch as indices: every subset gives the batch of its first member away."""
+    count = len(lengths)
+    price = [0.0] * (1 << count)
+    for subset in range(1, 1 << count):
+        chosen = [lengths[i] for i in range(count) if subset >> i & 1]
+        price[subset] = cost(chosen) if caps.allow(chosen) else math.inf
+    least, taken = [0.0] * (1 << count), [0] * (1 << count)
+    for subset in range(1, 1 << count):
+        first = subset & -subset
+        others = rest = subset ^ first
+        best, batch = math.inf, first
+        while True:  # every subset of the others, with the first
+            total = price[first | rest] + least[others ^ rest]
+            if total < best:
+                best, batch = total, first | rest
+            if not rest:
+                break
+            rest = (rest - 1) & others
+        least[subset], taken[subset] = best, batch
+    groups, left = [], (1 << count) - 1
+    while left:
+        groups.append([i for i in range(count) if taken[left] >> i & 1])
+        left ^= taken[left]
+    return groups
+
+
+def best_runs(lengths: Sequence[int], cost: Cost, caps: Caps, *, weigh_waiting: bool = False) -> list[int]:
+    """Where each run begins in the partition of this order into runs with the least sum of costs.
+
+    weigh_waiting: a run's cost counts once for every sequence that is not answered when it starts.
+    """
+    count = len(lengths)
+    prices = run_prices(lengths, cost, caps)
+    window = prices.shape[1] if count else 0
+    if weigh_waiting:
+        first = np.arange(count)[:, None] - np.arange(window - 1, -1, -1)
+        prices *= count - first
+    least, starts = np.zeros(count + 1), [0] * (count + 1)
+    for end in range(1, count + 1):
+        size = min(end, window)
+        totals = least[end - size : end] + prices[end - 1, window - size :]
+        best = int(totals.argmin())
+        least[end], starts[end] = totals[best], end - size + best
+    return _begins(starts)
+
+
+class EarliestRuns:
+    """Runs of a growing order that finish as early as can be, each before all of its deadlines."""
+
+    def __init__(self, cost: Cost, caps: Caps):
+        self._cost, self._caps = cost, caps
+        self._lengths: list[int] = []
+        self._due: list[float] = []
+        self._finished, self._starts = [caps.now_s], [0]
+
+    @property
+    def on_time(self) -> bool:
+        """Whether there are such runs."""
+        return math.isfinite(self._finished[-1])
+
+    def append(self, length: int, due_s: float) -> None:
+        """A further sequence, due no earlier than those before."""
+        self._lengths.append(length)
+        self._due.append(due_s)
+        self._extend(len(self._lengths))
+
+    def remove(self, index: int) -> None:
+        """Take one out."""
+        del self._lengths[index], self._due[index]
+        del self._finished[index + 1 :], self._starts[index + 1 :]
+        for end in range(index + 1, len(self._lengths) + 1):
+            self._extend(end)
+
+    def starts(self) -> list[int]:
+        """Where each run begins."""
+        return _begins(self._starts)
+
+    def _extend(self, end: int) -> None:
+        """The runs that end here; as deadlines only grow, a run is due when its first sequence is."""
+        window = min(end, self._caps.max_batch or end)
+        last = self._lengths[end - window : end]
+        prices = run_prices(last, self._cost, self._caps, only_last=True)[0]
+        times = np.array(self._finished[end - len(prices) : end]) + prices
+        times[times > np.array(self._due[end - len(prices) : end])] = math.inf
+        best = int(times.argmin())
+        self._finished.append(float(times[best]))
+        self._starts.append(end - len(prices) + best)
+
+
+def run_prices(lengths: Sequence[int], cost: Cost, caps: Caps, *, only_last: bool = False) -> np.ndarray:
+    """The cost of every run, (sequences, window): row i, from the right: the run of 1, 2, ... that ends with i.
+
+    Infinite where a run begins before the first sequence, or a cap forbids it. only_last: the last row alone, (1, window).
+    """
+    runs = _Runs(np.array(lengths, np.int64), _window(lengths, caps), only_last)
+    allowed = runs.exists
+    if caps.max_tokens is not None:
+        allowed &= (runs.tokens <= caps.max_tokens) | (runs.counts == 1)
+    if caps.max_bytes is not None:
+        allowed &= _within_bytes(lengths, runs.window, caps)[-len(allowed) :]
+    batches = getattr(cost, "batches", None)
+    if batches is not None:
+        return np.where(allowed, batches(runs.counts, runs.tokens, runs.squares, runs.longest), math.inf)
+    prices = np.full(allowed.shape, math.inf)
+    for i, k in zip(*np.nonzero(allowed), strict=True):
+        end = i + 1 if not only_last else len(lengths)
+        prices[i, k] = cost(lengths[end - (runs.window - k) : end])
+    return prices
+
+
+def _window(lengths: Sequence[int], caps: Caps) -> int:
+    """The longest run that caps can allow."""
+    window = min(len(lengths), caps.max_batch or len(lengths))
+    if caps.max_tokens is None or not window:
+        return window
+    shortest = np.sort(np.array(lengths, np.int64))[:window].cumsum()
+    return max(1, int(np.searchsorted(shortest, caps.max_tokens, "right")))
+
+
+class _Runs:
+    """What all runs of a list amount to, each (sequences, window) as in `run_prices`."""
+
+    def __init__(self, lengths: np.ndarray, window: int, only_last: bool):
+        self.window = window
+        sizes = np.arange(window, 0, -1)
+        ends = np.arange(len(lengths) if only_last else 1, len(lengths) + 1)[:, None]
+        self.exists = ends >= sizes
+        starts = np.maximum(ends - sizes, 0)
+        self.counts = ends - starts
+        self.tokens, self.squares = (s[ends] - s[starts] for s in (_sums(lengths), _sums(lengths * lengths)))
+        if only_last:
+            self.longest = np.maximum.accumulate(lengths[::-1])[:window][::-1][None]
+        elif (lengths[1:] >= lengths[:-1]).all():  # in order of length the last one is the longest
+            self.longest = np.broadcast_to(lengths[:, None], self.tokens.shape)
+        else:
+            self.longest = _longest(lengths, window)
+
+
+def _longest(lengths: np.ndarray, window: int) -> np.ndarray:
+    found = np.empty((len(lengths), window), np.int64)
+    found[:, -1:] = lengths[:, None]
+    for size in range(1, window):
+        column = window - 1 - size
+        found[:, column] = found[:, column + 1]
+        np.maximum(found[size:, column], lengths[:-size], out=found[size:, column])
+    return found
+
+
+def _sums(values: np.ndarray) -> np.ndarray:
+    return np.concatenate(([0], values.cumsum()))
+
+
+def _within_bytes(lengths: Sequence[int], window: int, caps: Caps) -> np.ndarray:
+    """Whether a run's memory is within the cap: a run within another needs no more, so two ends move in turn."""
+    within = np.zeros((len(lengths), window), bool)
+    start = 0
+    for end in range(1, len(lengths) + 1):
+        start = max(start, end - window)
+        while end - start > 1 and not caps.fits_memory(lengths[start:end]):
+            start += 1
+        within[end - 1, window - (end - start) :] = True
+    return within
+
+
+def _begins(starts: Sequence[int]) -> list[int]:
+    """Follow the chosen starts back from the end."""
+    begins, end = [], len(starts) - 1
+    while end:
+        end = starts[end]
+        begins.append(end)
+    return begins[::-1]
