@@ -86,6 +86,25 @@ def from_sequences(sequences: Sequence, token_type_ids: Sequence | None, bounds:
     return Batch(ids, types, ragged_positions(rule, ids, limits), limits)
 
 
+def from_sequence(sequence: Any, token_type_ids: Any, bounds: Bounds, rule: PositionRule) -> Batch:
+    """The same for one sequence, in half the time where nothing is wrong with it."""
+    array = _array(sequence) if token_type_ids is None else None
+    if array is not None and array.ndim == 1 and array.dtype.kind in "iu":
+        count = len(array)
+        if 0 < count <= bounds.max_length and 0 <= array.min() and array.max() < bounds.vocab_size:
+            ids, limits = array.astype(np.int32), np.array((0, count), np.int32)
+            return Batch(ids, np.zeros(count, np.int32), ragged_positions(rule, ids, limits), limits)
+    types = None if token_type_ids is None else [token_type_ids]
+    return from_sequences([sequence], types, bounds, rule)
+
+
+def _array(values: Any) -> np.ndarray | None:
+    try:
+        return np.asarray(values)
+    except (TypeError, ValueError):  # `from_sequences` says what is wrong
+        return None
+
+
 def from_padded(
     input_ids: np.ndarray,
     attention_mask: np.ndarray | None,

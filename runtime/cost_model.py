@@ -13,6 +13,7 @@ Two kinds, each fitted to a few measured batches; `fit` takes the one that predi
 from __future__ import annotations
 
 import math
+import threading
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ STEP = 16  # tokens per entry of the table of corrections
 LARGEST = 1 << 14  # tokens; larger batches are corrected like these
 RATE = 0.1  # of a batch's surprise that is believed
 SURPRISE = 0.3  # the most that one batch may surprise, as a logarithm: an outlier moves the cost by 3 %
-BOUND = math.log(4)  # the most that the cost may differ from the measured one, as a logarithm
+BOUND = math.log(4)  # the most that either end of the correction may become, as a logarithm
 
 
 class ArrayCost(Protocol):
@@ -135,15 +136,19 @@ class PaddedCost:
 
 
 class RefinedCost:
-    """A cost, corrected by what live batches take: bounded, slow to believe one of them. One thread observes.
+    """A cost, corrected by what live batches take: bounded, and slow to believe one of them. Thread-safe.
 
-    The correction is a factor that depends on a batch's tokens: a logarithm at each power of two, linear between.
+    The correction is a factor whose logarithm is linear in that of the batch's tokens, two numbers in all: more of them
+    would follow the noise, and a policy would find gains in it.
     """
 
     def __init__(self, base: ArrayCost):
         self.base, self.contiguous = base, base.contiguous
-        self._logs = np.zeros(LARGEST.bit_length())
-        self._factors = np.ones(LARGEST // STEP + 1)
+        tokens = np.maximum(np.arange(LARGEST // STEP + 1) * STEP, STEP // 2)
+        self._places = np.log2(tokens) / math.log2(LARGEST)  # 0 for a token, 1 for the largest batch
+        self._ends: tuple[float, ...] = (0.0, 0.0)
+        self._factors = np.ones(len(tokens))
+        self._lock = threading.Lock()
 
     def __call__(self, lengths: Sequence[int]) -> float:
         """Seconds for a batch of these lengths."""
@@ -156,23 +161,41 @@ class RefinedCost:
 
     def observe(self, lengths: Sequence[int], seconds: float) -> None:
         """A batch of these lengths took so long."""
-        if not seconds > 0:
+        if not 0 < seconds < math.inf:
             return
-        place = math.log2(max(1, min(sum(lengths), LARGEST)))
-        surprise = max(-SURPRISE, min(SURPRISE, math.log(seconds / self(lengths))))
-        lower = min(int(place), len(self._logs) - 2)
-        share = place - lower
-        logs = self._logs.copy()
-        for i, weight in ((lower, 1 - share), (lower + 1, share)):
-            logs[i] = max(-BOUND, min(BOUND, logs[i] + RATE * weight * surprise))
-        tokens = np.maximum(np.arange(len(self._factors)) * STEP, STEP // 2)
-        self._factors = np.exp(np.interp(np.log2(tokens), np.arange(len(logs)), logs))
-        self._logs = logs
+        with self._lock:
+            surprise = max(-SURPRISE, min(SURPRISE, math.log(seconds / self(lengths))))
+            place = float(self._places[min(sum(lengths), LARGEST) // STEP])
+            low, high = self._ends
+            step = RATE * surprise / (place**2 + (1 - place) ** 2)
+            self._set(low + step * (1 - place), high + step * place)
+
+    @staticmethod
+    def fitted(base: ArrayCost, batches: Sequence[tuple[Sequence[int], float]]) -> RefinedCost:
+        """The cost with the correction that fits all of these batches, (lengths, seconds), with the total time exact."""
+        made = RefinedCost(base)
+        places = np.array([made._places[min(sum(lengths), LARGEST) // STEP] for lengths, _ in batches])
+        predicted = np.array([base(lengths) for lengths, _ in batches])
+        seconds = np.array([s for _, s in batches])
+        weights = np.sqrt(seconds)
+        rows = np.stack((1 - places, places), 1) * weights[:, None]
+        surprises = np.clip(np.log(seconds / predicted), -BOUND, BOUND) * weights
+        # half a batch in favour of no correction, at either end, where sizes are all alike
+        prior = np.eye(2) * weights.mean() / 2
+        low, high = np.linalg.lstsq(np.concatenate((rows, prior)), np.concatenate((surprises, [0.0, 0.0])), rcond=None)[0]
+        factors = np.exp(low + (high - low) * places)
+        missing = math.log(seconds.sum() / (predicted * factors).sum())
+        made._set(low + missing, high + missing)
+        return made
+
+    def _set(self, low: float, high: float) -> None:
+        self._ends = tuple(max(-BOUND, min(BOUND, value)) for value in (low, high))
+        self._factors = np.exp(self._ends[0] + (self._ends[1] - self._ends[0]) * self._places)
 
     @property
-    def corrections(self) -> dict[int, float]:
-        """The factor by tokens, at the powers of two."""
-        return {1 << i: math.exp(value) for i, value in enumerate(self._logs.tolist())}
+    def corrections(self) -> tuple[float, float]:
+        """The factor for a single token, and for the largest batches."""
+        return math.exp(self._ends[0]), math.exp(self._ends[1])
 
 
 KINDS: dict[str, type[PackedCost] | type[PaddedCost]] = {"packed": PackedCost, "padded": PaddedCost}

@@ -183,8 +183,8 @@ class CompiledModel:
 
     def prepare(self, sequence: Any, token_type_ids: Any = None) -> Batch:
         """One sequence of token ids, checked and ready for `answer`. Raises InputError."""
-        types = None if token_type_ids is None else [token_type_ids]
-        return packing.from_sequences([sequence], types, self.manifest.bounds, self.manifest.positions)
+        manifest = self._artifact.manifest
+        return packing.from_sequence(sequence, token_type_ids, manifest.bounds, manifest.positions)
 
     def answer(self, parts: Sequence[Batch], output: str | None = None) -> list[Any]:
         """Answer what `prepare` made, as `run` does."""

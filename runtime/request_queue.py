@@ -86,6 +86,7 @@ class RequestQueue:
         self._by_key: dict[bytes, Flight] = {}
         self._numbers = itertools.count()
         self._first_deadline = float("inf")
+        self._prioritised = False  # whether any request ever had a priority
         self._closed: str | None = None
         self.recorder = Recorder()
 
@@ -108,13 +109,13 @@ class RequestQueue:
                 length = len(sequence.token_ids)
                 request = Request(next(self._numbers), length, future.submitted_s, deadline_s, priority)
                 flight = self._by_key[key] = self._waiting[request.id] = Flight(request, key, sequence)
+                flight.waiters.append(future)
                 self._lock.notify()
             else:
                 self._join(flight, future, priority)
-            flight.waiters.append(future)
             future.flight = flight
-            flight.urge()
             self.recorder.count("submitted")
+            self._prioritised = self._prioritised or priority != 0
             if deadline_s is not None:
                 self._first_deadline = min(self._first_deadline, deadline_s)
         return future
@@ -130,19 +131,18 @@ class RequestQueue:
         future.set_result(answer)
         return future
 
-    def take(self, wait_s: WaitS, choose: Choose) -> list[Flight]:
-        """The flights to run next; blocks until there are some, and gives none when the queue is closed and empty.
+    def take(self, wait_s: WaitS, choose: Choose) -> tuple[list[Flight], float]:
+        """The flights to run next, and when choosing them began; blocks until there are some, or none will come any more.
 
         wait_s(requests, now): seconds to wait for more. choose(requests, now): the ids of those to run.
         """
         with self._turn:
             while True:
                 requests = self._requests(wait_s)
-                if not requests:
-                    return []
-                flights = self._claim(choose(requests, self._clock()))  # producers may submit meanwhile
-                if flights:
-                    return flights
+                began = self._clock()
+                flights = self._claim(choose(requests, began)) if requests else []  # producers may submit meanwhile
+                if flights or not requests:
+                    return flights, began
 
     def finish(self, flight: Flight, answer: Any = None, error: BaseException | None = None) -> None:
         """Give everyone who waits for it the answer, each an array of his own, or the error."""
@@ -215,6 +215,8 @@ class RequestQueue:
             future.set_running_or_notify_cancel()
         if priority > flight.request.priority:
             flight.request = replace(flight.request, priority=priority)
+        flight.waiters.append(future)
+        flight.urge()
 
     def _leave(self, future: RequestFuture, outcome: str) -> None:
         """A future that waited was settled from outside; nobody else waits for its flight: it goes."""
@@ -243,13 +245,18 @@ class RequestQueue:
                         return []
                     self._lock.wait()
                     continue
-                requests = [flight.request for flight in self._waiting.values()]
-                if len(requests) > PLANNED:
-                    requests = nsmallest(PLANNED, requests, key=lambda r: (-r.priority, r.arrival_s))
+                requests = self._first()
                 seconds = 0.0 if self._closed is not None else wait_s(requests, self._clock())
                 if seconds <= 0:
                     return requests
                 self._lock.wait(seconds)
+
+    def _first(self) -> list[Request]:
+        """The requests to plan, in order of arrival."""
+        requests = (flight.request for flight in self._waiting.values())
+        if len(self._waiting) <= PLANNED or not self._prioritised:
+            return list(itertools.islice(requests, PLANNED))
+        return sorted(nsmallest(PLANNED, requests, key=lambda r: (-r.priority, r.arrival_s)), key=lambda r: r.arrival_s)
 
     def _expire(self) -> None:
         """Settle whose deadline has passed."""

@@ -16,10 +16,12 @@ from turbo_tvm.runtime.batch import Batch
 ENTRY_BYTES = 256  # what an entry takes beside its arrays, about
 
 
-def request_key(model: str, output: str | None, request: Batch) -> bytes:
-    """A name for the answer to one sequence: the model's fingerprint, the output, token ids and types, in 128 bits."""
-    digest = hashlib.blake2b(f"{model}\n{output}\n{len(request.token_ids)}\n".encode(), digest_size=16)
-    digest.update(request.token_ids.tobytes())
+def request_key(answers_of: bytes, request: Batch) -> bytes:
+    """A name for the answer to one sequence, in 128 bits: by what answers it, its token ids and its token types."""
+    ids = request.token_ids.tobytes()
+    digest = hashlib.blake2b(answers_of, digest_size=16)
+    digest.update(len(ids).to_bytes(8, "little"))
+    digest.update(ids)
     digest.update(request.token_type_ids.tobytes())
     return digest.digest()
 

@@ -1,4 +1,4 @@
-"""The command line of the benchmarks: `scripts/bench [encoder | memory | overhead]`, `scripts/bench report DIR`."""
+"""The command line of the benchmarks: `scripts/bench [encoder | memory | serving | overhead]`, `scripts/bench report DIR`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from . import memory, overhead
+from . import memory, overhead, serving
 from .contenders import RIVALS
 from .encoder import PRECISIONS, Settings, run
 from .measure import Limits
@@ -38,7 +38,15 @@ short and long in turn, slowly growing): ours, the published algorithm, TVM's po
 bytes held, allocated and freed, allocations, planning time, peak over lower bound. Then the growth of resident memory
 of turbo_tvm, PyTorch and ONNX Runtime on the same traces, in a process each.
 Writes memory.json (every sample), memory.md and memory.png."""
-COMMANDS = ("encoder", "memory", "overhead", "report")
+SERVING = """Serve random requests through turbo_tvm.Engine, by every policy, packed and padded: what rate it bears when
+saturated, latency under Poisson arrivals at rising fractions of that, and the simulator on the same arrivals. Before that,
+the time from submission to the first kernel in an idle engine.
+Writes serving.json (every latency), serving.md and serving.png, after every load."""
+SERVING_EXAMPLES = """examples:
+  scripts/bench serving --models minilm-l6 --precisions fp32 --seconds 5    a look, in some minutes
+  scripts/bench serving --models bert-base --layouts packed --policies nobatch dp --lengths 2..100
+  scripts/bench serving --out benchmarks/mine --resume                      everything, an hour and more"""
+COMMANDS = ("encoder", "memory", "serving", "overhead", "report")
 QUICK_LIMITS = {"rounds": 3, "seconds": 5.0}
 
 
@@ -57,6 +65,15 @@ def parser() -> argparse.ArgumentParser:
     _memory_options(
         commands.add_parser(
             "memory", help="memory between kernels, planned and measured", description=MEMORY, formatter_class=raw
+        )
+    )
+    _serving_options(
+        commands.add_parser(
+            "serving",
+            help="the engine under load, by scheduling policy",
+            description=SERVING,
+            epilog=SERVING_EXAMPLES,
+            formatter_class=raw,
         )
     )
     _overhead_options(commands.add_parser("overhead", help="what run() costs above its kernels", description=OVERHEAD))
@@ -100,6 +117,22 @@ def _memory_options(memory: argparse.ArgumentParser) -> None:
     add("--threads", type=_positive, help="default: the physical cores")
     add("--seed", type=int, default=0, help="of weights, lengths and token ids (default %(default)s)")
     add("--out", type=Path, default=Path("bench_results"), help="output directory (default %(default)s)")
+
+
+def _serving_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    policies = sorted({p for some in serving.LAYOUTS.values() for p in some})
+    add("--models", nargs="+", choices=MODELS, default=["minilm-l6", "bert-base"], help="default: minilm-l6, bert-base")
+    add("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS), help="default: all")
+    add("--lengths", nargs="+", choices=serving.RANGES, default=list(serving.RANGES), help="default: all")
+    add("--layouts", nargs="+", choices=serving.LAYOUTS, default=list(serving.LAYOUTS), help="default: all")
+    add("--policies", nargs="+", choices=policies, help="default: those that make sense for a layout")
+    add("--seconds", type=float, default=10.0, help="a trial lasts at least so long (default %(default)g)")
+    add("--longest", type=float, default=40.0, help="and at most, even if fewer than 300 come (default %(default)g)")
+    add("--threads", type=_positive, help="default: the physical cores")
+    add("--seed", type=int, default=0, help="of weights, arrivals and token ids (default %(default)s)")
+    add("--out", type=Path, default=Path("bench_results"), help="output directory (default %(default)s)")
+    add("--resume", action="store_true", help="keep the loads that serving.json holds of this machine and version")
 
 
 def _overhead_options(overhead: argparse.ArgumentParser) -> None:
@@ -161,6 +194,25 @@ def memory_settings(args: argparse.Namespace, argv: list[str]) -> memory.Setting
     )
 
 
+def serving_settings(args: argparse.Namespace, argv: list[str]) -> serving.Settings:
+    from turbo_tvm import config
+
+    return serving.Settings(
+        command=shlex.join(["scripts/bench", *argv]),
+        models={name: MODELS[name] for name in args.models},
+        precisions=tuple(args.precisions),
+        ranges=tuple(args.lengths),
+        layouts=tuple(args.layouts),
+        policies=tuple(args.policies) if args.policies else None,
+        seconds=args.seconds,
+        longest=args.longest,
+        threads=config.num_threads(args.threads),
+        seed=args.seed,
+        out=args.out,
+        resume=args.resume,
+    )
+
+
 def main(argv: list[str]) -> int:
     args = arguments(argv)
     console = Console(soft_wrap=True, highlight=False)
@@ -174,12 +226,15 @@ def main(argv: list[str]) -> int:
             from turbo_tvm import config
 
             overhead.run(args.rounds, config.num_threads(args.threads), args.seed, args.out, console)
+        elif args.command == "serving":
+            serving.run(serving_settings(args, argv), console)
         elif args.command == "memory":
             memory.run(memory_settings(args, argv), console)
         else:
             run(settings(args, argv), console)
     except KeyboardInterrupt:
-        kept = f": {args.out} holds every finished workload; go on with --resume" if args.command == "encoder" else ""
+        resumable = args.command in ("encoder", "serving")
+        kept = f": {args.out} holds every finished workload; go on with --resume" if resumable else ""
         print(f"interrupted{kept}", file=sys.stderr)
         return 130
     return 0
