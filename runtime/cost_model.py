@@ -24,7 +24,7 @@ import numpy as np
 from turbo_tvm.errors import InputError
 from turbo_tvm.runtime.manifest import CostSpec
 
-KNOTS = (16, 64, 256, 1024)  # tokens where the cost of a further token may change
+KNOTS = (16, 64, 256)  # tokens where the cost of a further token may change
 SWEEPS = 2000  # of coordinate descent; some hundreds are enough for eight terms
 
 STEP = 16  # tokens per entry of the table of corrections
