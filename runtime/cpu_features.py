@@ -13,7 +13,16 @@ from pathlib import Path
 from turbo_tvm.errors import ArtifactError, TargetError
 from turbo_tvm.runtime.manifest import TargetSpec
 
-__all__ = ["check_host", "checkable", "cpu_name", "host_arch", "host_features", "machine_name", "missing", "request_amx"]
+__all__ = [
+    "check_host",
+    "checkable",
+    "cpu_name",
+    "host_arch",
+    "host_features",
+    "machine_name",
+    "missing",
+    "request_amx",
+]
 
 CPUINFO = Path("/proc/cpuinfo")
 

@@ -6,6 +6,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 STEPS = 4  # buckets per factor of two: a percentile is within 19 % of its value, from above
 TIME_BOUNDS_S = tuple(1e-6 * 2 ** (i / STEPS) for i in range(27 * STEPS))  # 1 us to 134 s
@@ -135,8 +136,8 @@ class Recorder:
         """The statistics as they are now."""
         c = self.counts
         pending = c["submitted"] - c["answered"] - c["failed"] - c["cancelled"] - c["expired"]
-        histograms = {name: histogram.snapshot() for name, histogram in self.histograms.items()}
-        return EngineStatistics(**c, pending=pending, **histograms)
+        fields: dict[str, Any] = {name: histogram.snapshot() for name, histogram in self.histograms.items()}
+        return EngineStatistics(**c, pending=pending, **fields)  # type: ignore[arg-type]
 
 
 _COUNTS = (

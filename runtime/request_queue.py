@@ -264,10 +264,11 @@ class RequestQueue:
         if now < self._first_deadline:
             return
         with self._lock:
-            waiters = [w for flight in self._waiting.values() for w in flight.waiters if w.deadline_s is not None]
-            self._first_deadline = min((w.deadline_s for w in waiters if w.deadline_s > now), default=float("inf"))
-        for waiter in waiters:
-            if waiter.deadline_s <= now:
+            waiters = [w for flight in self._waiting.values() for w in flight.waiters]
+            due = [(w, w.deadline_s) for w in waiters if w.deadline_s is not None]
+            self._first_deadline = min((deadline for _, deadline in due if deadline > now), default=float("inf"))
+        for waiter, deadline in due:
+            if deadline <= now:
                 waiter.expire()
 
     def _claim(self, ids: Sequence[int]) -> list[Flight]:

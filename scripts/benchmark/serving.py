@@ -75,8 +75,9 @@ class Load:
 
 def plan(settings: Settings) -> list[Load]:
     """Every combination that is asked for."""
+    wanted = {layout: settings.policies or some for layout, some in LAYOUTS.items()}
     return [
-        Load(model, precision, lengths, layout, tuple(p for p in LAYOUTS[layout] if p in (settings.policies or LAYOUTS[layout])))
+        Load(model, precision, lengths, layout, tuple(p for p in LAYOUTS[layout] if p in wanted[layout]))
         for model in settings.models
         for precision in settings.precisions
         for layout in settings.layouts
@@ -105,7 +106,7 @@ def run(settings: Settings, console: Console) -> None:
 
 def _begin(settings: Settings, console: Console) -> dict[str, Any]:
     """A report without loads, or with those that an earlier run left of the same machine and sources."""
-    made = {
+    made: dict[str, Any] = {
         "format": "serving 1",
         "seed": settings.seed,
         "machine": machine.describe(settings.threads),
@@ -133,11 +134,14 @@ def _compile(settings: Settings, name: str, precision: str, console: Console) ->
     return turbo_tvm.compile(module, precision=precision, threads=settings.threads, name=name, progress=False)
 
 
-def measure_load(settings: Settings, load: Load, compiled: Any, report: dict[str, Any], console: Console) -> dict[str, Any]:
+def measure_load(
+    settings: Settings, load: Load, compiled: Any, report: dict[str, Any], console: Console
+) -> dict[str, Any]:
     """Saturation, trials and their simulation for every policy."""
     model = compiled if load.layout == "packed" else Padded.of(compiled)
     spec = model.measure_cost()
-    mean_cost = float(np.mean([model.cost([n]) for n in range(*RANGES[load.lengths])]))
+    low, high = RANGES[load.lengths]
+    mean_cost = sum(model.cost([n]) for n in range(low, high + 1)) / (high + 1 - low)
     console.print(f"{load.name}: one request takes {1e3 * mean_cost:.1f} ms, predicted within {spec.error:.1%}")
     count = max(96, int(SATURATION_S / mean_cost))
     rates = saturation(model, load, count, settings.seed)

@@ -49,7 +49,7 @@ def critical(trials: Sequence[dict[str, Any]]) -> tuple[float, float | None]:
 
 def overview_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
     """A row per load and policy."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, load in report["loads"].items():
         base = load["saturation"].get(BASE)
         for policy, rates in load["saturation"].items():
@@ -81,7 +81,7 @@ def overview(report: dict[str, Any]) -> Table:
 
 def trial_rows(load: dict[str, Any]) -> list[tuple[str, ...]]:
     """A row per policy and rate."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for policy, trials in load["trials"].items():
         for t in trials:
             latency = 1e3 * np.array(t["latency_s"])
@@ -118,7 +118,10 @@ def markdown(report: dict[str, Any]) -> str:
         "the longest of their batch. Simulated: the trial's own arrivals, with the cost refined by all of the trial's batches, and their scatter.\n",
         _table(OVERVIEW, overview_rows(report)),
         "Idle engine, from `submit` to the first kernel, one request at a time: "
-        + "; ".join(f"{name} p50 {1e6 * median(s):.0f} us, p99 {1e6 * np.percentile(s, 99):.0f} us" for name, s in report["idle"].items())
+        + "; ".join(
+            f"{name} p50 {1e6 * median(s):.0f} us, p99 {1e6 * np.percentile(s, 99):.0f} us"
+            for name, s in report["idle"].items()
+        )
         + "\n",
         "![latency against rate](serving.png)\n",
     ]

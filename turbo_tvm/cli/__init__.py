@@ -1,4 +1,4 @@
-"""The command line: `turbo-tvm compile`, `inspect`, `run` and `profile`, one file each.
+"""The command line: `turbo-tvm compile`, `inspect`, `run`, `profile`, `cost` and `simulate`, one file each.
 
 Starting is quick: a command imports TVM, PyTorch or rich only when it does its work.
 """
@@ -8,10 +8,12 @@ from __future__ import annotations
 import click
 
 from turbo_tvm.cli.compile import compile_command
+from turbo_tvm.cli.cost import cost_command
 from turbo_tvm.cli.inspect import inspect_command
 from turbo_tvm.cli.options import Commands, debug_option, print_version
 from turbo_tvm.cli.profile import profile_command
 from turbo_tvm.cli.run import run_command
+from turbo_tvm.cli.simulate import simulate_command
 
 __all__ = ["main"]
 
@@ -37,5 +39,5 @@ def main() -> None:
     """
 
 
-for command in (compile_command, inspect_command, run_command, profile_command):
+for command in (compile_command, inspect_command, run_command, profile_command, cost_command, simulate_command):
     main.add_command(command)

@@ -46,6 +46,8 @@ def _overview(file: Path, m: Manifest) -> dict[str, str]:
         f"token types {bounds.type_vocab_size}",
         "positions": m.positions.kind,
         "weights": _weights(m.parameters),
+        "costs": "; ".join(f"{name} (off by {cost.error:.1%})" for name, cost in m.costs.items())
+        or "not measured: turbo-tvm cost",
     }
 
 

@@ -1,0 +1,69 @@
+"""`turbo-tvm cost`: what batches cost on this machine, measured once and kept in the artifact."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from turbo_tvm.cli.options import debug_option
+
+if TYPE_CHECKING:
+    from turbo_tvm.runtime.cost_spec import CostSpec
+
+_LENGTHS = (8, 16, 32, 64, 128, 256, 512)
+_BATCHES = (1, 4, 16, 64)
+
+
+@click.command("cost")
+@click.argument("file", metavar="FILE", type=click.Path(path_type=Path))
+@click.option("--seconds", metavar="S", type=click.FloatRange(0.1), default=5.0, show_default=True, help="To measure.")
+@click.option("--threads", metavar="N", type=click.IntRange(1), help="Threads.  [default: one per physical core]")
+@click.option("--remeasure", is_flag=True, help="Measure again what FILE already holds for this machine.")
+@click.option("--json", "as_json", is_flag=True, help="The fitted figures as one JSON object.")
+@debug_option
+def cost_command(file: Path, seconds: float, threads: int | None, remeasure: bool, as_json: bool) -> None:
+    """Measure what batches cost on this machine, and keep it in FILE.
+
+    The batch scheduler goes by it. An engine measures by itself, for five seconds at every start, where the file says
+    nothing about its machine. Costs are kept by CPU and number of threads; FILE is replaced as a whole, or not at all.
+
+    \b
+    Examples:
+      turbo-tvm cost minilm.turbo
+      turbo-tvm cost minilm.turbo --remeasure --seconds 20
+    """
+    import turbo_tvm
+    from turbo_tvm.progress import Progress
+
+    model = turbo_tvm.load(file, threads=threads)
+    if model.cost is None or remeasure:
+        with Progress("cost") as show:
+            show("measuring what batches cost")
+            model.measure_cost(budget_s=seconds, say=show.note)
+        model.save(file)
+    assert model.cost is not None
+    spec = model.cost.spec
+    if as_json:
+        click.echo(json.dumps(dataclasses.asdict(spec)))
+    else:
+        _show(spec, model.threads, model.manifest.bounds.max_length)
+
+
+def _show(spec: CostSpec, threads: int, max_length: int) -> None:
+    from turbo_tvm.cli.console import add_row, console, table
+    from turbo_tvm.runtime.cost_model import cost_of
+    from turbo_tvm.runtime.cpu_features import machine_name
+
+    cost = cost_of(spec)
+    rows = table("Milliseconds per batch", ["tokens each>", *(f"batch {k}>" for k in _BATCHES)], "")
+    rows.caption = (
+        f"{machine_name(threads)}: {spec.kind} cost, from {spec.points} measured batches; off by {spec.error:.1%} on "
+        "average on batches that it was not fitted to"
+    )
+    for n in [n for n in _LENGTHS if n < max_length] + [max_length] * (max_length not in _LENGTHS):
+        add_row(rows, str(n), *(f"{1e3 * cost([n] * k):.3g}" for k in _BATCHES))
+    console().print(rows)
