@@ -77,7 +77,7 @@ def bursty(
 
 
 def read_trace(path: str | PathLike[str]) -> Trace:
-    """A CSV file with the columns arrival_s and length, in any order of rows. InputError names the line that is wrong."""
+    """A CSV file with the columns arrival_s and length, rows in any order. InputError names the line that is wrong."""
     try:
         with open(path, newline="", encoding="utf-8") as file:
             rows = csv.DictReader(file)

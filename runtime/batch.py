@@ -91,7 +91,7 @@ def from_sequence(sequence: Any, token_type_ids: Any, bounds: Bounds, rule: Posi
     array = _array(sequence) if token_type_ids is None else None
     if array is not None and array.ndim == 1 and array.dtype.kind in "iu":
         count = len(array)
-        if 0 < count <= bounds.max_length and 0 <= array.min() and array.max() < bounds.vocab_size:
+        if 0 < count <= bounds.max_length and array.min() >= 0 and array.max() < bounds.vocab_size:
             ids, limits = array.astype(np.int32), np.array((0, count), np.int32)
             return Batch(ids, np.zeros(count, np.int32), ragged_positions(rule, ids, limits), limits)
     types = None if token_type_ids is None else [token_type_ids]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from statistics import median
 
 import numpy as np
 
@@ -66,7 +65,7 @@ def _ragged(max_length: int, max_tokens: int, seed: int) -> list[tuple[int, ...]
 def _sampled(
     run: Run, batches: Sequence[tuple[int, ...]], budget_s: float, say: Say, clock: Callable[[], float], what: str
 ) -> list[Point]:
-    """The median time of each batch; those that the budget does not allow for are left out, the first two never."""
+    """The least time of each batch, since noise only adds; those that the budget does not allow for are left out, the first two never."""
     started, points = clock(), []
     per_token = 0.0  # of the last point: an estimate for the next
     for number, lengths in enumerate(batches):
@@ -81,6 +80,6 @@ def _sampled(
             begin = clock()
             run(lengths)
             samples.append(clock() - begin)
-        points.append(Point(lengths, median(samples)))
+        points.append(Point(lengths, min(samples)))
         per_token = points[-1].seconds / sum(lengths)
     return points

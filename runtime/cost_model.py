@@ -2,12 +2,13 @@
 
 Two kinds, each fitted to a few measured batches; `fit` takes the one that predicts held-out batches better.
 
-- `PackedCost`, for execution without padding: a fixed cost, a cost per sequence, a piecewise linear one in tokens, and one
-  in squared lengths, which is attention's.
-- `PaddedCost`: a table by length of the longest sequence and by batch, interpolated in both (`cached_cost[length][batch]`
+- `PackedCost`, for execution without padding: fixed, per sequence, piecewise linear in tokens, and in squared lengths,
+  which is attention's.
+- `PaddedCost`: a table by length of the longest sequence and by batch, interpolated (`cached_cost[length][batch]`
   of Fang et al., "TurboTransformers", PPoPP 2021).
 
-`RefinedCost` follows what live batches take. All of them price whole arrays of batches at once (`batches`), for `partition`.
+`RefinedCost` follows what live batches take. All of them price whole arrays of batches at once (`batches`), for
+`partition`.
 """
 
 from __future__ import annotations
@@ -118,7 +119,7 @@ class PaddedCost:
 
     @staticmethod
     def fit(points: Sequence[Point]) -> PaddedCost:
-        """The table of the batches of equal lengths; what was not measured is what the packed cost of its rectangle is."""
+        """The table of the batches of equal lengths; what was not measured is the packed cost of its rectangle."""
         equal = {(p.lengths[0], len(p.lengths)): p.seconds for p in points if len(set(p.lengths)) == 1}
         if not equal:
             raise InputError("a table of costs needs measured batches of equal lengths")
@@ -172,7 +173,7 @@ class RefinedCost:
 
     @staticmethod
     def fitted(base: ArrayCost, batches: Sequence[tuple[Sequence[int], float]]) -> RefinedCost:
-        """The cost with the correction that fits all of these batches, (lengths, seconds), with the total time exact."""
+        """The cost with the correction that fits these batches, (lengths, seconds); their total time is exact."""
         made = RefinedCost(base)
         places = np.array([made._places[min(sum(lengths), LARGEST) // STEP] for lengths, _ in batches])
         predicted = np.array([base(lengths) for lengths, _ in batches])
@@ -209,7 +210,7 @@ def cost_of(spec: CostSpec) -> PackedCost | PaddedCost:
 
 
 def fit(points: Sequence[Point], held_out: Sequence[Point]) -> CostSpec:
-    """The kind that predicts the held-out batches better, fitted to all batches. `error`: its mean relative error there."""
+    """The kind that predicts the held-out batches better, with its mean error there, fitted to all batches."""
     errors = {name: mean_error(kind.fit(points), held_out) for name, kind in KINDS.items()}
     best = min(errors, key=lambda name: errors[name])
     fitted = KINDS[best].fit([*points, *held_out]).spec

@@ -12,8 +12,8 @@ from turbo_tvm.runtime.strict_json import wrong_field
 class CostSpec:
     """A fitted cost; `cost_model` says what the figures mean.
 
-    packed: terms are seconds fixed, per sequence, per squared token, then per token between the knots, in tokens. padded:
-    seconds by length and batch. error: the mean relative error on held-out batches; points: measured batches.
+    packed: terms are seconds fixed, per sequence, per squared token, then per token between the knots, in tokens.
+    padded: seconds by length and batch. error: the mean relative error on held-out batches; points: measured batches.
     """
 
     kind: Literal["packed", "padded"]

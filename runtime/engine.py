@@ -2,8 +2,8 @@
 
     submit -> response cache -> queue -> trigger, policy -> executor thread -> model -> every waiter's future
 
-An executor thread per model plans, runs a batch, answers it, and plans again with whatever has come meanwhile; TVM lets go
-of the interpreter inside kernels, so producers go on. All that can be said without a thread is said elsewhere:
+An executor thread per model plans, runs a batch, answers it, and plans again with whatever has come meanwhile; TVM lets
+go of the interpreter inside kernels, so producers go on. All that can be said without a thread is said elsewhere:
 `scheduler` and `triggers` choose, `request_queue` keeps who waits, `cost_model` predicts.
 """
 
@@ -82,11 +82,11 @@ class Engine:
         progress: bool | None = None,
     ):
         """models: one model, or several of the same artifact, each loaded by itself: a thread runs each of them.
-        policy: how batches are chosen, see `scheduler.POLICIES`: "dp", "dp_latency", "deadline", "token_budget", "naive",
+        policy: how batches are chosen, see `scheduler`: "dp", "dp_latency", "deadline", "token_budget", "naive" or
             "nobatch".
         trigger: when: "hungry", whenever a model is idle; "lazy", or a `triggers.Lazy`, to wait for fuller batches.
-        max_batch, max_tokens: sequences and tokens of a batch; by default 64, and as many tokens as the model runs at once.
-            Its `memory_budget`, as it is when the engine starts, is a cap too.
+        max_batch, max_tokens: sequences and tokens of a batch; by default 64, and what the model runs at once. Its
+            `memory_budget`, as it is when the engine starts, is a cap too.
         max_wait_s: who has waited so long goes first, whatever the policy; None for no such bound.
         max_queue: requests that may wait; a further one raises OverloadError.
         cache: bytes of answers that are kept, 0 for none; or a ResponseCache that engines share.
@@ -165,12 +165,12 @@ class Engine:
         """Queue a request; returns at once with the future of its answer.
 
         request: a text, or token ids (length,) of one sequence, with token_type_ids of the same shape. timeout_s: a
-        request that has not started so many seconds from now never runs: its result is a DeadlineError. priority: higher
-        ones go first. The future can be cancelled until it starts. Its answer, fp32 (columns,) or (length, hidden), is the
-        caller's own.
+        request that has not started so many seconds from now never runs: its result is a DeadlineError. priority:
+        higher ones go first. The future can be cancelled until it starts. Its answer, fp32 (columns,) or (length,
+        hidden), is the caller's own.
 
-        Raises InputError for what the model cannot answer, OverloadError for a full queue, EngineError for an engine that
-        does not run.
+        Raises InputError for what the model cannot answer, OverloadError for a full queue, EngineError for an engine
+        that does not run.
         """
         if not self._threads:
             raise self._not_running()

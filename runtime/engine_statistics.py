@@ -71,13 +71,13 @@ class Histogram:
 
 @dataclass(frozen=True)
 class EngineStatistics:
-    """Since the engine started. Every request that was submitted is counted under one of the outcomes, or still pending.
+    """Since the engine started. Every request that was submitted has one of the outcomes, or is pending.
 
     Outcomes: answered (of them cache_hits without waiting, shared with a request that was under way already, late after
-    its deadline), failed, cancelled, expired. rejected: refused for a full queue, which are not submitted.
-    batches: runs of a model; retries: requests that ran again alone as their batch had failed. rows: token rows that were
-    computed; padding_rows: of them those that no request asked for. Histograms in seconds: queue (from submission to the
-    start of the run that answers), execution (of a batch), latency (from submission to answer, of all that are answered).
+    its deadline), failed, cancelled, expired. rejected: refused for a full queue, which are not submitted. batches:
+    runs of a model; retries: requests that ran again alone as their batch had failed. rows: token rows that were
+    computed; padding_rows: of them those that no request asked for. Histograms in seconds: queue (from submission to
+    the start of the run that answers), execution (of a batch), latency (from submission to answer, of all answered).
     """
 
     submitted: int
@@ -108,10 +108,12 @@ class EngineStatistics:
     def __str__(self) -> str:
         """Two lines for a log."""
         latency, size = self.latency_s, self.batch_size
+        answered = (
+            f"{self.answered} answered ({self.cache_hits} from the cache, {self.shared} shared, {self.late} late)"
+        )
         return (
-            f"{self.submitted} requests: {self.answered} answered ({self.cache_hits} from the cache, {self.shared} shared, "
-            f"{self.late} late), {self.failed} failed, {self.cancelled} cancelled, {self.expired} expired, "
-            f"{self.rejected} rejected, {self.pending} pending\n"
+            f"{self.submitted} requests: {answered}, {self.failed} failed, {self.cancelled} cancelled, "
+            f"{self.expired} expired, {self.rejected} rejected, {self.pending} pending\n"
             f"latency p50 {1e3 * latency.percentile(50):.3g} ms, p99 {1e3 * latency.percentile(99):.3g} ms; "
             f"{self.batches} batches of {size.mean:.1f} on average, {self.padding_waste:.1%} padding"
         )

@@ -157,11 +157,11 @@ class MemberSpec:
 class Manifest:
     """Everything about an artifact but its code, weights and tokenizer.
 
-    name: the model's. primary: the name of the main output, None for all of them. row_tile: rows (tokens) per
-    matrix tile; query_tile: query rows per attention task. relative_positions: attention looks at distances between
-    tokens; pools_first: an output is made from a sequence's first token. buffers, parameters: in call order. steps: the
-    kernels that a run calls, in order. declined: what was not fused, and why. source_parameters: the parameter count of
-    the model before packing. costs: what batches cost, by machine (`cpu_features.machine_name`). members: every member of
+    name: the model's. primary: the name of the main output, None for all of them. row_tile: rows (tokens) per matrix
+    tile; query_tile: query rows per attention task. relative_positions: attention looks at distances between tokens;
+    pools_first: an output is made from a sequence's first token. buffers, parameters: in call order. steps: the kernels
+    that a run calls, in order. declined: what was not fused, and why. source_parameters: the parameter count of the
+    model before packing. costs: what batches cost, by machine (`cpu_features.machine_name`). members: every member of
     the file but the manifest itself; filled when the artifact is saved.
     """
 

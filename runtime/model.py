@@ -69,13 +69,13 @@ class CompiledModel:
 
     @property
     def fingerprint(self) -> str:
-        """A name for what the model answers: that of its file, by the sums of what it holds; else of this object alone."""
+        """A name for what the model answers: of its file, by the sums of what it holds; else of this object alone."""
         members = self.manifest.members
         return "".join(f"{name}:{members[name].sha256};" for name in sorted(members)) or self._unsaved
 
     @property
     def cost(self) -> PackedCost | PaddedCost | None:
-        """`cost(lengths) -> seconds` that one batch takes on this machine; None until `measure_cost`, or a file, says."""
+        """`cost(lengths) -> seconds` that a batch takes on this machine; None until `measure_cost`, or a file, says."""
         spec = self.manifest.costs.get(machine_name(self.threads))
         return None if spec is None else cost_model.cost_of(spec)
 
@@ -233,8 +233,8 @@ class CompiledModel:
     def measure_cost(self, *, budget_s: float = 5.0, say: Callable[[str], None] = lambda _text: None) -> CostSpec:
         """Measure what batches take on this machine, in about `budget_s` seconds, and keep it: `cost`, and in `save`.
 
-        say: is told what is being measured. Returns the fitted cost with its error on batches that it was not fitted to.
-        Raises TurboError if this machine cannot run the model.
+        say: is told what is being measured. Returns the fitted cost with its error on batches that it was not fitted
+        to. Raises TurboError if this machine cannot run the model.
         """
         if isinstance(self._executor, ForeignExecutor):
             raise self._executor.error

@@ -9,8 +9,8 @@ finds it in O(n * longest run) steps (Fang et al., "TurboTransformers", PPoPP 20
 
 Any batches. With a cap on tokens or bytes, or a cost that is convex in tokens, the best partition need not be
 contiguous. Up to `EXACT` sequences are then partitioned in every way, by dynamic programming over subsets; more of them
-in runs of the order of length, which is a good rule and no longer exact. A cost with `contiguous = True` says that it is
-of a kind for which runs are as good.
+in runs of the order of length, which is a good rule and no longer exact. A cost with `contiguous = True` says that it
+is of a kind for which runs are as good.
 
 A cost with a method `batches(counts, tokens, squares, longest) -> seconds` over int64 arrays, as those of `cost_model`
 have it, prices a thousand sequences in milliseconds; any other is called once per run.
@@ -149,7 +149,7 @@ class EarliestRuns:
 def run_prices(lengths: Sequence[int], cost: Cost, caps: Caps, *, only_last: bool = False) -> np.ndarray:
     """The cost of every run, (sequences, window): row i, from the right: the run of 1, 2, ... that ends with i.
 
-    Infinite where a run begins before the first sequence, or a cap forbids it. only_last: the last row alone, (1, window).
+    Infinite where there is no such run, or a cap forbids it. only_last: the last row alone, (1, window).
     """
     runs = _Runs(np.array(lengths, np.int64), _window(lengths, caps), only_last)
     allowed = runs.exists

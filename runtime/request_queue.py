@@ -1,8 +1,8 @@
 """The engine's queue: who waits, for what, and until when. Thread-safe.
 
-A flight is one computation with everyone who waits for it: identical requests share one. Producers `submit`; an executor
-`take`s the flights of its next batch and `finish`es each of them. Every future that `submit` returned is settled exactly
-once: by `finish`, by its own cancellation, by its deadline, or when the queue is closed or stopped.
+A flight is one computation with everyone who waits for it: identical requests share one. Producers `submit`; an
+executor `take`s the flights of its next batch and `finish`es each of them. Every future that `submit` returned is
+settled exactly once: by `finish`, by its own cancellation, by its deadline, or when the queue is closed or stopped.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ class RequestQueue:
         return future
 
     def take(self, wait_s: WaitS, choose: Choose) -> tuple[list[Flight], float]:
-        """The flights to run next, and when choosing them began; blocks until there are some, or none will come any more.
+        """The flights to run next, and when choosing them began; none when the queue is closed and empty. Blocks.
 
         wait_s(requests, now): seconds to wait for more. choose(requests, now): the ids of those to run.
         """

@@ -11,8 +11,9 @@ cost: `cost(lengths) -> seconds`, the only thing that a policy knows about a mod
 - `dp_latency`: the least mean time until a request is answered.
 - `deadline`: the most requests inside their deadlines.
 
-Higher priorities run first, each planned by itself. Whatever the policy and the priorities, a request that has waited for
-`Limits.max_wait_s` is in the next batch unless others have waited longer. When to ask a policy is for `triggers` to say.
+Higher priorities run first, each planned by itself. Whatever the policy and the priorities, a request that has waited
+for `Limits.max_wait_s` is in the next batch unless others have waited longer. When to ask a policy is for `triggers` to
+say.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ LOOKED_AT = (
 
 @dataclass(frozen=True)
 class Request:
-    """A waiting request of one sequence. length in tokens; times in seconds of one clock; higher priorities go first."""
+    """A waiting request of one sequence. length in tokens; times in seconds of one clock; higher priority goes first."""
 
     id: Any
     length: int
@@ -46,9 +47,9 @@ class Request:
 class Limits:
     """Caps on a batch, each of them optional, and how unfair a policy may be.
 
-    max_batch: sequences. max_tokens: their tokens, without padding. max_bytes: of memory, as `peak_bytes(lengths)` says,
-    which must not shrink when a sequence is added. A request that exceeds a cap by itself runs by itself. max_wait_s: at
-    `now_s`, batches with requests that have waited so long run before all others, the oldest first.
+    max_batch: sequences. max_tokens: their tokens, without padding. max_bytes: of memory, as `peak_bytes(lengths)`
+    says, which must not shrink when a sequence is added. A request that exceeds a cap by itself runs by itself.
+    max_wait_s: at `now_s`, batches with requests that have waited so long run before all others, the oldest first.
     """
 
     max_batch: int | None = None
@@ -138,8 +139,8 @@ def dp_latency(requests: Sequence[Request], cost: Cost, limits: Limits) -> Batch
 def deadline(requests: Sequence[Request], cost: Cost, limits: Limits) -> Batches:
     """Many requests inside their deadlines; what cannot make it runs last, in the least total time.
 
-    Requests join in order of deadline, in runs of that order that finish as early as can be. When one cannot make it, the
-    longest so far is put off. For single requests this is Moore and Hodgson's rule (1968), which is exact.
+    Requests join in order of deadline, in runs of that order that finish as early as can be. When one cannot make it,
+    the longest so far is put off. For single requests this is Moore and Hodgson's rule (1968), which is exact.
     """
 
     def plan(some: Sequence[Request]) -> Groups:

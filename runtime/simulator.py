@@ -1,8 +1,8 @@
-"""A discrete-event simulator of the engine: the same triggers and policies, against a cost model and a stream of arrivals.
+"""A discrete-event simulator of the engine: its triggers and policies, a cost model and a stream of arrivals.
 
-What is simulated: one queue, any number of replicas that take batches from it, planned as the engine plans. What is not:
-the interpreter, the response cache, cancellation. A batch occupies a replica for what the cost model says; `overhead_s` is
-what a request spends outside, on its way into the queue and back.
+What is simulated: one queue, any number of replicas that take batches from it, planned as the engine plans. What is
+not: the interpreter, the response cache, cancellation. A batch occupies a replica for what the cost model says;
+`overhead_s` is what a request spends outside, on its way into the queue and back.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ GROWTH = 1.5  # later requests that wait less than so many times as long as earl
 class Simulated:
     """latency_s: float64 (requests,), from arrival to answer; batch_sizes: int64 (batches,), in order of their start.
 
-    busy: the fraction of the replicas' time that was spent on batches; seconds: from the first arrival to the last answer.
+    busy: the fraction of the replicas' time that batches took; seconds: from the first arrival to the last answer.
     """
 
     latency_s: np.ndarray
@@ -69,8 +69,8 @@ def simulate(
     seed: int = 0,
     say: Callable[[int], None] | None = None,
 ) -> Simulated:
-    """Let the stream pass. timeout_s: gives every request a deadline, which orders it and drops none. jitter: factors, such
-    as measured / predicted times of batches, one of which is drawn for every batch.
+    """Let the stream pass. timeout_s: gives every request a deadline, which orders it and drops none. jitter: factors,
+    such as measured / predicted times of batches, one of which is drawn for every batch.
 
     say: is told now and then how many requests are answered. Raises InputError.
     """

@@ -27,8 +27,8 @@ def hungry(requests: Sequence[Request], cost: Cost, limits: Limits) -> float:
 class Lazy:
     """Wait for a fuller batch: until the oldest request has waited for `timeout_s`, or the batch is full.
 
-    Full: `Limits.max_batch` requests, or `Limits.max_tokens` tokens. latency_s: the objective for a request's latency; plan
-    at once when what the oldest has waited and what all that wait are estimated to take passes half of it, or a
+    Full: `Limits.max_batch` requests, or `Limits.max_tokens` tokens. latency_s: the objective for a request's latency;
+    plan at once when what the oldest has waited and what all that wait are estimated to take passes half of it, or a
     deadline.
     """
 

@@ -1,4 +1,4 @@
-"""The command line of the benchmarks: `scripts/bench [encoder | memory | serving | overhead]`, `scripts/bench report DIR`."""
+"""The command line of the benchmarks: `scripts/bench COMMAND`, see `parser`."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ bytes held, allocated and freed, allocations, planning time, peak over lower bou
 of turbo_tvm, PyTorch and ONNX Runtime on the same traces, in a process each.
 Writes memory.json (every sample), memory.md and memory.png."""
 SERVING = """Serve random requests through turbo_tvm.Engine, by every policy, packed and padded: what rate it bears when
-saturated, latency under Poisson arrivals at rising fractions of that, and the simulator on the same arrivals. Before that,
-the time from submission to the first kernel in an idle engine.
+saturated, latency under Poisson arrivals at rising fractions of that, and the simulator on the same arrivals. Before
+that, the time from submission to the first kernel in an idle engine.
 Writes serving.json (every latency), serving.md and serving.png, after every load."""
 SERVING_EXAMPLES = """examples:
   scripts/bench serving --models minilm-l6 --precisions fp32 --seconds 5    a look, in some minutes

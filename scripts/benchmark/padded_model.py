@@ -1,4 +1,4 @@
-"""A compiled model that fills its sequences up to the longest of their batch: what padding costs, with the same kernels."""
+"""A compiled model that fills its sequences up to the longest of their batch: the same kernels, with padding."""
 
 from __future__ import annotations
 

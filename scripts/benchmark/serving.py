@@ -2,11 +2,11 @@
 
 For every model, precision, range of lengths and layout, three steps. Saturation: the same requests, all at once, to an
 engine of each policy, in rotating order; their rate bounds what the policy can bear. Trials: Poisson arrivals at rising
-fractions of that rate; a policy's critical rate is the highest one at which latency stayed bounded. Simulation: the trial's
-own arrivals through `runtime/simulator.py`, with the cost that the engine held when the trial ended.
+fractions of that rate; a policy's critical rate is the highest one at which latency stayed bounded. Simulation: the
+trial's own arrivals through `runtime/simulator.py`, with the cost refined by all of its batches, and their scatter.
 
-Padded: the same kernels on sequences that are filled up to the longest of their batch, as an engine that pads computes them.
-Their answers mean nothing; what they cost does.
+Padded: the same kernels on sequences that are filled up to the longest of their batch, as an engine that pads computes
+them. Their answers mean nothing; what they cost does.
 """
 
 from __future__ import annotations
@@ -141,7 +141,8 @@ def measure_load(
     model = compiled if load.layout == "packed" else Padded.of(compiled)
     spec = model.measure_cost()
     low, high = RANGES[load.lengths]
-    mean_cost = sum(model.cost([n]) for n in range(low, high + 1)) / (high + 1 - low)
+    cost: Any = model.cost
+    mean_cost = sum(cost([n]) for n in range(low, high + 1)) / (high + 1 - low)
     console.print(f"{load.name}: one request takes {1e3 * mean_cost:.1f} ms, predicted within {spec.error:.1%}")
     count = max(96, int(SATURATION_S / mean_cost))
     rates = saturation(model, load, count, settings.seed)
@@ -170,8 +171,9 @@ def describe(done: dict[str, Any]) -> str:
     """A trial in a line."""
     latency = np.array(done["latency_s"]) * 1e3
     bounded = "bounded" if done["bounded"] else "NOT bounded"
+    mean, p99 = latency.mean(), np.percentile(latency, 99)
     return (
-        f"{done['rate']:.1f} requests/s: mean {latency.mean():.0f} ms, p99 {np.percentile(latency, 99):.0f} ms, {bounded}; "
+        f"{done['rate']:.1f} requests/s: mean {mean:.0f} ms, p99 {p99:.0f} ms, {bounded}; "
         f"simulated mean {1e3 * done['simulated_mean_s']:.0f} ms, batches of {done['mean_batch']:.1f}"
     )
 

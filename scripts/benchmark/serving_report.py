@@ -26,6 +26,14 @@ TRIALS = (
     *("simulated mean ms", "simulated p99", "simulated / measured mean"),
 )
 
+NOTE = """ Saturated: the same requests, all at once, median of the rounds; the ratio is the median of the rounds'
+ratios. That is the critical rate of a queue that never empties. Poisson trials bracket it: between the highest tried
+rate with bounded latency and the lowest without (a twentieth of the requests and more unanswered when the last one
+came, and a last fifth that waited more than 1.5 times as long as the first half). Padded: the same kernels on sequences
+filled up to the longest of their batch. Simulated: the trial's own arrivals, with the cost refined by all of the
+trial's batches, and their scatter.
+"""
+
 
 def write(report: dict[str, Any], out: Path, console: Console) -> None:
     """`serving.json` with every latency, `serving.md`, and `serving.png` if matplotlib is there."""
@@ -38,7 +46,7 @@ def write(report: dict[str, Any], out: Path, console: Console) -> None:
 
 
 def critical(trials: Sequence[dict[str, Any]]) -> tuple[float, float | None]:
-    """The highest rate with bounded latency of those below the first without, and that one; 0 and None if there is none."""
+    """The highest rate with bounded latency of those below the first without (0: none), and that one (None: none)."""
     borne = 0.0
     for trial in sorted(trials, key=lambda t: t["rate"]):
         if not trial["bounded"]:
@@ -111,11 +119,7 @@ def markdown(report: dict[str, Any]) -> str:
         "# The engine under load\n",
         f"{m['cpu']}, {m['threads']} threads\n",
         *[f"    {r['command']}    # {r['started']}, revision {r['revision']}" for r in report["runs"]],
-        "\nSaturated: the same requests, all at once, median of the rounds; the ratio is the median of the rounds' ratios. "
-        "That is the critical rate of a queue that never empties; Poisson trials bracket it: between the highest tried rate with "
-        "bounded latency and the lowest without (unbounded: more than a twentieth of the requests unanswered when the last "
-        "one came, and the last fifth waited more than 1.5 times as long as the first half). Padded: the same kernels on sequences filled up to "
-        "the longest of their batch. Simulated: the trial's own arrivals, with the cost refined by all of the trial's batches, and their scatter.\n",
+        NOTE,
         _table(OVERVIEW, overview_rows(report)),
         "Idle engine, from `submit` to the first kernel, one request at a time: "
         + "; ".join(
@@ -129,8 +133,8 @@ def markdown(report: dict[str, Any]) -> str:
         error = load["cost"]["error"]
         parts += [
             f"## {name}\n",
-            f"Cost model: {load['cost']['kind']}, {load['cost']['points']} measured batches, off by {error:.1%} on average "
-            "on those held out.\n",
+            f"Cost model: {load['cost']['kind']}, {load['cost']['points']} measured batches, off by {error:.1%} on "
+            "average on those held out.\n",
             _table(TRIALS, trial_rows(load)),
         ]
     return "\n".join(parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from turbo_tvm.cli.options import debug_option
 from turbo_tvm.cli.pictures import check_plot
 
 if TYPE_CHECKING:
+    from turbo_tvm.progress import Progress
     from turbo_tvm.runtime.arrivals import Trace
     from turbo_tvm.runtime.cost_model import PackedCost, PaddedCost
 
@@ -150,7 +152,7 @@ def _simulate(
                     limits=limits,
                     replicas=options["replicas"],
                     timeout_s=options["timeout"],
-                    say=lambda done, n=len(trace): show.note(f"{done:,} of {n:,} requests"),  # type: ignore[misc]
+                    say=partial(_note, show, len(trace)),
                 )
                 results.append(
                     {
@@ -168,6 +170,10 @@ def _simulate(
                     }
                 )
     return results
+
+
+def _note(show: Progress, requests: int, done: int) -> None:
+    show.note(f"{done:,} of {requests:,} requests")
 
 
 def _traces(cost: Any, lengths: tuple[int, int], rates: list[float] | None, options: dict[str, Any]) -> list[Trace]:
