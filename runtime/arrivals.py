@@ -39,7 +39,9 @@ class Trace:
         return (len(self) - 1) / seconds if seconds > 0 else math.inf
 
     def at_rate(self, rate: float) -> Trace:
-        """The same requests, faster or slower."""
+        """The same requests, faster or slower. InputError if all of them come at once, or there is only one."""
+        if not np.isfinite(self.rate):
+            raise InputError("a stream whose requests all come at once has no rate to change")
         return Trace((self.arrival_s - self.arrival_s[0]) * (self.rate / rate), self.lengths)
 
 
@@ -79,7 +81,7 @@ def bursty(
 def read_trace(path: str | PathLike[str]) -> Trace:
     """A CSV file with the columns arrival_s and length, rows in any order. InputError names the line that is wrong."""
     try:
-        with open(path, newline="", encoding="utf-8") as file:
+        with open(path, newline="", encoding="utf-8-sig") as file:
             rows = csv.DictReader(file)
             if not {"arrival_s", "length"} <= set(rows.fieldnames or ()):
                 raise InputError(f"{path}: the first line must name the columns arrival_s and length")

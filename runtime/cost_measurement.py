@@ -65,7 +65,10 @@ def _ragged(max_length: int, max_tokens: int, seed: int) -> list[tuple[int, ...]
 def _sampled(
     run: Run, batches: Sequence[tuple[int, ...]], budget_s: float, say: Say, clock: Callable[[], float], what: str
 ) -> list[Point]:
-    """The least time of each batch, since noise only adds; those that the budget does not allow for are left out, the first two never."""
+    """The least time of each batch, since noise only adds.
+
+    Those that the budget does not allow for are left out, the first two never.
+    """
     started, points = clock(), []
     per_token = 0.0  # of the last point: an estimate for the next
     for number, lengths in enumerate(batches):

@@ -18,14 +18,16 @@ import threading
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from turbo_tvm.errors import InputError
-from turbo_tvm.runtime.manifest import CostSpec
+from turbo_tvm.runtime.cost_spec import CostSpec
+from turbo_tvm.runtime.partition import Cost
 
 KNOTS = (16, 64, 256)  # tokens where the cost of a further token may change
+TABLE_BATCHES = (1, 4, 16, 64)  # what a table has columns for at least, measured or not
 SWEEPS = 2000  # of coordinate descent; some hundreds are enough for eight terms
 
 STEP = 16  # tokens per entry of the table of corrections
@@ -33,15 +35,7 @@ LARGEST = 1 << 14  # tokens; larger batches are corrected like these
 RATE = 0.1  # of a batch's surprise that is believed
 SURPRISE = 0.3  # the most that one batch may surprise, as a logarithm: an outlier moves the cost by 3 %
 BOUND = math.log(4)  # the most that either end of the correction may become, as a logarithm
-
-
-class ArrayCost(Protocol):
-    """A cost that also prices arrays of batches by what they amount to."""
-
-    contiguous: bool
-
-    def __call__(self, lengths: Sequence[int], /) -> float: ...
-    def batches(self, counts: Any, tokens: Any, squares: Any, longest: Any, /) -> Any: ...
+TILT = math.log(2)  # the most that they may differ from their middle
 
 
 @dataclass(frozen=True)
@@ -57,8 +51,6 @@ class PackedCost:
 
     f is piecewise linear with slopes[i], seconds per token, up to knots[i] tokens, and the last slope beyond.
     """
-
-    contiguous = True  # more tokens never cost less; where f bends up, runs are a good rule and not exact
 
     def __init__(self, spec: CostSpec):
         self.spec = spec
@@ -95,9 +87,7 @@ class PackedCost:
 
 
 class PaddedCost:
-    """A table in seconds by length and batch, linear between its entries and beyond them."""
-
-    contiguous = True
+    """A table in seconds by length and batch, linear between its entries; beyond them as much more as there is more."""
 
     def __init__(self, spec: CostSpec):
         self.spec = spec
@@ -110,12 +100,12 @@ class PaddedCost:
 
     def batches(self, counts: np.ndarray, tokens: Any, squares: Any, longest: np.ndarray) -> np.ndarray:
         """The same for arrays of batches."""
-        i, u = _place(self._lengths, longest)
-        j, v = _place(self._batches, counts)
+        i, u, more = _place(self._lengths, longest)
+        j, v, further = _place(self._batches, counts)
         table = self._seconds
         low = table[i, j] * (1 - v) + table[i, j + 1] * v
         high = table[i + 1, j] * (1 - v) + table[i + 1, j + 1] * v
-        return np.maximum(low * (1 - u) + high * u, table[0, 0] / 2)
+        return (low * (1 - u) + high * u) * more * further
 
     @staticmethod
     def fit(points: Sequence[Point]) -> PaddedCost:
@@ -123,11 +113,10 @@ class PaddedCost:
         equal = {(p.lengths[0], len(p.lengths)): p.seconds for p in points if len(set(p.lengths)) == 1}
         if not equal:
             raise InputError("a table of costs needs measured batches of equal lengths")
-        lengths, counts = ((*sorted({key[k] for key in equal}),) for k in (0, 1))
+        lengths = tuple(sorted({n for n, _ in equal}))
         if len(lengths) == 1:
             lengths = (lengths[0], lengths[0] + 1)
-        if len(counts) == 1:
-            counts = (counts[0], counts[0] + 1)
+        counts = tuple(sorted({*TABLE_BATCHES, *(k for _, k in equal)}))
         whole = [Point((max(p.lengths),) * len(p.lengths), p.seconds) for p in points]
         guess = PackedCost.fit(whole)
         rows = np.array([[equal.get((n, k)) or guess((n,) * k) for k in counts] for n in lengths])
@@ -143,8 +132,9 @@ class RefinedCost:
     would follow the noise, and a policy would find gains in it.
     """
 
-    def __init__(self, base: ArrayCost):
-        self.base, self.contiguous = base, base.contiguous
+    def __init__(self, base: Cost):
+        self.base = base
+        self.batches = self._batches if hasattr(base, "batches") else None
         tokens = np.maximum(np.arange(LARGEST // STEP + 1) * STEP, STEP // 2)
         self._places = np.log2(tokens) / math.log2(LARGEST)  # 0 for a token, 1 for the largest batch
         self._ends: tuple[float, ...] = (0.0, 0.0)
@@ -155,24 +145,27 @@ class RefinedCost:
         """Seconds for a batch of these lengths."""
         return self.base(lengths) * float(self._factors[min(sum(lengths), LARGEST) // STEP])
 
-    def batches(self, counts: np.ndarray, tokens: np.ndarray, squares: np.ndarray, longest: np.ndarray) -> np.ndarray:
-        """The same for arrays of batches."""
+    def _batches(self, counts: np.ndarray, tokens: np.ndarray, squares: np.ndarray, longest: np.ndarray) -> np.ndarray:
+        """The same for arrays of batches, if the base has them."""
         factors = self._factors[np.minimum(tokens, LARGEST) // STEP]
-        return self.base.batches(counts, tokens, squares, longest) * factors
+        return self.base.batches(counts, tokens, squares, longest) * factors  # type: ignore[attr-defined]
 
     def observe(self, lengths: Sequence[int], seconds: float) -> None:
         """A batch of these lengths took so long."""
         if not 0 < seconds < math.inf:
             return
         with self._lock:
-            surprise = max(-SURPRISE, min(SURPRISE, math.log(seconds / self(lengths))))
+            predicted = self(lengths)
+            if not 0 < predicted < math.inf:  # a cost that is not ours may say anything
+                return
+            surprise = max(-SURPRISE, min(SURPRISE, math.log(seconds / predicted)))
             place = float(self._places[min(sum(lengths), LARGEST) // STEP])
             low, high = self._ends
             step = RATE * surprise / (place**2 + (1 - place) ** 2)
             self._set(low + step * (1 - place), high + step * place)
 
     @staticmethod
-    def fitted(base: ArrayCost, batches: Sequence[tuple[Sequence[int], float]]) -> RefinedCost:
+    def fitted(base: Cost, batches: Sequence[tuple[Sequence[int], float]]) -> RefinedCost:
         """The cost with the correction that fits these batches, (lengths, seconds); their total time is exact."""
         made = RefinedCost(base)
         places = np.array([made._places[min(sum(lengths), LARGEST) // STEP] for lengths, _ in batches])
@@ -192,7 +185,8 @@ class RefinedCost:
         return made
 
     def _set(self, low: float, high: float) -> None:
-        self._ends = tuple(max(-BOUND, min(BOUND, value)) for value in (low, high))
+        middle, half = (low + high) / 2, max(-TILT, min(TILT, (high - low) / 2))
+        self._ends = tuple(max(-BOUND, min(BOUND, value)) for value in (middle - half, middle + half))
         self._factors = np.exp(self._ends[0] + (self._ends[1] - self._ends[0]) * self._places)
 
     @property
@@ -226,7 +220,7 @@ def fit(points: Sequence[Point], held_out: Sequence[Point]) -> CostSpec:
     )
 
 
-def mean_error(cost: ArrayCost, points: Sequence[Point]) -> float:
+def mean_error(cost: Cost, points: Sequence[Point]) -> float:
     """The mean of |predicted - measured| / measured."""
     return sum(abs(cost(p.lengths) - p.seconds) / p.seconds for p in points) / len(points)
 
@@ -253,7 +247,8 @@ def _non_negative_least_squares(rows: np.ndarray, wanted: np.ndarray) -> np.ndar
     return x / scale
 
 
-def _place(grid: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The interval of the grid that a value is read in, and where in it; values beyond extend the last one."""
-    i = np.clip(np.searchsorted(grid, values, "right") - 1, 0, len(grid) - 2)
-    return i, (values - grid[i]) / (grid[i + 1] - grid[i])
+def _place(grid: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The interval of the grid that a value is read in, where in it, and how many times the last entry it is beyond that."""
+    within = np.clip(values, grid[0], grid[-1])
+    i = np.clip(np.searchsorted(grid, within, "right") - 1, 0, len(grid) - 2)
+    return i, (within - grid[i]) / (grid[i + 1] - grid[i]), np.maximum(values / grid[-1], 1.0)

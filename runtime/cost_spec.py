@@ -35,8 +35,8 @@ def check_cost(spec: CostSpec, where: str) -> None:
     if spec.kind == "packed":
         if len(spec.terms) != len(spec.knots) + 4:
             raise wrong_field(f"{where}.terms", f"{len(spec.knots) + 4} numbers", spec.terms)
-        if min(spec.terms) < 0 or not sum(spec.terms) > 0:
-            raise wrong_field(f"{where}.terms", "seconds from 0, not all of them 0", spec.terms)
+        if min(spec.terms) < 0 or not sum(spec.terms[:4]) > 0:  # or a token would cost nothing
+            raise wrong_field(f"{where}.terms", "seconds from 0, not all of the first four 0", spec.terms)
         return
     if min(len(spec.lengths), len(spec.batches)) < 2:
         raise wrong_field(where, "a table of at least two lengths and two batches", (spec.lengths, spec.batches))

@@ -11,52 +11,32 @@ from __future__ import annotations
 
 import asyncio
 import atexit
-import math
 import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from turbo_tvm.errors import DeadlineError, EngineError, InputError, TurboError
 from turbo_tvm.progress import Progress
-from turbo_tvm.runtime import batch as packing
 from turbo_tvm.runtime import scheduler, triggers
 from turbo_tvm.runtime.batch import Batch
-from turbo_tvm.runtime.cost_model import ArrayCost, RefinedCost
+from turbo_tvm.runtime.cost_model import RefinedCost
 from turbo_tvm.runtime.engine_statistics import EngineStatistics
-from turbo_tvm.runtime.manifest import Manifest
+from turbo_tvm.runtime.partition import Cost
 from turbo_tvm.runtime.peak_memory import PeakBytes
-from turbo_tvm.runtime.request_queue import Flight, RequestFuture, RequestQueue
+from turbo_tvm.runtime.request_queue import PLANNED, Flight, RequestFuture, RequestQueue
 from turbo_tvm.runtime.response_cache import ResponseCache, request_key
 from turbo_tvm.runtime.scheduler import Limits, Request
+from turbo_tvm.runtime.servable import Servable, checked_models, computed_rows
 from turbo_tvm.runtime.triggers import Trigger
 
 MAX_BATCH = 64
 MAX_WAIT_S = 1.0
 CACHE_BYTES = 32 << 20
-
-
-class Servable(Protocol):
-    """What the engine needs of a model: `CompiledModel` has it."""
-
-    max_batch_tokens: int
-    memory_budget: int | None
-
-    @property
-    def manifest(self) -> Manifest: ...
-    @property
-    def fingerprint(self) -> str: ...
-    @property
-    def cost(self) -> Any: ...
-    def measure_cost(self, *, say: Any) -> Any: ...
-    def output_name(self, asked: str | None) -> str | None: ...
-    def peak_bytes(self, lengths: Sequence[int]) -> int: ...
-    def tokenize(self, texts: Sequence[str]) -> Any: ...
-    def prepare(self, sequence: Any, token_type_ids: Any = None) -> Batch: ...
-    def answer(self, parts: Sequence[Batch], output: str | None = None) -> list[Any]: ...
+LONGEST_S = 1e9  # a time-out
 
 
 class Engine:
@@ -78,7 +58,7 @@ class Engine:
         max_queue: int = 1024,
         cache: int | ResponseCache = CACHE_BYTES,
         output: str | None = None,
-        cost: ArrayCost | None = None,
+        cost: Cost | None = None,
         progress: bool | None = None,
     ):
         """models: one model, or several of the same artifact, each loaded by itself: a thread runs each of them.
@@ -96,7 +76,7 @@ class Engine:
 
         Raises InputError.
         """
-        self._models = _checked_models(models)
+        self._models = checked_models(models)
         first = self._models[0]
         self._policy = scheduler.policy(policy)
         self._trigger = triggers.trigger(trigger) if isinstance(trigger, str) else trigger
@@ -104,7 +84,7 @@ class Engine:
         self._answers_of = f"{first.fingerprint}\n{self._output}\n".encode()
         tokens = first.max_batch_tokens if max_tokens is None else max_tokens
         self._limits = Limits(_whole("max_batch", max_batch), _whole("max_tokens", tokens), max_wait_s=max_wait_s)
-        self._queue = RequestQueue(_whole("max_queue", max_queue))
+        self._queue = RequestQueue(_whole("max_queue", max_queue), planned=max(PLANNED, max_batch))
         self._cache = cache if isinstance(cache, ResponseCache) else ResponseCache(cache)
         self._given_cost, self._progress = cost, progress
         self._threads: list[threading.Thread] = []
@@ -133,7 +113,6 @@ class Engine:
             if self._threads:
                 raise EngineError("the engine was started before: make another one")
             self._cost = RefinedCost(self._given_cost or self._measured())
-            self._limits = self._with_memory(self._limits)
             names = (f"turbo_tvm engine {i}" for i in range(len(self._models)))
             self._threads = [
                 threading.Thread(target=self._serve, args=(model,), name=name, daemon=True)
@@ -150,8 +129,9 @@ class Engine:
         Without `drain`, only the batches that run are answered; what waits gets an EngineError.
         """
         self._queue.close("the engine is closed: start another one", drain=drain and bool(self._threads))
-        for thread in self._threads:
-            thread.join()
+        if threading.current_thread() not in self._threads:  # a future's callback may close the engine, and not wait
+            for thread in self._threads:
+                thread.join()
         atexit.unregister(self._at_exit)
 
     def submit(
@@ -176,14 +156,18 @@ class Engine:
             raise self._not_running()
         sequence = self._prepared(request, token_type_ids)
         deadline_s = _deadline(timeout_s)
+        if isinstance(priority, bool) or not isinstance(priority, int):
+            raise InputError(f"priority is a whole number, higher ones go first, not {priority!r}")
         key = request_key(self._answers_of, sequence)
         known = self._cache.get(key)
         if known is not None:
             return self._queue.answered(known)
-        return self._queue.submit(key, sequence, deadline_s, int(priority))
+        return self._queue.submit(key, sequence, deadline_s, priority)
 
     def infer_sync(self, request: Any, *, timeout_s: float | None = None, **options: Any) -> Any:
         """The answer to a request, in its place: see `submit`. DeadlineError after `timeout_s`, even if it runs."""
+        if threading.current_thread() in self._threads:
+            raise EngineError("infer_sync was called from a future's callback, where it would wait for itself: use submit")
         future = self.submit(request, timeout_s=timeout_s, **options)
         try:
             return future.result(timeout_s)
@@ -227,7 +211,7 @@ class Engine:
             request, token_type_ids = ids[0], types and types[0]
         return self._models[0].prepare(request, token_type_ids)
 
-    def _measured(self) -> ArrayCost:
+    def _measured(self) -> Cost:
         model = self._models[0]
         if model.cost is None:
             with Progress("engine", self._progress) as show:
@@ -235,28 +219,30 @@ class Engine:
                 model.measure_cost(say=show.note)
         return model.cost
 
-    def _with_memory(self, limits: Limits) -> Limits:
-        budget = self._models[0].memory_budget
-        if budget is None:
-            return limits
-        peak = PeakBytes(self._models[0].peak_bytes, self._models[0].manifest)
-        return replace(limits, max_bytes=budget, peak_bytes=peak)
+    def _limits_of(self, model: Servable) -> Limits:
+        """The caps, with the model's own on memory: to ask another's would be to wait for its run."""
+        if model.memory_budget is None:
+            return self._limits
+        peak = PeakBytes(model.peak_bytes, model.manifest)
+        return replace(self._limits, max_bytes=model.memory_budget, peak_bytes=peak)
 
-    def _wait_s(self, requests: Sequence[Request], now: float) -> float:
+    def _wait_s(self, limits: Limits, requests: Sequence[Request], now: float) -> float:
         hungry = self._trigger is triggers.hungry  # at once, without limits of this moment: that saves 10 us
-        return 0.0 if hungry else self._trigger(requests, self._cost, self._limits.at(now))
+        return 0.0 if hungry else self._trigger(requests, self._cost, limits.at(now))
 
-    def _choose(self, requests: Sequence[Request], now: float) -> list[int]:
+    def _choose(self, limits: Limits, requests: Sequence[Request], now: float) -> list[int]:
         if len(requests) == 1:
             return [requests[0].id]
-        return scheduler.next_batch(requests, self._policy, self._cost, self._limits.at(now))
+        return scheduler.next_batch(requests, self._policy, self._cost, limits.at(now))
 
     def _serve(self, model: Servable) -> None:
         """The life of an executor thread."""
         flights: list[Flight] = []
         try:
+            limits = self._limits_of(model)
+            wait_s, choose = partial(self._wait_s, limits), partial(self._choose, limits)
             while True:
-                flights, began = self._queue.take(self._wait_s, self._choose)
+                flights, began = self._queue.take(wait_s, choose)
                 if not flights:
                     return
                 if self._run(model, flights):  # what the scheduler counts on is the executor's whole time
@@ -304,33 +290,12 @@ class Engine:
         self.close(drain=False)
 
 
-def computed_rows(manifest: Manifest, lengths: Sequence[int]) -> int:
-    """Token rows that a batch computes: whole row tiles, or a rectangle."""
-    if manifest.layout == "padded":
-        return len(lengths) * max(lengths)
-    return packing.tiles(sum(lengths), manifest.row_tile) * manifest.row_tile
-
-
 def _given_up(future: RequestFuture) -> Any:
     """The time is over: an answer that came in this moment, or a DeadlineError."""
     future.expire()
     if future.done():
         return future.result()
     raise DeadlineError("the time was over while the request ran: its answer is dropped")
-
-
-def _checked_models(models: Any) -> list[Servable]:
-    found = list(models) if isinstance(models, Sequence) else [models]
-    if not found:
-        raise InputError("an engine needs a model")
-    if len({id(model) for model in found}) < len(found):
-        raise InputError("the engine was given the same model twice: load its file again for every further one")
-    first = found[0].manifest
-    for model in found[1:]:
-        other = model.manifest
-        if (other.name, other.bounds, other.outputs) != (first.name, first.bounds, first.outputs):
-            raise InputError(f"the models of an engine must be of one artifact, not {first.name} and {other.name}")
-    return found
 
 
 def _whole(name: str, value: Any) -> int:
@@ -342,6 +307,6 @@ def _whole(name: str, value: Any) -> int:
 def _deadline(timeout_s: float | None) -> float | None:
     if timeout_s is None:
         return None
-    if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float) or not 0 < timeout_s < math.inf:
-        raise InputError(f"timeout_s is a number of seconds above 0, or None, not {timeout_s!r}")
+    if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float) or not 0 < timeout_s <= LONGEST_S:
+        raise InputError(f"timeout_s is a number of seconds above 0, up to {LONGEST_S:.0g}, or None, not {timeout_s!r}")
     return time.perf_counter() + timeout_s

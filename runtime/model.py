@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from numbers import Integral
@@ -20,8 +19,9 @@ from turbo_tvm.runtime.cost_model import PackedCost, PaddedCost
 from turbo_tvm.runtime.cost_spec import CostSpec
 from turbo_tvm.runtime.cpu_features import machine_name
 from turbo_tvm.runtime.executor import Executor, ForeignExecutor, Results
-from turbo_tvm.runtime.manifest import Manifest, OutputSpec
+from turbo_tvm.runtime.manifest import Manifest
 from turbo_tvm.runtime.memory_report import MemoryReport, memory_report
+from turbo_tvm.runtime.model_output import ModelOutput, like, to_matrix, to_numpy
 from turbo_tvm.runtime.profiler import MachineLimits, ProfileReport
 from turbo_tvm.runtime.text import TextTokenizer
 
@@ -29,19 +29,6 @@ if TYPE_CHECKING:
     from turbo_tvm.artifact import Artifact
 
 MAX_BATCH_TOKENS = 8192
-
-
-class ModelOutput(dict):
-    """The outputs of a model by name; `out.logits`, `out["logits"]` and `out[0]` are the same, as in transformers."""
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(f"the model has no output {name!r}; it has {', '.join(self)}") from None
-
-    def __getitem__(self, key: Any) -> Any:
-        return tuple(self.values())[key] if isinstance(key, int | slice) else super().__getitem__(key)
 
 
 class CompiledModel:
@@ -203,7 +190,7 @@ class CompiledModel:
         extra = [key for key, value in options.items() if not (key == "return_dict" or value is None or value is False)]
         if extra:
             raise InputError(f"the compiled model takes no {', '.join(extra)}")
-        ids, mask, types = (_to_numpy(x) for x in (input_ids, attention_mask, token_type_ids))
+        ids, mask, types = (to_numpy(x) for x in (input_ids, attention_mask, token_type_ids))
         batch = packing.from_padded(
             ids,
             mask,
@@ -215,8 +202,8 @@ class CompiledModel:
         )
         results = self._run(batch)
         shape = np.shape(ids)
-        padded = {s.name: _to_matrix(s, results[s.name], batch, shape) for s in self.manifest.outputs}
-        return ModelOutput((name, _like(value, input_ids)) for name, value in padded.items())
+        padded = {s.name: to_matrix(s, results[s.name], batch, shape) for s in self.manifest.outputs}
+        return ModelOutput((name, like(value, input_ids)) for name, value in padded.items())
 
     def profile(
         self, lengths: Sequence[int], *, rounds: int = 20, limits: MachineLimits | None = None, seed: int = 0
@@ -245,12 +232,20 @@ class CompiledModel:
             self.run([rng.integers(0, bounds.vocab_size, n) for n in lengths], output=self.manifest.outputs[0].name)
 
         points, held_out = cost_measurement.measure(
-            run, bounds.max_length, self.max_batch_tokens, budget_s=budget_s, say=say
+            run, self._longest_in_memory(), self.max_batch_tokens, budget_s=budget_s, say=say
         )
         spec = cost_model.fit(points, held_out)
         costs = {**self.manifest.costs, machine_name(self.threads): spec}
         self._artifact = replace(self._artifact, manifest=replace(self.manifest, costs=costs))
         return spec
+
+    def _longest_in_memory(self) -> int:
+        """The longest sequence that `memory_budget` allows, by halving; 1 if none does."""
+        low, high = 1, self.manifest.bounds.max_length
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self._executor.fits([middle]) else (low, middle - 1)
+        return low
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the artifact: code, weights, tokenizer and manifest in one file. Raises ArtifactError."""
@@ -297,32 +292,3 @@ def _groups(batch: Batch, max_tokens: int) -> Iterator[Batch]:
             start, total = i, 0
         total += length
     yield batch.part(start, len(lengths))
-
-
-def _to_matrix(spec: OutputSpec, parts: list[np.ndarray], batch: Batch, shape: tuple[int, ...]) -> np.ndarray:
-    if spec.kind == "sequence" or batch.columns is None:
-        return np.stack(parts)
-    matrix = np.zeros((*shape, *parts[0].shape[1:]), np.float32)
-    for row, columns, part in zip(matrix, batch.columns, parts, strict=True):
-        row[columns] = part
-    return matrix
-
-
-def _is_torch(value: Any) -> bool:
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(value, torch.Tensor)
-
-
-def _to_numpy(value: Any) -> Any:
-    if not _is_torch(value):
-        return value if value is None else np.asarray(value)
-    if value.device.type != "cpu":
-        raise InputError(f"the tensor is on {value.device}; the compiled model runs on the CPU: call .cpu() first")
-    try:
-        return value.detach().numpy()
-    except TypeError as error:  # bfloat16 and other types that NumPy has not
-        raise InputError(f"a {value.dtype} tensor holds no token ids or mask: use torch.int64") from error
-
-
-def _like(value: np.ndarray, example: Any) -> Any:
-    return sys.modules["torch"].from_numpy(value) if _is_torch(example) else value

@@ -1,25 +1,27 @@
 """Partitions of sequences into batches, by dynamic programming: pure functions over lengths and a cost.
 
-Padded batches. Sorted by length, some best partition consists of contiguous runs: if two batches overlap in length,
+Few. Up to `EXACT` sequences are partitioned in every way, whatever the cost: over subsets, each giving the batch of its first
+member away,
+
+    least[S] = min over batches T of S with its first member of cost(T) + least[S without T]
+
+Many. Sorted by length, some best partition of padded batches consists of contiguous runs: if two batches overlap in length,
 exchanging members makes one of them shorter and none longer. Then
 
     least[i] = min over j < i of least[j] + cost(lengths j .. i - 1)
 
-finds it in O(n * longest run) steps (Fang et al., "TurboTransformers", PPoPP 2021).
-
-Any batches. With a cap on tokens or bytes, or a cost that is convex in tokens, the best partition need not be
-contiguous. Up to `EXACT` sequences are then partitioned in every way, by dynamic programming over subsets; more of them
-in runs of the order of length, which is a good rule and no longer exact. A cost with `contiguous = True` says that it
-is of a kind for which runs are as good.
+finds it in O(n * longest run) steps (Fang et al., "TurboTransformers", PPoPP 2021). For other costs, and under caps on tokens
+or bytes, runs are a good rule and not always the best.
 
 A cost with a method `batches(counts, tokens, squares, longest) -> seconds` over int64 arrays, as those of `cost_model`
-have it, prices a thousand sequences in milliseconds; any other is called once per run.
+have it, prices a thousand sequences in milliseconds; any other is called once per batch.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import Protocol
 
 import numpy as np
@@ -48,39 +50,76 @@ class Caps(Protocol):
     def fits_memory(self, lengths: Sequence[int], /) -> bool: ...
 
 
-def needs_every_subset(lengths: Sequence[int], cost: Cost, caps: Caps) -> bool:
-    """Whether runs may miss the best partition, and there are few enough sequences to find it."""
-    if not 1 < len(lengths) <= EXACT:
-        return False
-    tokens_bind = caps.max_tokens is not None and sum(lengths) > caps.max_tokens
-    return tokens_bind or not getattr(cost, "contiguous", False) or not caps.fits_memory(lengths)
-
-
 def best_subsets(lengths: Sequence[int], cost: Cost, caps: Caps) -> list[list[int]]:
-    """The best of all partitions, each batch as indices: every subset gives the batch of its first member away."""
+    """The partition of the least total cost, each batch as indices; for up to `EXACT` sequences."""
     count = len(lengths)
-    price = [0.0] * (1 << count)
-    for subset in range(1, 1 << count):
-        chosen = [lengths[i] for i in range(count) if subset >> i & 1]
-        price[subset] = cost(chosen) if caps.allow(chosen) else math.inf
-    least, taken = [0.0] * (1 << count), [0] * (1 << count)
-    for subset in range(1, 1 << count):
-        first = subset & -subset
-        others = rest = subset ^ first
-        best, batch = math.inf, first
-        while True:  # every subset of the others, with the first
-            total = price[first | rest] + least[others ^ rest]
-            if total < best:
-                best, batch = total, first | rest
-            if not rest:
-                break
-            rest = (rest - 1) & others
-        least[subset], taken[subset] = best, batch
+    prices = _subset_prices(np.array(lengths, np.int64), cost, caps)
+    least, taken = np.zeros(1 << count), np.zeros(1 << count, np.int64)
+    for subsets, starts, whole, batch in _levels(count):  # by their number of members
+        totals = prices[batch] + least[whole ^ batch]
+        best = np.minimum.reduceat(totals, starts)
+        least[subsets] = best
+        sizes = np.diff(np.append(starts, len(totals)))
+        hits = np.flatnonzero(totals == best.repeat(sizes))
+        taken[whole[hits]] = batch[hits]
     groups, left = [], (1 << count) - 1
     while left:
         groups.append([i for i in range(count) if taken[left] >> i & 1])
-        left ^= taken[left]
+        left ^= int(taken[left])
     return groups
+
+
+@cache
+def _levels(count: int) -> list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+    """By size, from 1: the subsets of so many items; where the pairs of each begin; and all pairs: the subset, and a part of
+    it with its first member."""
+    levels = []
+    for size in range(1, count + 1):
+        subsets = [s for s in range(1, 1 << count) if s.bit_count() == size]
+        starts, whole, batch = [], [], []
+        for subset in subsets:
+            starts.append(len(whole))
+            first = subset & -subset
+            rest = others = subset ^ first
+            while True:  # every subset of the others, with the first
+                whole.append(subset)
+                batch.append(first | rest)
+                if not rest:
+                    break
+                rest = (rest - 1) & others
+        levels.append(tuple(np.array(x, np.int64) for x in (subsets, starts, whole, batch)))
+    return levels  # type: ignore[return-value]
+
+
+def _subset_prices(lengths: np.ndarray, cost: Cost, caps: Caps) -> np.ndarray:
+    """The cost of every subset as one batch, (2 ** sequences,); infinite where a cap forbids it."""
+    count = len(lengths)
+    counts, tokens, squares, longest = (np.zeros(1, np.int64) for _ in range(4))
+    for length in lengths:  # with each further sequence: without it, then with it
+        counts = np.concatenate((counts, counts + 1))
+        tokens = np.concatenate((tokens, tokens + length))
+        squares = np.concatenate((squares, squares + length * length))
+        longest = np.concatenate((longest, np.maximum(longest, length)))
+    allowed = counts > 0
+    if caps.max_batch is not None:
+        allowed &= counts <= caps.max_batch
+    if caps.max_tokens is not None:
+        allowed &= (tokens <= caps.max_tokens) | (counts == 1)
+
+    def members(subset: int) -> list[int]:
+        return [int(lengths[i]) for i in range(count) if subset >> i & 1]
+
+    if caps.max_bytes is not None:
+        for subset in np.flatnonzero(allowed & (counts > 1)).tolist():
+            allowed[subset] = caps.fits_memory(members(subset))
+    batches = getattr(cost, "batches", None)
+    prices = np.full(1 << count, math.inf)
+    if batches is not None:
+        prices[allowed] = batches(counts[allowed], tokens[allowed], squares[allowed], longest[allowed])
+    else:
+        for subset in np.flatnonzero(allowed).tolist():
+            prices[subset] = cost(members(subset))
+    return prices
 
 
 def best_runs(lengths: Sequence[int], cost: Cost, caps: Caps, *, weigh_waiting: bool = False) -> list[int]:

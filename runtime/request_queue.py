@@ -23,6 +23,8 @@ from turbo_tvm.runtime.response_cache import own_copy
 from turbo_tvm.runtime.scheduler import Request
 
 PLANNED = 256  # requests that are planned at a time, by priority and age: a plan takes less than a millisecond
+SHARERS = 8  # requests for a place in the queue: those that join another take none, and are not without number
+LOOK_AGAIN_S = 3600.0  # the longest wait for a trigger at once
 
 Clock = Callable[[], float]
 WaitS = Callable[[Sequence[Request], float], float]
@@ -36,6 +38,7 @@ class RequestFuture(Future):
     deadline_s: float | None = None
     submitted_s = 0.0
     shared = False
+    left = False  # whether it left the queue by itself
     flight: Flight | None = None
 
     def cancel(self) -> bool:
@@ -75,10 +78,10 @@ class Flight:
 
 
 class RequestQueue:
-    """At most `max_queue` flights that wait. clock: seconds."""
+    """At most `max_queue` flights that wait. clock: seconds. planned: how many are shown to the policy at a time."""
 
-    def __init__(self, max_queue: int, clock: Clock = time.perf_counter):
-        self.max_queue = max_queue
+    def __init__(self, max_queue: int, clock: Clock = time.perf_counter, *, planned: int = PLANNED):
+        self.max_queue, self.planned = max_queue, planned
         self._clock = clock
         self._lock = threading.Condition()
         self._turn = threading.Lock()  # one executor at a time waits and plans
@@ -86,7 +89,8 @@ class RequestQueue:
         self._by_key: dict[bytes, Flight] = {}
         self._numbers = itertools.count()
         self._first_deadline = float("inf")
-        self._prioritised = False  # whether any request ever had a priority
+        self._urgent = False  # whether any request ever had a priority or a deadline
+        self._unsettled = 0
         self._closed: str | None = None
         self.recorder = Recorder()
 
@@ -101,6 +105,8 @@ class RequestQueue:
     def submit(self, key: bytes, sequence: Batch, deadline_s: float | None, priority: int) -> RequestFuture:
         """Queue one sequence, or join an identical one. Raises OverloadError, or EngineError if the queue is closed."""
         future = self._future(deadline_s)
+        if len(self._waiting) >= self.max_queue:
+            self._expire()  # perhaps there is room
         with self._lock:
             self._check_open()
             flight = self._by_key.get(key)
@@ -115,7 +121,8 @@ class RequestQueue:
                 self._join(flight, future, priority)
             future.flight = flight
             self.recorder.count("submitted")
-            self._prioritised = self._prioritised or priority != 0
+            self._unsettled += 1
+            self._urgent = self._urgent or priority != 0 or deadline_s is not None
             if deadline_s is not None:
                 self._first_deadline = min(self._first_deadline, deadline_s)
         return future
@@ -150,12 +157,16 @@ class RequestQueue:
             if self._by_key.get(flight.key) is flight:
                 del self._by_key[flight.key]
             waiters, flight.waiters = flight.waiters, []
+            self._unsettled -= len(waiters)
             self._record(waiters, failed=error is not None)
+        raised: list[BaseException] = []
         for waiter in waiters:
-            if error is None:
-                waiter.set_result(own_copy(answer))
-            else:
-                waiter.set_exception(error)
+            try:
+                _settle(waiter, answer, error)
+            except BaseException as stop:  # of a callback, such as SystemExit: the others are settled before it goes on
+                raised.append(stop)
+        if raised:
+            raise raised[0]
 
     def count(self, name: str, by: int = 1) -> None:
         """For the executor: so many more of one of the counts."""
@@ -201,8 +212,9 @@ class RequestQueue:
         if self._closed is not None:
             raise EngineError(self._closed)
 
-    def _check_room(self) -> None:
-        if len(self._waiting) >= self.max_queue:
+    def _check_room(self, joins: bool = False) -> None:
+        full = self._unsettled >= SHARERS * self.max_queue if joins else len(self._waiting) >= self.max_queue
+        if full:
             self.recorder.count("rejected")
             raise OverloadError(
                 f"{len(self._waiting):,} requests wait already, as many as max_queue allows: send again later, send to "
@@ -210,6 +222,7 @@ class RequestQueue:
             )
 
     def _join(self, flight: Flight, future: RequestFuture, priority: int) -> None:
+        self._check_room(joins=True)
         future.shared = True
         if flight.running:
             future.set_running_or_notify_cancel()
@@ -221,6 +234,10 @@ class RequestQueue:
     def _leave(self, future: RequestFuture, outcome: str) -> None:
         """A future that waited was settled from outside; nobody else waits for its flight: it goes."""
         with self._lock:
+            if future.left:  # `Future.cancel` says yes each time
+                return
+            future.left = True
+            self._unsettled -= 1
             self.recorder.count(outcome)
             flight = future.flight
             if flight is None or future not in flight.waiters:  # an executor took the flight just now, without it
@@ -249,14 +266,15 @@ class RequestQueue:
                 seconds = 0.0 if self._closed is not None else wait_s(requests, self._clock())
                 if seconds <= 0:
                     return requests
-                self._lock.wait(seconds)
+                self._lock.wait(min(seconds, LOOK_AGAIN_S))
 
     def _first(self) -> list[Request]:
-        """The requests to plan, in order of arrival."""
+        """The requests to plan, in order of arrival: the oldest, and of the others the most important and urgent."""
         requests = (flight.request for flight in self._waiting.values())
-        if len(self._waiting) <= PLANNED or not self._prioritised:
-            return list(itertools.islice(requests, PLANNED))
-        return sorted(nsmallest(PLANNED, requests, key=lambda r: (-r.priority, r.arrival_s)), key=lambda r: r.arrival_s)
+        if len(self._waiting) <= self.planned or not self._urgent:
+            return list(itertools.islice(requests, self.planned))
+        oldest = list(itertools.islice(requests, self.planned // 2))
+        return oldest + sorted(nsmallest(self.planned - len(oldest), requests, key=_urgency), key=lambda r: r.id)
 
     def _expire(self) -> None:
         """Settle whose deadline has passed."""
@@ -294,3 +312,20 @@ class RequestQueue:
 def _late(future: RequestFuture) -> DeadlineError:
     waited = (future.deadline_s or 0.0) - future.submitted_s
     return DeadlineError(f"the request was not started within {waited:.3g} s: its engine has more work than it can do")
+
+
+def _urgency(request: Request) -> tuple[float, float, float]:
+    due = float("inf") if request.deadline_s is None else request.deadline_s
+    return -request.priority, due, request.arrival_s
+
+
+def _settle(future: RequestFuture, answer: Any, error: BaseException | None) -> None:
+    if error is None:
+        try:
+            own = own_copy(answer)
+        except Exception as failure:  # there may be no memory for it
+            error = failure
+    if error is None:
+        future.set_result(own)
+    else:
+        future.set_exception(error)

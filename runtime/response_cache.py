@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -13,17 +12,13 @@ import numpy as np
 from turbo_tvm.errors import InputError
 from turbo_tvm.runtime.batch import Batch
 
-ENTRY_BYTES = 256  # what an entry takes beside its arrays, about
+ENTRY_BYTES = 256  # what an entry takes beside its key and its arrays, about
 
 
 def request_key(answers_of: bytes, request: Batch) -> bytes:
-    """A name for the answer to one sequence, in 128 bits: by what answers it, its token ids and its token types."""
+    """What is asked, as bytes: what answers it, the token ids, the token types. No digest: it would take longer."""
     ids = request.token_ids.tobytes()
-    digest = hashlib.blake2b(answers_of, digest_size=16)
-    digest.update(len(ids).to_bytes(8, "little"))
-    digest.update(ids)
-    digest.update(request.token_type_ids.tobytes())
-    return digest.digest()
+    return b"".join((answers_of, len(ids).to_bytes(8, "little"), ids, request.token_type_ids.tobytes()))
 
 
 def own_copy(answer: Any) -> Any:
@@ -58,10 +53,13 @@ class ResponseCache:
 
     def put(self, key: bytes, answer: Any) -> None:
         """Keep a copy of the answer, unless it is larger than the whole cache."""
-        size = _bytes_of(answer) + ENTRY_BYTES
+        size = _bytes_of(answer) + len(key) + ENTRY_BYTES
         if size > self.max_bytes:
             return
-        kept = own_copy(answer)
+        try:
+            kept = own_copy(answer)
+        except MemoryError:  # the answer itself is there: it is only not kept
+            return
         with self._lock:
             self._drop(key)
             self._entries[key] = kept, size

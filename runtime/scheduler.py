@@ -34,7 +34,7 @@ LOOKED_AT = (
 
 @dataclass(frozen=True)
 class Request:
-    """A waiting request of one sequence. length in tokens; times in seconds of one clock; higher priority goes first."""
+    """A waiting request of one sequence. length in tokens; times in seconds of one clock; higher priorities first."""
 
     id: Any
     length: int
@@ -262,11 +262,9 @@ def _answering_first(groups: Groups, cost: Cost) -> Groups:
 
 def _least_total(requests: Sequence[Request], cost: Cost, limits: Limits) -> Groups:
     """A partition of the least total cost, the batches that answer most requests per second first."""
-    ordered, groups = _by_length(requests), []
-    lengths = _lengths(ordered)
-    if partition.needs_every_subset(lengths, cost, limits):
-        members = partition.best_subsets(lengths, cost, limits)
-        groups = [[ordered[i] for i in group] for group in members]
+    ordered, lengths = _by_length(requests), sorted(r.length for r in requests)
+    if len(lengths) <= partition.EXACT:
+        groups = [[ordered[i] for i in group] for group in partition.best_subsets(lengths, cost, limits)]
     else:
         groups = _cut(ordered, partition.best_runs(lengths, cost, limits))
     return _answering_first(groups, cost)

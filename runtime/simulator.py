@@ -114,6 +114,7 @@ class _Run:
         timeout_s: float | None,
     ):
         self._cost, self._policy, self._trigger, self._limits = cost, policy, trigger, limits
+        self._planned = max(PLANNED, limits.max_batch or 0)
         self._overhead_s, self._factors, self._timeout_s = overhead_s, factors, timeout_s
         self._arrivals: list[float] = trace.arrival_s.tolist()
         self._lengths: list[int] = trace.lengths.tolist()
@@ -152,7 +153,7 @@ class _Run:
         """Give work to whoever is idle; returns when to look again if nothing happens."""
         while self._idle and self._waiting:
             limits = self._limits.at(self.now)
-            requests = list(islice(self._waiting.values(), PLANNED))
+            requests = list(islice(self._waiting.values(), self._planned))
             more = self._come < len(self._arrivals)
             seconds = self._trigger(requests, self._cost, limits) if more else 0.0
             if seconds > 0:

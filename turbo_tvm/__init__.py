@@ -8,6 +8,8 @@ fast.save("model.turbo")
 fast = turbo_tvm.load("model.turbo")             # no torch, no compiler
 with turbo_tvm.Engine(fast) as engine:           # many requests at once, in the best batches
     vector = engine.infer_sync(ids_a)
+
+The other exceptions are in `turbo_tvm.errors`.
 """
 
 from __future__ import annotations
@@ -19,9 +21,7 @@ from turbo_tvm.errors import (
     CompileError,
     EngineError,
     InputError,
-    TargetError,
     TurboError,
-    UnsupportedModelError,
 )
 
 if TYPE_CHECKING:
@@ -39,9 +39,7 @@ __all__ = [
     "Engine",
     "EngineError",
     "InputError",
-    "TargetError",
     "TurboError",
-    "UnsupportedModelError",
     "__version__",
     "compile",
     "load",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from . import memory, overhead, serving
+from . import memory, overhead, scheduling, serving
 from .contenders import RIVALS
 from .encoder import PRECISIONS, Settings, run
 from .measure import Limits
@@ -46,7 +46,9 @@ SERVING_EXAMPLES = """examples:
   scripts/bench serving --models minilm-l6 --precisions fp32 --seconds 5    a look, in some minutes
   scripts/bench serving --models bert-base --layouts packed --policies nobatch dp --lengths 2..100
   scripts/bench serving --out benchmarks/mine --resume                      everything, an hour and more"""
-COMMANDS = ("encoder", "memory", "serving", "overhead", "report")
+SCHEDULER = """Time the scheduling policies on 1 to 1,000 waiting requests, and the simulator on a million requests over 64
+replicas. Writes scheduling.json (every sample) and scheduling.md."""
+COMMANDS = ("encoder", "memory", "serving", "scheduler", "overhead", "report")
 QUICK_LIMITS = {"rounds": 3, "seconds": 5.0}
 
 
@@ -76,6 +78,7 @@ def parser() -> argparse.ArgumentParser:
             formatter_class=raw,
         )
     )
+    _scheduler_options(commands.add_parser("scheduler", help="what planning and simulating take", description=SCHEDULER))
     _overhead_options(commands.add_parser("overhead", help="what run() costs above its kernels", description=OVERHEAD))
     again = commands.add_parser("report", help="Markdown and plots from existing JSON", description="Measures nothing.")
     again.add_argument("directory", type=Path, metavar="DIR", help="where the JSON files are")
@@ -133,6 +136,13 @@ def _serving_options(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="of weights, arrivals and token ids (default %(default)s)")
     add("--out", type=Path, default=Path("bench_results"), help="output directory (default %(default)s)")
     add("--resume", action="store_true", help="keep the loads that serving.json holds of this machine and version")
+
+
+def _scheduler_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--requests", type=_positive, default=scheduling.REQUESTS, help="that are simulated (default %(default)s)")
+    add("--seed", type=int, default=0, help="of lengths and arrivals (default %(default)s)")
+    add("--out", type=Path, default=Path("bench_results"), help="output directory (default %(default)s)")
 
 
 def _overhead_options(overhead: argparse.ArgumentParser) -> None:
@@ -226,6 +236,8 @@ def main(argv: list[str]) -> int:
             from turbo_tvm import config
 
             overhead.run(args.rounds, config.num_threads(args.threads), args.seed, args.out, console)
+        elif args.command == "scheduler":
+            scheduling.run(shlex.join(["scripts/bench", *argv]), args.seed, args.requests, args.out, console)
         elif args.command == "serving":
             serving.run(serving_settings(args, argv), console)
         elif args.command == "memory":

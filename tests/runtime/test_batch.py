@@ -165,3 +165,44 @@ def test_bool_and_float_masks_of_zeros_and_ones_are_masks():
     ids = np.array([[5, 6, 7]])
     for mask in (np.array([[True, True, False]]), np.array([[1.0, 1.0, 0.0]])):
         assert from_padded(ids, mask).token_ids.tolist() == [5, 6]
+
+
+@given(LENGTHS)
+def test_joined_sequences_are_those_of_one_list(lengths):
+    rng = np.random.default_rng(len(lengths))
+    ids = [rng.integers(0, 100, n) for n in lengths]
+    types = [rng.integers(0, 2, n) for n in lengths]
+    for rule in (ARANGE, PositionRule("count_non_pad", 1, 1)):
+        whole = packing.from_sequences(ids, types, BOUNDS, rule)
+        parts = [packing.from_sequence(i, t, BOUNDS, rule) for i, t in zip(ids, types, strict=True)]
+        joined = packing.join(parts)
+        for found, right in zip(joined[:4], whole[:4], strict=True):
+            np.testing.assert_array_equal(found, right)
+            assert found.dtype == right.dtype == np.int32
+
+
+@pytest.mark.parametrize("rule", [ARANGE, PositionRule("count_non_pad", 1, 1), PositionRule("none")])
+@pytest.mark.parametrize("ids", [[5], [1, 1, 7], np.arange(9, dtype=np.uint16), (3, 4)])
+def test_one_sequence_is_a_list_of_one(ids, rule):
+    one, listed = packing.from_sequence(ids, None, BOUNDS, rule), packing.from_sequences([ids], None, BOUNDS, rule)
+    for found, right in zip(one[:4], listed[:4], strict=True):
+        np.testing.assert_array_equal(found, right)
+        assert found.dtype == right.dtype
+
+
+@pytest.mark.parametrize(
+    "wrong", [[], [100], [-1], [0.5], [[1]], [1] * 513, None, "ids", [None], [2**70], [True], [[1], [2, 3]], {1: 2}]
+)
+def test_one_sequence_that_is_wrong_is_refused_as_in_a_list(wrong):
+    with pytest.raises(InputError) as listed:
+        packing.from_sequences([wrong], None, BOUNDS, ARANGE)
+    with pytest.raises(InputError) as one:
+        packing.from_sequence(wrong, None, BOUNDS, ARANGE)
+    assert str(one.value) == str(listed.value)
+
+
+def test_one_sequence_is_copied():
+    ids = np.array([1, 2, 3], np.int32)
+    kept = packing.from_sequence(ids, None, BOUNDS, ARANGE)
+    ids[0] = 9
+    assert kept.token_ids[0] == 1

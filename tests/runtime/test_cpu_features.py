@@ -196,3 +196,17 @@ def test_this_machine_grants_amx_if_it_has_it():
     else:
         with pytest.raises(ArtifactError, match="which the system refuses this process"):
             request_amx(_spec(features=AMX))
+
+
+def test_cpu_names(monkeypatch, tmp_path):
+    text = tmp_path / "cpuinfo"
+    monkeypatch.setattr(cpu_features, "CPUINFO", text)
+    assert cpu_features.cpu_name() == "unknown CPU"
+    text.write_text(
+        "processor: 0\nmodel\t\t: 2\nmodel name\t: A: 1 GHz\ncpu family: 26\n\nprocessor: 1\nmodel name: B\n"
+    )
+    assert cpu_features.cpu_name() == "A: 1 GHz, 26, 2"
+    text.write_text("CPU implementer\t: 0x41\nCPU part\t: 0xd0c\n")
+    assert cpu_features.cpu_name() == "0x41, 0xd0c"
+    assert cpu_features.machine_name(1) == "0x41, 0xd0c; 1 thread"
+    assert cpu_features.machine_name(8) == "0x41, 0xd0c; 8 threads"

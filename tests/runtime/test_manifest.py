@@ -14,6 +14,7 @@ from turbo_tvm.runtime.manifest import (
     FORMAT_VERSION,
     Bounds,
     BufferSpec,
+    CostSpec,
     KernelSpec,
     Manifest,
     MemberSpec,
@@ -54,6 +55,7 @@ FULL = replace(
     kernels=(KernelSpec("gemm", "linear", 24, "n x 96 x 96", 18432.0, 0.5, 36864),),
     declined=("tanh pooler: no pattern",),
     source_parameters=123_456,
+    costs={"a CPU; 2 threads": CostSpec("packed", (0.01, 0.0, 1e-7, 1e-4, 2e-4), (16,), error=0.02, points=20)},
     members={"library.so": MemberSpec("0" * 64, 10)},
 )
 

@@ -261,18 +261,6 @@ def test_a_process_without_compiler_says_so(monkeypatch):
         limits()
 
 
-def test_cpu_names(monkeypatch, tmp_path):
-    text = tmp_path / "cpuinfo"
-    monkeypatch.setattr(machine_limits, "_CPUINFO", text)
-    assert machine_limits.cpu_name() == "unknown CPU"
-    text.write_text(
-        "processor: 0\nmodel\t\t: 2\nmodel name\t: A: 1 GHz\ncpu family: 26\n\nprocessor: 1\nmodel name: B\n"
-    )
-    assert machine_limits.cpu_name() == "A: 1 GHz, 26, 2"
-    text.write_text("CPU implementer\t: 0x41\nCPU part\t: 0xd0c\n")
-    assert machine_limits.cpu_name() == "0x41, 0xd0c"
-
-
 def test_caches(tmp_path):
     for number, row in enumerate([("Data", "1", "48K"), ("Unified", "2", "1024K"), ("Unified", "3", "32768K")]):
         (tmp_path / f"index{number}").mkdir()

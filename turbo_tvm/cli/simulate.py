@@ -102,8 +102,8 @@ def simulate_command(
       turbo-tvm simulate minilm.turbo --trace yesterday.csv --replicas 8
     """
     check_plot(plot)
-    cost = _cost(file, options["threads"], options["machine"])
-    results = _simulate(cost, lengths, rates, policies or _SHOWN, options)
+    cost, max_length = _cost(file, options["threads"], options["machine"])
+    results = _simulate(cost, _traces(cost, max_length, lengths, rates, options), policies or _SHOWN, options)
     if as_json:
         click.echo(json.dumps(results))
     else:
@@ -114,7 +114,8 @@ def simulate_command(
         draw(results, plot, f"{file.stem}: simulated, {options['replicas']} replica(s)")
 
 
-def _cost(file: Path, threads: int | None, machine: str | None) -> PackedCost | PaddedCost:
+def _cost(file: Path, threads: int | None, machine: str | None) -> tuple[PackedCost | PaddedCost, int]:
+    """The cost, and the longest sequence in tokens."""
     from turbo_tvm import artifact, config
     from turbo_tvm.errors import TurboError
     from turbo_tvm.runtime.cost_model import cost_of
@@ -128,11 +129,11 @@ def _cost(file: Path, threads: int | None, machine: str | None) -> PackedCost | 
             f"{file} holds no cost for {name!r} (it has: {known}): measure it with `turbo-tvm cost {file}`, or name "
             "another machine with --machine"
         )
-    return cost_of(manifest.costs[name])
+    return cost_of(manifest.costs[name]), manifest.bounds.max_length
 
 
 def _simulate(
-    cost: Any, lengths: tuple[int, int], rates: list[float] | None, policies: tuple[str, ...], options: dict[str, Any]
+    cost: Any, traces: list[Trace], policies: tuple[str, ...], options: dict[str, Any]
 ) -> list[dict[str, Any]]:
     from turbo_tvm.progress import Progress
     from turbo_tvm.runtime.scheduler import Limits
@@ -141,7 +142,7 @@ def _simulate(
     limits = Limits(options["max_batch"], options["max_tokens"], max_wait_s=1.0)
     results = []
     with Progress("simulate") as show:
-        for trace in _traces(cost, lengths, rates, options):
+        for trace in traces:
             for policy in policies:
                 show(f"{policy} at {trace.rate:.3g} requests/s")
                 found = simulate(
@@ -176,13 +177,19 @@ def _note(show: Progress, requests: int, done: int) -> None:
     show.note(f"{done:,} of {requests:,} requests")
 
 
-def _traces(cost: Any, lengths: tuple[int, int], rates: list[float] | None, options: dict[str, Any]) -> list[Trace]:
+def _traces(
+    cost: Any, max_length: int, lengths: tuple[int, int], rates: list[float] | None, options: dict[str, Any]
+) -> list[Trace]:
     """A trace per rate; one that is read as it is if no rates are asked for."""
+    from turbo_tvm.errors import InputError
     from turbo_tvm.runtime import arrivals
 
-    if options["trace"] is not None:
-        trace = arrivals.read_trace(options["trace"])
-        return [trace] if rates is None else [trace.at_rate(rate) for rate in rates]
+    read = None if options["trace"] is None else arrivals.read_trace(options["trace"])
+    longest = lengths[1] if read is None else int(read.lengths.max())
+    if longest > max_length:
+        raise InputError(f"the model takes sequences of up to {max_length} tokens, and {longest} are asked for")
+    if read is not None:
+        return [read.at_rate(rate) for rate in rates or [read.rate]]
     if rates is None:
         one = sum(cost([n]) for n in range(lengths[0], lengths[1] + 1)) / (lengths[1] - lengths[0] + 1)
         rates = [fraction * options["replicas"] / one for fraction in _FRACTIONS]

@@ -1,0 +1,111 @@
+"""What scheduling itself takes: the time of a plan by policy and number of requests, and of simulating a million requests."""
+
+from __future__ import annotations
+
+import json
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from . import machine
+from .report import markdown_row
+
+WAITING = (1, 2, 10, 100, 256, 1000)
+ROUNDS = 25
+REQUESTS, REPLICAS = 1_000_000, 64
+LOAD = 0.8  # of what the replicas bear one by one
+# of BERT-base on a Xeon, fp32, two threads, as `turbo-tvm cost` measured it
+TERMS, KNOTS = (1.02e-2, 0.0, 1.2e-7, 5.1e-4, 3.3e-4, 4.8e-4, 4.6e-4), (16, 64, 256)
+COLUMNS = ("policy", *(f"{n:,} waiting" for n in WAITING))
+
+
+def run(command: str, seed: int, requests: int, out: Path, console: Console) -> None:
+    """Measure both and write `scheduling.json` and `scheduling.md`."""
+    from turbo_tvm.runtime.cost_model import PackedCost
+    from turbo_tvm.runtime.cost_spec import CostSpec
+    from turbo_tvm.runtime.scheduler import POLICIES
+
+    cost = PackedCost(CostSpec("packed", terms=TERMS, knots=KNOTS))
+    planning = {policy: {n: planning_times(policy, n, cost, seed) for n in WAITING} for policy in POLICIES}
+    console.print(table(planning))
+    simulated = {}
+    for policy in ("nobatch", "dp"):
+        simulated[policy] = simulated_time(policy, cost, requests, seed)
+        console.print(f"{requests:,} requests over {REPLICAS} replicas, {policy}: {simulated[policy]['seconds']:.1f} s")
+    report = {
+        "command": command,
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "revision": machine.revision(),
+        "machine": machine.describe(1),
+        "planning_s": planning,
+        "requests": requests,
+        "simulated": simulated,
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "scheduling.json").write_text(json.dumps(report) + "\n")
+    (out / "scheduling.md").write_text(markdown(report))
+    console.print(f"{out}/: scheduling.json, scheduling.md")
+
+
+def planning_times(policy: str, waiting: int, cost: Any, seed: int) -> list[float]:
+    """Seconds of a plan, a sample per round, each of other requests: lengths 2..100, deadlines within five seconds."""
+    from turbo_tvm.runtime.scheduler import POLICIES, Limits, Request
+
+    limits, samples = Limits(max_batch=64, max_tokens=8192, max_wait_s=1.0), []
+    for number in range(ROUNDS):
+        rng = np.random.default_rng((seed, number))
+        rows = zip(rng.integers(2, 101, waiting).tolist(), rng.uniform(0, 5, waiting).tolist(), strict=True)
+        requests = [Request(i, length, 1e-3 * i, due) for i, (length, due) in enumerate(rows)]
+        start = time.perf_counter()
+        POLICIES[policy](requests, cost, limits)
+        samples.append(time.perf_counter() - start)
+    return samples
+
+
+def simulated_time(policy: str, cost: Any, requests: int, seed: int) -> dict[str, float]:
+    """Seconds to simulate Poisson arrivals of lengths 2..100."""
+    from turbo_tvm.runtime.arrivals import poisson, uniform
+    from turbo_tvm.runtime.scheduler import Limits
+    from turbo_tvm.runtime.simulator import simulate
+
+    one = sum(cost([n]) for n in range(2, 101)) / 99
+    trace = poisson(LOAD * REPLICAS / one, requests, uniform(2, 100), seed)
+    limits = Limits(max_batch=64, max_tokens=8192, max_wait_s=1.0)
+    start = time.perf_counter()
+    found = simulate(trace, cost, policy=policy, limits=limits, replicas=REPLICAS)
+    return {"seconds": time.perf_counter() - start, "mean_s": found.mean_s, "p99_s": found.percentile_s(99)}
+
+
+def rows(planning: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Median and worst time by policy, in microseconds."""
+    return [
+        (policy, *(f"{1e6 * median(s):,.0f} us (worst {1e6 * max(s):,.0f})" for s in by_count.values()))
+        for policy, by_count in planning.items()
+    ]
+
+
+def table(planning: dict[str, Any]) -> Table:
+    """The same for a terminal."""
+    made = Table(*COLUMNS)
+    for row in rows(planning):
+        made.add_row(*row)
+    return made
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The whole report."""
+    lines = "\n".join(markdown_row(line) for line in [COLUMNS, ["---"] * len(COLUMNS), *rows(report["planning_s"])])
+    took = "; ".join(f"{policy} {found['seconds']:.1f} s" for policy, found in report["simulated"].items())
+    return (
+        f"# What scheduling takes\n\n{report['machine']['cpu']}, one thread\n\n"
+        f"    {report['command']}    # {report['started']}, revision {report['revision']}\n\n"
+        f"A plan of requests that wait, lengths 2..100, batches of at most 64, median of {ROUNDS}:\n\n{lines}\n\n"
+        f"Simulating {report['requests']:,} requests over {REPLICAS} replicas at {LOAD:.0%} of what they bear one by one: "
+        f"{took}.\n"
+    )
