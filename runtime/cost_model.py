@@ -248,7 +248,7 @@ def _non_negative_least_squares(rows: np.ndarray, wanted: np.ndarray) -> np.ndar
 
 
 def _place(grid: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The interval of the grid that a value is read in, where in it, and how many times the last entry it is beyond that."""
+    """The interval of the grid that a value is read in, where in it, and how many times the last entry beyond that."""
     within = np.clip(values, grid[0], grid[-1])
     i = np.clip(np.searchsorted(grid, within, "right") - 1, 0, len(grid) - 2)
     return i, (within - grid[i]) / (grid[i + 1] - grid[i]), np.maximum(values / grid[-1], 1.0)

@@ -167,7 +167,9 @@ class Engine:
     def infer_sync(self, request: Any, *, timeout_s: float | None = None, **options: Any) -> Any:
         """The answer to a request, in its place: see `submit`. DeadlineError after `timeout_s`, even if it runs."""
         if threading.current_thread() in self._threads:
-            raise EngineError("infer_sync was called from a future's callback, where it would wait for itself: use submit")
+            raise EngineError(
+                "infer_sync was called from a future's callback, where it would wait for itself: use submit"
+            )
         future = self.submit(request, timeout_s=timeout_s, **options)
         try:
             return future.result(timeout_s)

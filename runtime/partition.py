@@ -1,17 +1,17 @@
 """Partitions of sequences into batches, by dynamic programming: pure functions over lengths and a cost.
 
-Few. Up to `EXACT` sequences are partitioned in every way, whatever the cost: over subsets, each giving the batch of its first
-member away,
+Few. Up to `EXACT` sequences are partitioned in every way, whatever the cost: over subsets, each giving the batch of its
+first member away,
 
     least[S] = min over batches T of S with its first member of cost(T) + least[S without T]
 
-Many. Sorted by length, some best partition of padded batches consists of contiguous runs: if two batches overlap in length,
-exchanging members makes one of them shorter and none longer. Then
+Many. Sorted by length, some best partition of padded batches consists of contiguous runs: if two batches overlap in
+length, exchanging members makes one of them shorter and none longer. Then
 
     least[i] = min over j < i of least[j] + cost(lengths j .. i - 1)
 
-finds it in O(n * longest run) steps (Fang et al., "TurboTransformers", PPoPP 2021). For other costs, and under caps on tokens
-or bytes, runs are a good rule and not always the best.
+finds it in O(n * longest run) steps (Fang et al., "TurboTransformers", PPoPP 2021). For other costs, and under caps on
+tokens or bytes, runs are a good rule and not always the best.
 
 A cost with a method `batches(counts, tokens, squares, longest) -> seconds` over int64 arrays, as those of `cost_model`
 have it, prices a thousand sequences in milliseconds; any other is called once per batch.
@@ -71,12 +71,13 @@ def best_subsets(lengths: Sequence[int], cost: Cost, caps: Caps) -> list[list[in
 
 @cache
 def _levels(count: int) -> list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
-    """By size, from 1: the subsets of so many items; where the pairs of each begin; and all pairs: the subset, and a part of
-    it with its first member."""
+    """By size, from 1: the subsets of so many items, where the pairs of each begin, and the pairs: subset and batch."""
     levels = []
     for size in range(1, count + 1):
         subsets = [s for s in range(1, 1 << count) if s.bit_count() == size]
-        starts, whole, batch = [], [], []
+        starts: list[int] = []
+        whole: list[int] = []
+        batch: list[int] = []
         for subset in subsets:
             starts.append(len(whole))
             first = subset & -subset

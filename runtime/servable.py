@@ -44,11 +44,11 @@ def checked_models(models: Any) -> list[Servable]:
         raise InputError("an engine needs a model")
     if len({id(model) for model in found}) < len(found):
         raise InputError("the engine was given the same model twice: load its file again for every further one")
-    first = found[0].manifest
+    first = found[0]
     for model in found[1:]:
-        if model.fingerprint != found[0].fingerprint:
+        if model.fingerprint != first.fingerprint:
             raise InputError(
-                f"the models of an engine must be of one artifact, and {first.name} and {model.manifest.name} are not, or "
-                "were not saved: load the same file once for each"
+                f"the models of an engine must be of one artifact: {first.manifest.name} and {model.manifest.name} are "
+                "not, or were not saved: load the same file once for each"
             )
     return found

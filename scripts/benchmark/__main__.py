@@ -46,7 +46,8 @@ SERVING_EXAMPLES = """examples:
   scripts/bench serving --models minilm-l6 --precisions fp32 --seconds 5    a look, in some minutes
   scripts/bench serving --models bert-base --layouts packed --policies nobatch dp --lengths 2..100
   scripts/bench serving --out benchmarks/mine --resume                      everything, an hour and more"""
-SCHEDULER = """Time the scheduling policies on 1 to 1,000 waiting requests, and the simulator on a million requests over 64
+SCHEDULER = """Time the scheduling policies on 1 to 1,000 waiting requests, and the simulator on a million requests over
+64
 replicas. Writes scheduling.json (every sample) and scheduling.md."""
 COMMANDS = ("encoder", "memory", "serving", "scheduler", "overhead", "report")
 QUICK_LIMITS = {"rounds": 3, "seconds": 5.0}
@@ -78,7 +79,9 @@ def parser() -> argparse.ArgumentParser:
             formatter_class=raw,
         )
     )
-    _scheduler_options(commands.add_parser("scheduler", help="what planning and simulating take", description=SCHEDULER))
+    _scheduler_options(
+        commands.add_parser("scheduler", help="what planning and simulating take", description=SCHEDULER)
+    )
     _overhead_options(commands.add_parser("overhead", help="what run() costs above its kernels", description=OVERHEAD))
     again = commands.add_parser("report", help="Markdown and plots from existing JSON", description="Measures nothing.")
     again.add_argument("directory", type=Path, metavar="DIR", help="where the JSON files are")

@@ -1,4 +1,4 @@
-"""What scheduling itself takes: the time of a plan by policy and number of requests, and of simulating a million requests."""
+"""What scheduling itself takes: the time of a plan by policy, and of simulating a million requests."""
 
 from __future__ import annotations
 
@@ -106,6 +106,6 @@ def markdown(report: dict[str, Any]) -> str:
         f"# What scheduling takes\n\n{report['machine']['cpu']}, one thread\n\n"
         f"    {report['command']}    # {report['started']}, revision {report['revision']}\n\n"
         f"A plan of requests that wait, lengths 2..100, batches of at most 64, median of {ROUNDS}:\n\n{lines}\n\n"
-        f"Simulating {report['requests']:,} requests over {REPLICAS} replicas at {LOAD:.0%} of what they bear one by one: "
-        f"{took}.\n"
+        f"Simulating {report['requests']:,} requests over {REPLICAS} replicas at {LOAD:.0%} of what they bear one by "
+        f"one: {took}.\n"
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 
@@ -11,6 +13,7 @@ from turbo_tvm.runtime.arrivals import Trace, bursty, poisson, read_trace, unifo
 
 @pytest.mark.parametrize("make", [poisson, bursty])
 def test_rate_and_lengths(make):
+    make = partial(make, burst_s=0.1) if make is bursty else make
     trace = make(50.0, 40_000, uniform(2, 100), seed=1)
     assert trace.rate == pytest.approx(50.0, rel=0.12)
     assert (trace.lengths.min(), trace.lengths.max()) == (2, 100)

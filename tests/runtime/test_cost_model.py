@@ -110,7 +110,7 @@ def test_a_table_never_falls():
 
 def test_a_table_of_one_batch():
     cost = PaddedCost.fit([Point((8,), 0.01)])
-    assert cost([8]) == pytest.approx(0.01) and cost([8] * 64) > 0.01
+    assert cost([8]) == pytest.approx(0.01) and cost([8] * 200) >= 0.03
     with pytest.raises(InputError, match="equal lengths"):
         PaddedCost.fit([Point((8, 9), 0.01)])
 
@@ -214,7 +214,7 @@ class TestMeasurement:
         device = Device(lambda lengths: scale * packed_truth(lengths))
         found, held_out = device.measure(max_length=512, max_tokens=8192, budget_s=5.0)
         assert device.now < 7.5
-        assert len(found) >= 4 and len(held_out) >= 2
+        assert len(found) >= 3 and len(held_out) >= 2
         spec = fit(found, held_out)
         assert spec.kind == "packed" and mean_error(cost_of(spec), points(device.cost, RAGGED)) < 0.1
 

@@ -1,4 +1,4 @@
-"""The engine: right answers to everyone, once, in batches; limits, faults, cancellation, drain; with a real model too."""
+"""The engine: right answers to everyone, once, in batches; limits, faults, cancellation, drain; real models too."""
 
 from __future__ import annotations
 
@@ -41,7 +41,9 @@ class TestAnswers:
             np.testing.assert_array_equal(serving.infer_sync("ab"), fake.right([97, 98]))
 
             async def ask():
-                return await asyncio.gather(*(serving.infer([i, i]) for i in range(20)), serving.infer([7], timeout_s=9))
+                return await asyncio.gather(
+                    *(serving.infer([i, i]) for i in range(20)), serving.infer([7], timeout_s=9)
+                )
 
             answers = asyncio.run(ask())
         assert [a.tolist() for a in answers] == [[2 * i, 2] for i in range(20)] + [[7, 1]]
@@ -475,7 +477,7 @@ class TestLife:
             Engine([fake, fake])
         other = fakes()
         other.fingerprint = "another file"
-        with pytest.raises(InputError, match="must be of one artifact.*load the same file once for each"):
+        with pytest.raises(InputError, match=r"must be of one artifact.*load the same file once for each"):
             Engine([fake, other])
 
 
@@ -542,7 +544,7 @@ class Storm:
 
 @pytest.mark.parametrize("replicas", [1, 3])
 def test_ten_thousand_requests_from_64_producers(fakes, replicas):
-    """5 % cancellations, deadlines, a guilty request in fifty, batches that fail by chance, a queue that is often full."""
+    """5 % cancellations, deadlines, a guilty one in fifty, batches that fail by chance, a queue that is often full."""
     models = [fakes() for _ in range(replicas)]
     chance = random.Random(5)
     for model in models:

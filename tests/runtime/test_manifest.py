@@ -132,7 +132,10 @@ def _fields(plain, path=()):
             yield from _fields(value, (*path, index))
 
 
-@pytest.mark.parametrize("path", [p for p in _fields(json.loads(FULL.to_json())) if p[:1] != ("members",)])
+@pytest.mark.parametrize(
+    "path",
+    [p for p in _fields(json.loads(FULL.to_json())) if p[:1] != ("members",) and not (p[0] == "costs" and len(p) == 2)],
+)
 def test_missing_field_is_named(path):
     plain = json.loads(FULL.to_json())
     inner = plain

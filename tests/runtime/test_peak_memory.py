@@ -40,7 +40,7 @@ def test_at_least_what_is_needed_and_no_less_for_more(lengths, more):
         asked = []
 
         def noted(shape, exact=exact, asked=asked):
-            assert 1 <= min(shape) and max(shape) <= 512
+            assert min(shape) >= 1 and max(shape) <= 512
             asked.append(shape)
             return exact(shape)
 

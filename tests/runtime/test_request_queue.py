@@ -123,7 +123,7 @@ def test_a_shared_request_is_as_urgent_as_the_most_urgent_who_waits(queue, clock
 
 def test_a_full_queue_refuses(queue):
     waiting = [queue.submit(bytes([i]), sequence(1), None, 0) for i in range(4)]
-    with pytest.raises(OverloadError, match="4 requests wait already.*raise max_queue"):
+    with pytest.raises(OverloadError, match=r"4 requests wait already.*raise max_queue"):
         queue.submit(b"x", sequence(1), None, 0)
     queue.submit(bytes([0]), sequence(1), None, 0)  # joining takes no room
     waiting[3].cancel()
@@ -292,7 +292,9 @@ class Anything(RuleBasedStateMachine):
         waiters = list(flight.waiters)
         self.queue.finish(flight, np.array([flight.request.length]), ValueError("bad") if fails else None)
         for waiter in waiters:
-            assert isinstance(waiter.exception(0), ValueError) if fails else waiter.result(0)[0] == flight.request.length
+            assert (
+                isinstance(waiter.exception(0), ValueError) if fails else waiter.result(0)[0] == flight.request.length
+            )
 
     @rule(drain=st.booleans())
     def close(self, drain):

@@ -35,7 +35,7 @@ def convex(lengths: Sequence[int]) -> float:
 
 
 def padded(lengths: Sequence[int]) -> float:
-    return 1.0 + 1.0 * len(lengths) * max(lengths)
+    return 2.0 + 1.0 * len(lengths) * max(lengths)
 
 
 def alone(lengths: Sequence[int]) -> float:

@@ -91,7 +91,18 @@ def test_a_trace_of_real_arrivals(priced, tmp_path):
     assert {r["policy"] for r in found} == {"nobatch", "naive", "dp"}
     assert found[0]["rate"] == pytest.approx(100.0)
     assert "Simulated, 2 replicas" in succeed(
-        "simulate", priced, "--machine", "another", "--trace", trace, "--rates", "50", "--replicas", "2", "--trigger", "lazy"
+        "simulate",
+        priced,
+        "--machine",
+        "another",
+        "--trace",
+        trace,
+        "--rates",
+        "50",
+        "--replicas",
+        "2",
+        "--trigger",
+        "lazy",
     )
 
 
