@@ -15,6 +15,12 @@ import numpy as np
 from turbo_tvm.errors import InputError
 from turbo_tvm.runtime.manifest import Bounds, PositionRule
 
+# parts of these stand for arrays that many requests share; NumPy takes microseconds for each that it makes
+_COUNTED = np.arange(8192, dtype=np.int32)
+_ZEROS = np.zeros(8192, np.int32)
+for _shared in (_COUNTED, _ZEROS):
+    _shared.flags.writeable = False
+
 
 class Batch(NamedTuple):
     """Validated requests, one after the other.
@@ -93,7 +99,9 @@ def from_sequence(sequence: Any, token_type_ids: Any, bounds: Bounds, rule: Posi
         count = len(array)
         if 0 < count <= bounds.max_length and array.min() >= 0 and array.max() < bounds.vocab_size:
             ids, limits = array.astype(np.int32), np.array((0, count), np.int32)
-            return Batch(ids, np.zeros(count, np.int32), ragged_positions(rule, ids, limits), limits)
+            known = rule.kind != "count_non_pad" and rule.offset + count <= len(_COUNTED)
+            positions = _COUNTED[rule.offset : rule.offset + count] if known else ragged_positions(rule, ids, limits)
+            return Batch(ids, _ZEROS[:count] if count <= len(_ZEROS) else np.zeros(count, np.int32), positions, limits)
     types = None if token_type_ids is None else [token_type_ids]
     return from_sequences([sequence], types, bounds, rule)
 

@@ -174,8 +174,8 @@ class CompiledModel:
         return packing.from_sequence(sequence, token_type_ids, manifest.bounds, manifest.positions)
 
     def answer(self, parts: Sequence[Batch], output: str | None = None) -> list[Any]:
-        """Answer what `prepare` made, as `run` does."""
-        return self._answers(packing.join(parts), self.output_name(output))
+        """Answer what `prepare` made, as `run` does. output: as `output_name` gave it."""
+        return self._answers(packing.join(parts), output)
 
     def __call__(
         self, input_ids: Any, attention_mask: Any = None, token_type_ids: Any = None, **options: Any

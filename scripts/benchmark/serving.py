@@ -32,7 +32,7 @@ from .padded_model import Padded
 RANGES = {"2..100": (2, 100), "5..500": (5, 500)}
 LAYOUTS = {"packed": ("nobatch", "naive", "dp", "dp_latency"), "padded": ("nobatch", "naive", "dp")}
 FRACTIONS = (0.5, 0.7, 0.8, 0.9, 1.2)
-SATURATION_ROUNDS = 3
+SATURATION_ROUNDS = 5
 SATURATION_S = 6.0  # about what a round lasts for `nobatch`
 LEAST_REQUESTS = 300  # of a trial
 MAX_QUEUE = 1 << 20
