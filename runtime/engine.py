@@ -112,7 +112,7 @@ class Engine:
         with self._state:
             if self._threads:
                 raise EngineError("the engine was started before: make another one")
-            self._cost = RefinedCost(self._given_cost or self._measured())
+            self._cost = RefinedCost(self._measured() if self._given_cost is None else self._given_cost)
             names = (f"turbo_tvm engine {i}" for i in range(len(self._models)))
             self._threads = [
                 threading.Thread(target=self._serve, args=(model,), name=name, daemon=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from . import memory, overhead, scheduling, serving
+from . import memory, overhead, scheduling, serving, serving_report
 from .contenders import RIVALS
 from .encoder import PRECISIONS, Settings, run
 from .measure import Limits
@@ -133,6 +133,13 @@ def _serving_options(parser: argparse.ArgumentParser) -> None:
     add("--lengths", nargs="+", choices=serving.RANGES, default=list(serving.RANGES), help="default: all")
     add("--layouts", nargs="+", choices=serving.LAYOUTS, default=list(serving.LAYOUTS), help="default: all")
     add("--policies", nargs="+", choices=policies, help="default: those that make sense for a layout")
+    add(
+        "--fractions",
+        nargs="+",
+        type=float,
+        default=list(serving.FRACTIONS),
+        help="rates of the trials, as parts of what a policy bears when saturated (default %(default)s)",
+    )
     add("--seconds", type=float, default=10.0, help="a trial lasts at least so long (default %(default)g)")
     add("--longest", type=float, default=40.0, help="and at most, even if fewer than 300 come (default %(default)g)")
     add("--threads", type=_positive, help="default: the physical cores")
@@ -217,6 +224,7 @@ def serving_settings(args: argparse.Namespace, argv: list[str]) -> serving.Setti
         ranges=tuple(args.lengths),
         layouts=tuple(args.layouts),
         policies=tuple(args.policies) if args.policies else None,
+        fractions=tuple(args.fractions),
         seconds=args.seconds,
         longest=args.longest,
         threads=config.num_threads(args.threads),
@@ -230,7 +238,8 @@ def main(argv: list[str]) -> int:
     args = arguments(argv)
     console = Console(soft_wrap=True, highlight=False)
     if args.command == "report":
-        if render_directory(args.directory, console):
+        served = serving_report.render(args.directory, console)
+        if render_directory(args.directory, console) or served:
             return 0
         print(f"error: there are no results in {args.directory}", file=sys.stderr)
         return 1

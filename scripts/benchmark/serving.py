@@ -27,7 +27,6 @@ from rich.console import Console
 
 from . import machine, models
 from .measure import rotated
-from .padded_model import Padded
 
 RANGES = {"2..100": (2, 100), "5..500": (5, 500)}
 LAYOUTS = {"packed": ("nobatch", "naive", "dp", "dp_latency"), "padded": ("nobatch", "naive", "dp")}
@@ -41,7 +40,9 @@ IDLE_REQUESTS, IDLE_PAUSE_S = 300, 0.01
 
 @dataclass(frozen=True)
 class Settings:
-    """What is asked. command: as it was typed; seconds, longest: least and most that a trial lasts."""
+    """What is asked. command: as it was typed; fractions: of what a policy bears when saturated, the rates
+    of its trials; seconds, longest: least and most that a trial lasts.
+    """
 
     command: str
     models: dict[str, dict[str, int]]
@@ -49,6 +50,7 @@ class Settings:
     ranges: tuple[str, ...]
     layouts: tuple[str, ...]
     policies: tuple[str, ...] | None
+    fractions: tuple[float, ...]
     seconds: float
     longest: float
     threads: int
@@ -138,6 +140,8 @@ def measure_load(
     settings: Settings, load: Load, compiled: Any, report: dict[str, Any], console: Console
 ) -> dict[str, Any]:
     """Saturation, trials and their simulation for every policy."""
+    from .padded_model import Padded  # which imports TVM
+
     model = compiled if load.layout == "packed" else Padded.of(compiled)
     spec = model.measure_cost()
     low, high = RANGES[load.lengths]
@@ -158,7 +162,7 @@ def measure_load(
     }
     for policy in load.policies:
         console.print(f"  {policy}: {median(rates[policy]):.1f} requests/s when saturated")
-    for number, fraction in enumerate(FRACTIONS):
+    for number, fraction in enumerate(settings.fractions):
         for policy in rotated(list(load.policies), number):
             rate = fraction * median(rates[policy])
             done = trial(model, load, policy, rate, settings, settings.seed + 1 + number, idle_s)

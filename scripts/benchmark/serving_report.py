@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
@@ -26,12 +27,13 @@ TRIALS = (
     *("simulated mean ms", "simulated p99", "simulated / measured mean"),
 )
 
-NOTE = """ Saturated: the same requests, all at once, median of the rounds; the ratio is the median of the rounds'
-ratios. That is the critical rate of a queue that never empties. Poisson trials bracket it: between the highest tried
-rate with bounded latency and the lowest without (a twentieth of the requests and more unanswered when the last one
-came, and a last fifth that waited more than 1.5 times as long as the first half). Padded: the same kernels on sequences
-filled up to the longest of their batch. Simulated: the trial's own arrivals, with the cost refined by all of the
-trial's batches, and their scatter.
+NOTE = """
+Saturated: the same requests, all at once, median of the rounds; the ratio is the median of the rounds' ratios. That is
+the critical rate of a queue that never empties. Poisson trials bracket it: between the highest tried rate with bounded
+latency and the next one, without (a twentieth of the requests and more unanswered when the last one came, and a last
+fifth that waited more than 1.5 times as long as the first half). Padded: the same kernels on sequences filled up to the
+longest of their batch. Simulated: the trial's own arrivals, with the cost refined by all of the trial's batches, and
+their scatter.
 """
 
 
@@ -46,13 +48,19 @@ def write(report: dict[str, Any], out: Path, console: Console) -> None:
 
 
 def critical(trials: Sequence[dict[str, Any]]) -> tuple[float, float | None]:
-    """The highest rate with bounded latency of those below the first without (0: none), and that one (None: none)."""
-    borne = 0.0
-    for trial in sorted(trials, key=lambda t: t["rate"]):
-        if not trial["bounded"]:
-            return borne, trial["rate"]
-        borne = trial["rate"]
-    return borne, None
+    """The highest rate with bounded latency (0: none), and the lowest rate above it without (None: none)."""
+    borne = max((t["rate"] for t in trials if t["bounded"]), default=0.0)
+    return borne, min((t["rate"] for t in trials if t["rate"] > borne), default=None)
+
+
+def render(out: Path, console: Console) -> bool:
+    """Markdown and picture again from `serving.json`; False if there is none."""
+    path = out / "serving.json"
+    if not path.exists():
+        return False
+    write(json.loads(path.read_text()), out, console)
+    console.print(f"{out}/: serving.md, serving.png")
+    return True
 
 
 def overview_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:

@@ -25,6 +25,7 @@ def settings(tmp_path, **changes) -> serving.Settings:
         "ranges": ("2..30",),
         "layouts": ("packed", "padded"),
         "policies": ("nobatch", "dp"),
+        "fractions": (0.3, 0.5),
         "seconds": 0.05,
         "longest": 0.2,
         "threads": 1,
@@ -40,7 +41,6 @@ def small(monkeypatch, served):
     """A tiny model, few requests, and no five seconds of measuring."""
     compiled = served("bert").compiled
     monkeypatch.setattr(serving, "RANGES", {"2..30": (2, 30)})
-    monkeypatch.setattr(serving, "FRACTIONS", (0.3, 0.5))
     monkeypatch.setattr(serving, "SATURATION_S", 0.01)
     monkeypatch.setattr(serving, "LEAST_REQUESTS", 20)
     monkeypatch.setattr(serving, "IDLE_REQUESTS", 20)
@@ -72,6 +72,9 @@ def test_a_tiny_model_from_saturation_to_markdown(tmp_path, small):
     for words in ("| tiny fp32 2..30 packed | dp |", "## tiny fp32 2..30 padded", "Idle engine", "1.00x"):
         assert words in text
     assert (tmp_path / "serving.png").stat().st_size > 1000
+    (tmp_path / "serving.md").unlink()
+    assert command_line.main(["report", str(tmp_path)]) == 0
+    assert (tmp_path / "serving.md").read_text() == text
     # all of it is kept
     started = report["loads"]["tiny fp32 2..30 packed"]
     serving.run(settings(tmp_path, resume=True), Console(quiet=True))
@@ -99,11 +102,25 @@ def trial(rate, bounded):
 def test_the_critical_rate_lies_between():
     assert serving_report.critical([trial(2.0, False), trial(1.0, True)]) == (1.0, 2.0)
     assert serving_report.critical([trial(1.0, True)]) == (1.0, None)
-    assert serving_report.critical([trial(1.0, False), trial(2.0, True)]) == (0.0, 1.0)
+    assert serving_report.critical([trial(1.0, False)]) == (0.0, 1.0)
+    chance = [trial(1.0, False), trial(2.0, True), trial(3.0, False), trial(4.0, False)]
+    assert serving_report.critical(chance) == (2.0, 3.0)
 
 
 def test_the_command_line():
-    argv = ["serving", "--models", "minilm-l6", "--lengths", "5..500", "--policies", "dp", "--out", "there"]
+    argv = [
+        "serving",
+        "--models",
+        "minilm-l6",
+        "--lengths",
+        "5..500",
+        "--policies",
+        "dp",
+        "--fractions",
+        "0.5",
+        "--out",
+        "there",
+    ]
     found = command_line.serving_settings(command_line.arguments(argv), argv)
     assert found.command == "scripts/bench " + " ".join(argv)
     assert (found.models, found.ranges, found.out) == (
@@ -111,6 +128,7 @@ def test_the_command_line():
         ("5..500",),
         Path("there"),
     )
+    assert found.fractions == (0.5,)
     assert [(load.layout, load.policies) for load in serving.plan(found)] == [
         *[("packed", ("dp",)), ("padded", ("dp",))] * len(found.precisions)
     ]
