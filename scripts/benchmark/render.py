@@ -9,6 +9,8 @@ from rich.console import Console
 from . import figures, plots, report
 from .results import read
 
+OTHERS = ("serving", "scheduling")  # which have pages of their own
+
 
 def render(path: Path, console: Console) -> bool:
     """Write both; False, and a line that says why, if the file holds no results."""
@@ -30,7 +32,8 @@ def render(path: Path, console: Console) -> bool:
 
 def render_directory(directory: Path, console: Console) -> int:
     """Render every JSON of results in a directory; returns how many there were."""
-    return sum([render(path, console) for path in sorted(directory.glob("*.json"))])
+    paths = (path for path in sorted(directory.glob("*.json")) if path.stem not in OTHERS)
+    return sum([render(path, console) for path in paths])
 
 
 def _headline(result: dict) -> str:

@@ -51,7 +51,11 @@ def _rates_callback(_ctx: click.Context, _param: click.Parameter, value: str | N
     "--rates", metavar="R,R,...", callback=_rates_callback, help="Requests/s.  [default: around the capacity]"
 )
 @click.option(
-    "--policy", "policies", type=click.Choice(_POLICIES), multiple=True, help=f"Repeat it.  [default: {_SHOWN}]"
+    "--policy",
+    "policies",
+    type=click.Choice(_POLICIES),
+    multiple=True,
+    help=f"Repeat it.  [default: {', '.join(_SHOWN)}]",
 )
 @click.option(
     "--trigger", type=click.Choice(("hungry", "lazy")), default="hungry", show_default=True, help="When to plan."
