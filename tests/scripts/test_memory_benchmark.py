@@ -76,6 +76,7 @@ def test_a_tiny_model_from_planning_to_markdown(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(memory.__file__).resolve().parents[1]))
     monkeypatch.setattr(memory, "traces", lambda seed: {"uniform": (5, 9, 5), "growing": (1, 2, 3, 4)})
     monkeypatch.setattr(memory, "ENGINES", ("turbo_tvm", "PyTorch"))
+    monkeypatch.setattr(memory, "DEEP", TINY | {"num_hidden_layers": 3})
     monkeypatch.setattr(memory.OnnxFiles, "exported", lambda self, attention: "")
     settings = memory.Settings("scripts/bench memory", "tiny", TINY, 2, 1, 0, tmp_path)
     memory.run(settings, Console(quiet=True))
