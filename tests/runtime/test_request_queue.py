@@ -275,9 +275,8 @@ class Anything(RuleBasedStateMachine):
     @precondition(lambda self: len(self.queue))
     @rule(count=st.integers(1, 3))
     def take(self, count):
-        if not self.closed and all(
-            f.deadline_s is not None and f.deadline_s <= self.clock.now for f in self.futures if not f.done()
-        ):
+        waiting = [f for f in self.futures if not (f.done() or f.running())]
+        if not self.closed and all(f.deadline_s is not None and f.deadline_s <= self.clock.now for f in waiting):
             return  # all of them expire, and it would wait for more
         flights, _ = self.queue.take(at_once, lambda requests, now: [r.id for r in requests[:count]])
         assert self.closed or flights
