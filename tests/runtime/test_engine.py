@@ -95,8 +95,9 @@ class TestAnswers:
             blocked(model)
         with engine(models, max_batch=1) as serving:
             futures = [serving.submit([i]) for i in range(4)]
+            for model in models:  # both are at work, before either goes on and takes what the other is to have
+                until_running(model)
             for model in models:
-                until_running(model)  # both are at work
                 model.gate.set()
             assert [f.result(10).tolist() for f in futures] == [[i, 1] for i in range(4)]
         assert sum(len(model.batches) for model in models) == 4
