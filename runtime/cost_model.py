@@ -176,9 +176,8 @@ class RefinedCost:
         surprises = np.clip(np.log(seconds / predicted), -BOUND, BOUND) * weights
         # half a batch in favour of no correction, at either end, where sizes are all alike
         prior = np.eye(2) * weights.mean() / 2
-        low, high = np.linalg.lstsq(np.concatenate((rows, prior)), np.concatenate((surprises, [0.0, 0.0])), rcond=None)[
-            0
-        ]
+        rows, wanted = np.concatenate((rows, prior)), np.concatenate((surprises, [0.0, 0.0]))
+        (low, high), *_ = np.linalg.lstsq(rows, wanted, rcond=None)
         factors = np.exp(low + (high - low) * places)
         missing = math.log(seconds.sum() / (predicted * factors).sum())
         made._set(low + missing, high + missing)

@@ -25,9 +25,10 @@ from turbo_tvm.runtime import scheduler, triggers
 from turbo_tvm.runtime.batch import Batch
 from turbo_tvm.runtime.cost_model import RefinedCost
 from turbo_tvm.runtime.engine_statistics import EngineStatistics
+from turbo_tvm.runtime.flight import Flight, RequestFuture
 from turbo_tvm.runtime.partition import Cost
 from turbo_tvm.runtime.peak_memory import PeakBytes
-from turbo_tvm.runtime.request_queue import PLANNED, Flight, RequestFuture, RequestQueue
+from turbo_tvm.runtime.request_queue import PLANNED, RequestQueue
 from turbo_tvm.runtime.response_cache import ResponseCache, request_key
 from turbo_tvm.runtime.scheduler import Limits, Request
 from turbo_tvm.runtime.servable import Servable, checked_models, computed_rows

@@ -11,15 +11,14 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from heapq import nsmallest
 from typing import Any
 
-from turbo_tvm.errors import DeadlineError, EngineError, OverloadError
+from turbo_tvm.errors import EngineError, OverloadError
 from turbo_tvm.runtime.batch import Batch
 from turbo_tvm.runtime.engine_statistics import EngineStatistics, Recorder
-from turbo_tvm.runtime.response_cache import own_copy
+from turbo_tvm.runtime.flight import Flight, RequestFuture
 from turbo_tvm.runtime.scheduler import Request
 
 PLANNED = 256  # requests that are planned at a time, by priority and age: a plan takes less than a millisecond
@@ -29,52 +28,6 @@ LOOK_AGAIN_S = 3600.0  # the longest wait for a trigger at once
 Clock = Callable[[], float]
 WaitS = Callable[[Sequence[Request], float], float]
 Choose = Callable[[Sequence[Request], float], list[int]]
-
-
-class RequestFuture(Future):
-    """The answer to come. `cancel()` succeeds, and leaves the queue, until the request is taken to run."""
-
-    _leave: Callable[[RequestFuture, str], None]
-    deadline_s: float | None = None
-    submitted_s = 0.0
-    shared = False
-    left = False  # whether it left the queue by itself
-    flight: Flight | None = None
-
-    def cancel(self) -> bool:
-        """Cancel the request if it still waits."""
-        cancelled = super().cancel()
-        if cancelled:
-            self._leave(self, "cancelled")
-        return cancelled
-
-    def expire(self) -> None:
-        """Give up on a request whose time is over, if it still waits: its result is a DeadlineError."""
-        if self.set_running_or_notify_cancel_once():
-            self._leave(self, "expired")
-            self.set_exception(_late(self))
-
-    def set_running_or_notify_cancel_once(self) -> bool:
-        """Claim a waiting future; False if it was cancelled, or claimed before."""
-        with self._condition:
-            return self._state == "PENDING" and self.set_running_or_notify_cancel()
-
-
-@dataclass(eq=False)
-class Flight:
-    """One computation. request: what the policy sees of it; running: whether an executor has taken it."""
-
-    request: Request
-    key: bytes
-    sequence: Batch
-    waiters: list[RequestFuture] = field(default_factory=list)
-    running: bool = False
-
-    def urge(self) -> None:
-        """Let the request say what its present waiters need: the earliest of their deadlines."""
-        deadline = min((w.deadline_s for w in self.waiters if w.deadline_s is not None), default=None)
-        if deadline != self.request.deadline_s:
-            self.request = replace(self.request, deadline_s=deadline)
 
 
 class RequestQueue:
@@ -162,7 +115,7 @@ class RequestQueue:
         raised: list[BaseException] = []
         for waiter in waiters:
             try:
-                _settle(waiter, answer, error)
+                waiter.settle(answer, error)
             except BaseException as stop:  # of a callback, such as SystemExit: the others are settled before it goes on
                 raised.append(stop)
         if raised:
@@ -204,7 +157,7 @@ class RequestQueue:
 
     def _future(self, deadline_s: float | None) -> RequestFuture:
         future = RequestFuture()
-        future._leave = self._leave
+        future.leave = self._leave
         future.deadline_s, future.submitted_s = deadline_s, self._clock()
         return future
 
@@ -306,26 +259,9 @@ class RequestQueue:
     def _claim_waiters(self, flight: Flight) -> None:
         with self._lock:
             flight.running = True
-            flight.waiters = [w for w in flight.waiters if w.set_running_or_notify_cancel_once()]
-
-
-def _late(future: RequestFuture) -> DeadlineError:
-    waited = (future.deadline_s or 0.0) - future.submitted_s
-    return DeadlineError(f"the request was not started within {waited:.3g} s: its engine has more work than it can do")
+            flight.waiters = [w for w in flight.waiters if w.claim()]
 
 
 def _urgency(request: Request) -> tuple[float, float, float]:
     due = float("inf") if request.deadline_s is None else request.deadline_s
     return -request.priority, due, request.arrival_s
-
-
-def _settle(future: RequestFuture, answer: Any, error: BaseException | None) -> None:
-    if error is None:
-        try:
-            own = own_copy(answer)
-        except Exception as failure:  # there may be no memory for it
-            error = failure
-    if error is None:
-        future.set_result(own)
-    else:
-        future.set_exception(error)

@@ -27,9 +27,7 @@ from turbo_tvm.errors import InputError
 from turbo_tvm.runtime import partition
 from turbo_tvm.runtime.partition import Cost
 
-LOOKED_AT = (
-    64  # requests that `deadline` tries to keep on time, the most urgent ones; the others are planned as `dp` does
-)
+LOOKED_AT = 64  # most urgent requests that `deadline` tries to keep on time; the others are planned as `dp` does
 
 
 @dataclass(frozen=True)

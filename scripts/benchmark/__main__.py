@@ -127,12 +127,11 @@ def _memory_options(memory: argparse.ArgumentParser) -> None:
 
 def _serving_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    policies = sorted({p for some in serving.LAYOUTS.values() for p in some})
     add("--models", nargs="+", choices=MODELS, default=["minilm-l6", "bert-base"], help="default: minilm-l6, bert-base")
     add("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS), help="default: all")
     add("--lengths", nargs="+", choices=serving.RANGES, default=list(serving.RANGES), help="default: all")
     add("--layouts", nargs="+", choices=serving.LAYOUTS, default=list(serving.LAYOUTS), help="default: all")
-    add("--policies", nargs="+", choices=policies, help="default: those that make sense for a layout")
+    add("--policies", nargs="+", choices=serving.POLICIES, default=list(serving.POLICIES), help="default: all")
     add(
         "--fractions",
         nargs="+",
@@ -223,7 +222,7 @@ def serving_settings(args: argparse.Namespace, argv: list[str]) -> serving.Setti
         precisions=tuple(args.precisions),
         ranges=tuple(args.lengths),
         layouts=tuple(args.layouts),
-        policies=tuple(args.policies) if args.policies else None,
+        policies=tuple(p for p in serving.POLICIES if p in args.policies),
         fractions=tuple(args.fractions),
         seconds=args.seconds,
         longest=args.longest,

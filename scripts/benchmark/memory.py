@@ -27,6 +27,7 @@ from . import machine, models
 from .memory_child import ENGINES
 from .onnx_files import OnnxFiles
 from .report import markdown_row
+from .results import write_json
 from .traces import traces
 
 MB = 1e6
@@ -254,8 +255,7 @@ def write(report: dict[str, Any], out: Path, console: Console) -> None:
     from . import memory_plot
     from .plots import PlotsAbsent
 
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "memory.json").write_text(json.dumps(report) + "\n")
+    write_json(out / "memory.json", report)
     (out / "memory.md").write_text(markdown(report))
     written = ["memory.json", "memory.md"]
     try:

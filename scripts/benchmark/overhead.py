@@ -6,7 +6,6 @@ kernels). Hot: call after call. Cold: the caches are overwritten before each cal
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
@@ -18,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import machine, models
+from .results import write_json
 
 TOY = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 256}
 EVICTED_BYTES = 128 << 20
@@ -50,8 +50,7 @@ def run(rounds: int, threads: int, seed: int, out: Path, console: Console) -> No
             for name, parts in found.items()
         },
     }
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "overhead.json").write_text(json.dumps(report, indent=1) + "\n")
+    write_json(out / "overhead.json", report, indent=1)
 
 
 def measure(model: Any, lengths: tuple[int, ...], rounds: int, seed: int) -> dict[str, list[float]]:

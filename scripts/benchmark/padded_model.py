@@ -9,7 +9,6 @@ import numpy as np
 
 from turbo_tvm.runtime import batch as packing
 from turbo_tvm.runtime.batch import Batch
-from turbo_tvm.runtime.manifest import Manifest
 from turbo_tvm.runtime.model import CompiledModel
 
 
@@ -22,11 +21,6 @@ class Padded(CompiledModel):
         artifact = model._artifact
         manifest = replace(artifact.manifest, layout="padded", costs={})
         return Padded(replace(artifact, manifest=manifest), model._executor)
-
-    @property
-    def manifest(self) -> Manifest:
-        """The model's, with the layout "padded"."""
-        return self._artifact.manifest
 
     def _answers(self, batch: Batch, name: str | None) -> list[Any]:
         lengths = batch.lengths.tolist()

@@ -45,12 +45,9 @@ class Results:
         self.write()
 
     def write(self) -> None:
-        """Write beside and rename: a reader never sees half a file."""
+        """Write the file, with a summary."""
         self.data["summary"] = figures.summary(self.data)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self.path.with_suffix(".json.part")
-        beside.write_text(json.dumps(self.data, indent=1) + "\n")
-        os.replace(beside, self.path)
+        write_json(self.path, self.data, indent=1)
 
     def _place(self, name: str) -> int:
         return self._order.index(name) if name in self._order else len(self._order)
@@ -61,6 +58,14 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     found = [key for key in IDENTITY if key != "machine" and old.get(key) != new[key]]
     before = old.get("machine", {})
     return found + [f"machine ({key})" for key, value in new["machine"].items() if before.get(key) != value]
+
+
+def write_json(path: Path, data: dict[str, Any], indent: int | None = None) -> None:
+    """Write beside and rename: a reader never sees half a file. The folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".json.part")
+    beside.write_text(json.dumps(data, indent=indent) + "\n")
+    os.replace(beside, path)
 
 
 def read(path: Path) -> dict[str, Any] | None:

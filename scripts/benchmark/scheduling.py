@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from datetime import datetime, timezone
 from pathlib import Path
@@ -15,6 +14,7 @@ from rich.table import Table
 
 from . import machine
 from .report import markdown_row
+from .results import write_json
 
 WAITING = (1, 2, 10, 100, 256, 1000)
 ROUNDS = 25
@@ -47,8 +47,7 @@ def run(command: str, seed: int, requests: int, out: Path, console: Console) -> 
         "requests": requests,
         "simulated": simulated,
     }
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "scheduling.json").write_text(json.dumps(report) + "\n")
+    write_json(out / "scheduling.json", report)
     (out / "scheduling.md").write_text(markdown(report))
     console.print(f"{out}/: scheduling.json, scheduling.md")
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -29,7 +28,8 @@ from . import machine, models
 from .measure import rotated
 
 RANGES = {"2..100": (2, 100), "5..500": (5, 500)}
-LAYOUTS = {"packed": ("nobatch", "naive", "dp", "dp_latency"), "padded": ("nobatch", "naive", "dp")}
+LAYOUTS = ("packed", "padded")
+POLICIES = ("nobatch", "naive", "token_budget", "dp", "dp_latency", "deadline")
 FRACTIONS = (0.5, 0.7, 0.8, 0.9, 1.2)
 SATURATION_ROUNDS = 5
 SATURATION_S = 6.0  # about what a round lasts for `nobatch`
@@ -49,7 +49,7 @@ class Settings:
     precisions: tuple[str, ...]
     ranges: tuple[str, ...]
     layouts: tuple[str, ...]
-    policies: tuple[str, ...] | None
+    policies: tuple[str, ...]
     fractions: tuple[float, ...]
     seconds: float
     longest: float
@@ -77,9 +77,8 @@ class Load:
 
 def plan(settings: Settings) -> list[Load]:
     """Every combination that is asked for."""
-    wanted = {layout: settings.policies or some for layout, some in LAYOUTS.items()}
     return [
-        Load(model, precision, lengths, layout, tuple(p for p in LAYOUTS[layout] if p in wanted[layout]))
+        Load(model, precision, lengths, layout, settings.policies)
         for model in settings.models
         for precision in settings.precisions
         for layout in settings.layouts
@@ -214,7 +213,8 @@ def trial(
         batches = watch(serving.cost)
         latency = answer_trace(serving, trace.arrival_s, requests)
         statistics, limits = serving.statistics, serving.limits
-    cost = RefinedCost.fitted(model.cost, batches)
+    measured = model.cost
+    cost = RefinedCost.fitted(measured, batches)
     jitter = [seconds / cost(lengths) for lengths, seconds in batches]
     simulated = simulate(trace, cost, policy=policy, limits=limits, overhead_s=overhead_s, jitter=jitter, seed=seed)
     return {
@@ -224,7 +224,7 @@ def trial(
         "bounded": is_bounded(trace, latency),
         "batch_tokens": [sum(lengths) for lengths, _ in batches],
         "batch_s": [round(seconds, 6) for _, seconds in batches],
-        "predicted_s": [round(model.cost(lengths), 6) for lengths, _ in batches],
+        "predicted_s": [round(measured(lengths), 6) for lengths, _ in batches],
         "answered_per_s": len(trace) / (float(trace.arrival_s[-1]) + float(latency[-1])),
         "mean_batch": statistics.batch_size.mean,
         "padding_waste": statistics.padding_waste,
@@ -275,7 +275,7 @@ def answer_trace(serving: Any, arrival_s: np.ndarray, requests: Sequence[np.ndar
 def idle_overhead(model: Any, seed: int) -> list[float]:
     """Seconds from `submit` to the start of the first kernel, an idle engine, one request at a time."""
     executor, started = model._executor, [0.0]
-    function = executor.function
+    function = executor.function  # put in by hand: `executor.calling` would keep the engine's thread out
 
     def noted(*args: Any) -> Any:
         started[0] = time.perf_counter()
@@ -303,11 +303,3 @@ def random_ids(lengths: Sequence[int], vocabulary: int, seed: int) -> list[np.nd
     """Token ids of these lengths."""
     rng = np.random.default_rng(seed)
     return [rng.integers(0, vocabulary, n) for n in lengths]
-
-
-def write_json(report: dict[str, Any], path: Path) -> None:
-    """Beside, then renamed: a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".json.part")
-    beside.write_text(json.dumps(report) + "\n")
-    os.replace(beside, path)

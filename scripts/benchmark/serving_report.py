@@ -14,10 +14,13 @@ from rich.table import Table
 
 from .plots import HINT, PlotsAbsent
 from .report import markdown_row
-from .serving import write_json
+from .results import write_json
 
 BASE = "nobatch"
-COLOURS = {"nobatch": "tab:gray", "naive": "tab:red", "dp": "tab:green", "dp_latency": "tab:blue"}
+COLOURS = {
+    **{"nobatch": "tab:gray", "naive": "tab:red", "token_budget": "tab:orange"},
+    **{"dp": "tab:green", "dp_latency": "tab:blue", "deadline": "tab:purple"},
+}
 OVERVIEW = (
     *("load", "policy", "saturated, requests/s", "over nobatch", "critical rate between", "padding"),
     "simulated / measured mean latency, bounded trials",
@@ -39,7 +42,7 @@ their scatter.
 
 def write(report: dict[str, Any], out: Path, console: Console) -> None:
     """`serving.json` with every latency, `serving.md`, and `serving.png` if matplotlib is there."""
-    write_json(report, out / "serving.json")
+    write_json(out / "serving.json", report)
     (out / "serving.md").write_text(markdown(report))
     try:
         draw(report, out / "serving.png")

@@ -104,7 +104,7 @@ def fake() -> FakeModel:
     return FakeModel()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def fakes() -> type[FakeModel]:
     """The class, for several of them."""
     return FakeModel

@@ -33,6 +33,14 @@ def until_running(fake) -> None:
     assert fake.entered.acquire(timeout=30)
 
 
+def answers_to(serving, fake, requests) -> list:
+    """The answers to requests that were all submitted before the first batch was done."""
+    blocked(fake)
+    futures = [serving.submit(request) for request in requests]
+    fake.gate.set()
+    return [future.result(10) for future in futures]
+
+
 class TestAnswers:
     def test_from_threads_coroutines_and_futures(self, fake):
         with engine(fake) as serving:
@@ -72,21 +80,13 @@ class TestAnswers:
     @pytest.mark.parametrize("caps", [{"max_batch": 3}, {"max_tokens": 30}])
     def test_caps(self, fake, caps):
         with engine(fake, **caps) as serving:
-            blocked(fake)
-            futures = [serving.submit([i] * 10) for i in range(10)]
-            fake.gate.set()
-            for future in futures:
-                future.result(10)
+            answers_to(serving, fake, [[i] * 10 for i in range(10)])
         assert max(len(b) for b in fake.batches) == 3
 
     def test_the_memory_budget_is_a_cap(self, fake):
         fake.memory_budget = 100 * 64  # bytes: as many tokens as the scheduler's smallest step
         with engine(fake) as serving:
-            blocked(fake)
-            futures = [serving.submit([i] * 30) for i in range(6)]
-            fake.gate.set()
-            for future in futures:
-                future.result(10)
+            answers_to(serving, fake, [[i] * 30 for i in range(6)])
         assert max(sum(b) for b in fake.batches) == 60
 
     def test_several_models_serve_one_queue(self, fakes):
@@ -394,10 +394,8 @@ class TestLife:
 
     def test_a_cost_may_be_a_plain_function(self, fake):
         with engine(fake, cost=lambda lengths: 1e-3 + 1e-5 * sum(lengths), cache=0) as serving:
-            blocked(fake)
-            futures = [serving.submit([i, i]) for i in range(12)]
-            fake.gate.set()
-            assert [f.result(10)[0] for f in futures] == [2 * i for i in range(12)]
+            found = answers_to(serving, fake, [[i, i] for i in range(12)])
+        assert [answer[0] for answer in found] == [2 * i for i in range(12)]
 
     def test_drain_answers_all_that_waits(self, fake):
         serving = engine(fake).start()

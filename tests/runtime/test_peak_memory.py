@@ -7,19 +7,7 @@ from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from turbo_tvm.runtime.manifest import Bounds, Manifest, OutputSpec, TargetSpec, TensorSpec
 from turbo_tvm.runtime.peak_memory import PeakBytes
-
-SMALL = Manifest(
-    turbo_version="0",
-    tvm_version="0",
-    name="tiny",
-    model_type="bert",
-    target=TargetSpec("cpu", "x86_64", "znver4"),
-    inputs=(TensorSpec("ids", "int32", "token_ids"),),
-    outputs=(OutputSpec("last_hidden_state", "token", 96),),
-    bounds=Bounds(max_length=512, vocab_size=1003),
-)
 
 
 def packed_bytes(lengths):
@@ -35,7 +23,7 @@ lists = st.lists(st.integers(1, 512), min_size=1, max_size=40)
 
 @settings(max_examples=100, deadline=None)
 @given(lists, st.integers(1, 512))
-def test_at_least_what_is_needed_and_no_less_for_more(lengths, more):
+def test_at_least_what_is_needed_and_no_less_for_more(fakes, lengths, more):
     for exact, layout in ((packed_bytes, "packed"), (padded_bytes, "padded")):
         asked = []
 
@@ -44,7 +32,7 @@ def test_at_least_what_is_needed_and_no_less_for_more(lengths, more):
             asked.append(shape)
             return exact(shape)
 
-        peak = PeakBytes(noted, replace(SMALL, layout=layout))
+        peak = PeakBytes(noted, replace(fakes().manifest, layout=layout))
         assert peak(lengths) >= exact(lengths)
         assert peak([*lengths, more]) >= peak(lengths)
         known = len(asked)

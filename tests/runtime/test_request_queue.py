@@ -81,7 +81,7 @@ def test_who_cancels_leaves_and_the_others_stay(queue):
     first, second = (queue.submit(b"a", sequence(3), None, 0) for _ in range(2))
     assert first.cancel() and len(queue) == 1
     assert second.cancel() and len(queue) == 0
-    assert not second.set_running_or_notify_cancel_once()
+    assert not second.claim()
     with pytest.raises(CancelledError):
         second.result(0)
     assert queue.statistics().cancelled == 2 and queue.statistics().pending == 0

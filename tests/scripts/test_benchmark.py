@@ -12,10 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rich.console import Console
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-
 from benchmark import __main__ as command_line
 from benchmark import (
     contenders,
@@ -34,6 +30,7 @@ from benchmark.contenders import OURS
 from benchmark.measure import Entry, Limits, measure, more_rounds, rotated, rule_out
 from benchmark.results import Results, read
 from benchmark.strategies import ONE_BY_ONE, PADDED, RAGGED_INPUT
+from rich.console import Console
 
 ROOT = Path(__file__).resolve().parents[2]
 MACHINE = {

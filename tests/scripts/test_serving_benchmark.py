@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from rich.console import Console
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-
 from benchmark import __main__ as command_line
 from benchmark import models, scheduling, serving, serving_report
 from benchmark.padded_model import Padded
+from rich.console import Console
+
+from turbo_tvm.runtime.scheduler import POLICIES
 
 
 def settings(tmp_path, **changes) -> serving.Settings:
@@ -133,6 +131,8 @@ def test_the_command_line():
     assert [(load.layout, load.policies) for load in serving.plan(found)] == [
         *[("packed", ("dp",)), ("padded", ("dp",))] * len(found.precisions)
     ]
+    every = command_line.serving_settings(command_line.arguments(["serving"]), ["serving"])
+    assert set(every.policies) == set(POLICIES)
 
 
 def test_what_scheduling_takes(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
+from cli_runner import fail, invoke, succeed
 
 import turbo_tvm
 from turbo_tvm import artifact, config
@@ -49,23 +49,6 @@ def for_another_machine(tiny_artifact: Path, tmp_path_factory: pytest.TempPathFa
     manifest = replace(opened.manifest, target=target, members={}, declined=("[red]odd\x1b[0m reason[/]",))
     artifact.write(path, manifest, b"this is not code", opened.weights)
     return path
-
-
-def invoke(*args: object, input: str | bytes | None = None) -> Result:
-    return CliRunner().invoke(main, [str(arg) for arg in args], input=input, prog_name="turbo-tvm")
-
-
-def succeed(*args: object, input: str | bytes | None = None) -> str:
-    result = invoke(*args, input=input)
-    assert result.exit_code == 0, result.output
-    return result.stdout
-
-
-def fail(*args: object, code: int = 1, input: str | bytes | None = None) -> str:
-    result = invoke(*args, input=input)
-    assert result.exit_code == code, result.output
-    assert isinstance(result.exception, SystemExit), result.exception  # anything else would show a traceback
-    return result.stderr
 
 
 def command(*args: object, **options) -> subprocess.CompletedProcess:

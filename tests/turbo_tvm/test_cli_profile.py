@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
+from cli_runner import fail, succeed
 
 from turbo_tvm import artifact, machine_limits
-from turbo_tvm.cli import main, roofline_plot
+from turbo_tvm.cli import roofline_plot
 from turbo_tvm.runtime.roofline import MachineLimits
 
 LIMITS = MachineLimits("a CPU", 1, "0", 1e12, 2e12, 1e10, 2e10, 1e11, 1 << 25)
@@ -30,25 +30,8 @@ def known_limits(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     return asked
 
 
-def invoke(*args: object) -> Result:
-    return CliRunner().invoke(main, ["profile", *map(str, args)], prog_name="turbo-tvm")
-
-
-def succeed(*args: object) -> str:
-    result = invoke(*args)
-    assert result.exit_code == 0, result.output
-    return result.stdout
-
-
-def fail(*args: object, code: int = 1) -> str:
-    result = invoke(*args)
-    assert result.exit_code == code, result.output
-    assert isinstance(result.exception, SystemExit), result.exception
-    return result.stderr
-
-
 def test_tables(tiny_artifact: Path):
-    text = succeed(tiny_artifact, "--lengths", "5,37", "--rounds", "2", "--threads", "1")
+    text = succeed("profile", tiny_artifact, "--lengths", "5,37", "--rounds", "2", "--threads", "1")
     for kernel in artifact.read(tiny_artifact).manifest.kernels:
         assert kernel.name in text
     for words in (
@@ -59,7 +42,7 @@ def test_tables(tiny_artifact: Path):
 
 
 def test_json_has_samples_and_what_follows(tiny_artifact: Path):
-    plain = json.loads(succeed(tiny_artifact, "--lengths", "5 37", "--rounds", "3", "--json"))
+    plain = json.loads(succeed("profile", tiny_artifact, "--lengths", "5 37", "--rounds", "3", "--json"))
     assert (plain["tokens"], plain["lengths"], len(plain["samples"]["run"])) == (42, [5, 37], 3)
     manifest = artifact.read(tiny_artifact).manifest
     assert {k["name"]: k["calls"] for k in plain["kernels"]} == {k.name: k.calls for k in manifest.kernels}
@@ -75,7 +58,7 @@ def test_json_has_samples_and_what_follows(tiny_artifact: Path):
 @pytest.mark.parametrize(("suffix", "begins"), [(".png", b"\x89PNG"), (".svg", b"<?xml")])
 def test_picture(tiny_artifact: Path, tmp_path: Path, suffix: str, begins: bytes):
     path = tmp_path / f"roof{suffix}"
-    succeed(tiny_artifact, "--lengths", "9", "--rounds", "1", "--plot", path)
+    succeed("profile", tiny_artifact, "--lengths", "9", "--rounds", "1", "--plot", path)
     written = path.read_bytes()
     assert written.startswith(begins)
     if suffix == ".svg":
@@ -100,28 +83,28 @@ def test_a_roof_far_above_the_memory_is_in_the_picture(cache: float | None):
 
 def test_a_picture_without_matplotlib(tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert "pip install 'turbo-tvm[plot]'" in fail(tiny_artifact, "--lengths", "9", "--plot", "roof.png")
+    assert "pip install 'turbo-tvm[plot]'" in fail("profile", tiny_artifact, "--lengths", "9", "--plot", "roof.png")
 
 
 def test_remeasure(tiny_artifact: Path, known_limits: list[bool]):
-    succeed(tiny_artifact, "--lengths", "9", "--rounds", "1")
-    succeed(tiny_artifact, "--lengths", "9", "--rounds", "1", "--remeasure")
+    succeed("profile", tiny_artifact, "--lengths", "9", "--rounds", "1")
+    succeed("profile", tiny_artifact, "--lengths", "9", "--rounds", "1", "--remeasure")
     assert known_limits == [False, True]
 
 
 @pytest.mark.parametrize("args", [(), ("--lengths", "a"), ("--lengths", "0"), ("--lengths", "3", "--rounds", "0")])
 def test_usage(tiny_artifact: Path, args: tuple):
-    fail(tiny_artifact, *args, code=2)
+    fail("profile", tiny_artifact, *args, code=2)
 
 
 def test_other_pictures_are_refused(tiny_artifact: Path, tmp_path: Path):
-    assert "must end in .png or .svg" in fail(tiny_artifact, "--lengths", "3", "--plot", "roof.bmp", code=2)
+    assert "must end in .png or .svg" in fail("profile", tiny_artifact, "--lengths", "3", "--plot", "roof.bmp", code=2)
     missing = tmp_path / "none" / "roof.png"
-    assert "there is no directory" in fail(tiny_artifact, "--lengths", "3", "--plot", missing)
+    assert "there is no directory" in fail("profile", tiny_artifact, "--lengths", "3", "--plot", missing)
 
 
 def test_too_long_is_refused_before_measuring(tiny_artifact: Path, known_limits: list[bool]):
-    assert "a sequence of 41 tokens is too long" in fail(tiny_artifact, "--lengths", "3,41")
+    assert "a sequence of 41 tokens is too long" in fail("profile", tiny_artifact, "--lengths", "3,41")
     assert not known_limits
 
 
@@ -130,9 +113,9 @@ def test_for_another_machine(tiny_artifact: Path, tmp_path: Path):
     arch = "aarch64" if opened.manifest.target.triple_arch == "x86_64" else "x86_64"
     target = replace(opened.manifest.target, triple_arch=arch, features=())
     artifact.write(tmp_path / "o.turbo", replace(opened.manifest, target=target, members={}), b"-", opened.weights)
-    assert f"was compiled for {arch}" in fail(tmp_path / "o.turbo", "--lengths", "3")
+    assert f"was compiled for {arch}" in fail("profile", tmp_path / "o.turbo", "--lengths", "3")
 
 
 def test_threads_that_are_refused(tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TVM_NUM_THREADS", "2")
-    assert "must be a whole number from 1 to 2" in fail(tiny_artifact, "--lengths", "3", "--threads", "99")
+    assert "must be a whole number from 1 to 2" in fail("profile", tiny_artifact, "--lengths", "3", "--threads", "99")

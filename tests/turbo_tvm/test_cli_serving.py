@@ -8,32 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
+from cli_runner import fail, succeed
 
 from turbo_tvm import artifact
-from turbo_tvm.cli import main
+from turbo_tvm.cli import simulate
 from turbo_tvm.cli.simulation_plot import draw
 from turbo_tvm.runtime.cost_spec import CostSpec
 from turbo_tvm.runtime.cpu_features import machine_name
+from turbo_tvm.runtime.scheduler import POLICIES
 
 COST = CostSpec("packed", terms=(1e-3, 1e-5, 1e-8, 5e-5), error=0.03, points=9)
-
-
-def invoke(*args: object) -> Result:
-    return CliRunner().invoke(main, [*map(str, args)], prog_name="turbo-tvm")
-
-
-def succeed(*args: object) -> str:
-    result = invoke(*args)
-    assert result.exit_code == 0, result.output
-    return result.stdout
-
-
-def fail(*args: object, code: int = 1) -> str:
-    result = invoke(*args)
-    assert result.exit_code == code, result.output
-    assert isinstance(result.exception, SystemExit), result.exception
-    return result.stderr
 
 
 @pytest.fixture
@@ -147,3 +131,7 @@ def test_sequences_that_the_model_does_not_take(priced, tmp_path):
 def test_no_file(tmp_path):
     for command in ("cost", "simulate"):
         assert "cannot be read" in fail(command, tmp_path / "none.turbo")
+
+
+def test_every_policy_can_be_chosen():
+    assert set(simulate._POLICIES) == set(POLICIES)
