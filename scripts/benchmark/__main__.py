@@ -45,10 +45,9 @@ Writes serving.json (every latency), serving.md and serving.png, after every loa
 SERVING_EXAMPLES = """examples:
   scripts/bench serving --models minilm-l6 --precisions fp32 --seconds 5    a look, in some minutes
   scripts/bench serving --models bert-base --layouts packed --policies nobatch dp --lengths 2..100
-  scripts/bench serving --out benchmarks/mine --resume                      everything, an hour and more"""
+  scripts/bench serving --out benchmarks/mine --resume                      everything, some hours"""
 SCHEDULER = """Time the scheduling policies on 1 to 1,000 waiting requests, and the simulator on a million requests over
-64
-replicas. Writes scheduling.json (every sample) and scheduling.md."""
+64 replicas. Writes scheduling.json (every sample) and scheduling.md."""
 COMMANDS = ("encoder", "memory", "serving", "scheduler", "overhead", "report")
 QUICK_LIMITS = {"rounds": 3, "seconds": 5.0}
 
