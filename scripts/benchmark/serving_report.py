@@ -34,9 +34,9 @@ NOTE = """
 Saturated: the same requests, all at once, median of the rounds; the ratio is the median of the rounds' ratios. That is
 the critical rate of a queue that never empties. Poisson trials bracket it: between the highest tried rate with bounded
 latency and the next one, without (a twentieth of the requests and more unanswered when the last one came, and a last
-fifth that waited more than 1.5 times as long as the first half). Padded: the same kernels on sequences filled up to the
-longest of their batch. Simulated: the trial's own arrivals, with the cost refined by all of the trial's batches, and
-their scatter.
+fifth that waited more than 1.5 times as long as the first half); a trial of less than some hundred requests may look
+either way by chance. Padded: the same kernels on sequences filled up to the longest of their batch. Simulated: the
+trial's own arrivals, with the cost refined by all of the trial's batches, and their scatter. No request had a deadline.
 """
 
 
