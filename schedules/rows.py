@@ -25,9 +25,14 @@ class RowFormat:
     dtype: str = "float32"
 
     @property
+    def itemsize(self) -> int:
+        """Bytes of an element."""
+        return tvm.DataType(self.dtype).itemsize
+
+    @property
     def line(self) -> int:
         """Columns in a cache line."""
-        return CACHE_LINE_BYTES // tvm.DataType(self.dtype).itemsize
+        return CACHE_LINE_BYTES // self.itemsize
 
 
 def tile_rows(tiles: CpuTiles, *, columns: int) -> tirx.PrimFunc:

@@ -41,6 +41,7 @@ _KERNEL_FLAGS = [
     "-O1",
     "-fsanitize=thread",
     "-fno-strict-aliasing",
+    "-fno-threadsafe-statics",
     "-fno-tree-sra",
     "-fno-tree-vectorize",
     "-fno-store-merging",
@@ -53,10 +54,21 @@ _AXES = {
 _ENTRY = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\([^)]*\) )?(\w+)\(')
 _ALIGNED_SHARED = re.compile(r"__shared__ (alignas\(\d+\))")
 _DYNAMIC_SHARED = re.compile(r"extern __shared__ (?:alignas\(\d+\) |__align__\(\d+\) )?(\w+(?: \w+)?) (\w+)\[\];")
+# TVM's vector of four halves: copied as one access of its size, as the vector types of CUDA are.
+_FOUR_HALVES = "half4_bfloat164 {\n  T x, y, z, w;\n"
+_COPIED_WHOLE = """
+  half4_bfloat164(const half4_bfloat164& other) { *(uint64_t*)this = *(const uint64_t*)&other; }
+  half4_bfloat164& operator=(const half4_bfloat164& other) {
+    *(uint64_t*)this = *(const uint64_t*)&other;
+    return *this;
+  }
+"""
 _DYNAMIC_BYTES = 96 << 10
 _ENDS = """
+#pragma GCC visibility push(hidden)
 extern "C" char __ehdr_start[], _end[];
 extern "C" char __start_simt_shared[] __attribute__((weak)), __stop_simt_shared[] __attribute__((weak));
+#pragma GCC visibility pop
 extern "C" void simt_limits(char** out) {
   out[0] = __ehdr_start, out[1] = _end, out[2] = __start_simt_shared, out[3] = __stop_simt_shared;
 }
@@ -240,6 +252,7 @@ class _Bytes:
 def _compile(source: str) -> ctypes.CDLL:
     entries = _ENTRY.findall(source)
     text = _DYNAMIC_SHARED.sub(rf"__shared__ alignas(128) \1 \2[{_DYNAMIC_BYTES}];", source)
+    text = text.replace(_FOUR_HALVES, _FOUR_HALVES + _COPIED_WHOLE)
     text = _ALIGNED_SHARED.sub(r"\1 __shared__", text)
     calls = "".join(
         f'extern "C" void simt_entry_{name}(void** args) {{ simt::call({name}, args); }}\n' for name in set(entries)

@@ -124,6 +124,11 @@ class TestCounts:
         assert (counts.global_store_requests, counts.global_store_sectors) == (requests, sectors)
         assert counts.global_load_requests == 0
 
+    def test_halves_that_are_arguments_are_read(self, gpu):
+        x = np.zeros(64, np.float16)
+        counts = launch(gpu, "x[t] = __hfma(x[t], x[t], x[63 - t]);", x, parameters="half* x")
+        assert (counts.global_load_requests, counts.global_store_requests) == (4, 2)  # x[t] may be read once or twice
+
     @pytest.mark.parametrize(
         ("index", "conflicts"), [("t", 0), ("t * 2", 1), ("t * 32", 31), ("t * 33", 0), ("0 * t", 0), ("t * 4", 3)]
     )

@@ -1,0 +1,206 @@
+"""Row normalisation on a GPU by the batch reduction (`reduction.py`): layer norm, RMS norm and L2 norm.
+
+Layout: activations `(m, 1, width)`, the first n columns of them, fp32, fp16 or bf16; m symbolic. `bias`, `gamma`,
+`beta`: `(n,)` in any of these formats. fp32 arithmetic.
+
+One kernel adds the residual and the bias, normalises and rounds to the format of the next kernel: each input is read
+once, the result written once. The sum stays in registers, in fp32. Variance is the corrected two-pass algorithm: the
+mean; then, reduced together, the sums of x - mean, which repairs the rounding of the mean, and of its squares.
+E[x^2] - E[x]^2 in one pass was rejected: with |mean| >> std it cancels to noise.
+
+Method: the batch reduction of TurboTransformers (PPoPP 2021); Chan, Golub, LeVeque (1983), equation 1.7; Zhang,
+Sennrich, "Root Mean Square Layer Normalization" (arXiv 1910.07467).
+"""
+
+from __future__ import annotations
+
+import tvm
+from tvm.ir import Expr
+from tvm.script import tirx as T
+
+from turbo_tvm.schedules.cuda import reduction
+from turbo_tvm.schedules.cuda.numbers import to_float
+from turbo_tvm.schedules.cuda.reduction import RowForm, Team, add
+from turbo_tvm.schedules.cuda.script import KERNEL_ATTRS
+from turbo_tvm.schedules.rows import RowFormat
+from turbo_tvm.schedules.script import without_parameters
+
+_REGISTERS = 72  # for the elements of two rows, which share the reads of bias, gamma and beta
+
+KINDS = ("layer", "rms", "l2")
+
+
+def norm(
+    *,
+    n: int,
+    eps: float,
+    kind: str = "layer",
+    residual: bool = False,
+    bias: bool = False,
+    x: RowFormat | None = None,
+    extra: RowFormat | None = None,
+    out: RowFormat | None = None,
+    vectors: str = "float32",
+    form: RowForm | None = None,
+) -> tvm.tirx.PrimFunc:
+    """`(x, [residual,] [bias,] [gamma,] [beta,] out)`: the rows v = x [+ residual] [+ bias], normalised.
+
+    kind: "layer", (v - mean v) / sqrt(var v + eps) * gamma + beta; "rms", v / sqrt(mean v^2 + eps) * gamma; or "l2",
+    v / max(|v|, eps), which takes neither. x, extra, out: how x, the residual and out are stored, by default fp32 and n
+    columns wide. vectors: the dtype of bias, gamma and beta. form: how rows are spread over threads; by default as `reduction.row_form` has it.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"unknown norm {kind!r}: use one of {', '.join(KINDS)}")
+    x_rows, extra_rows, out_rows = x or RowFormat(n), extra or RowFormat(n), out or RowFormat(n)
+    formats = (x_rows, out_rows, *((extra_rows,) if residual else ()))
+    form = form or reduction.row_form(n, reduction.vector_width(n, *formats), registers=_REGISTERS)
+    rows, teams, segments, centred = form.rows, form.teams, form.segments, kind == "layer"
+    load_x = reduction.load_rows_macro(form, x_rows.dtype)
+    load_extra = reduction.load_rows_macro(form, extra_rows.dtype, added=True)
+    load_columns, each_chunk = reduction.load_columns_macro(form, vectors), reduction.each_chunk_macro(form)
+    store_chunk = reduction.store_chunk_macro(form, out_rows.dtype)
+    reduce_sum = reduction.all_reduce_macro(form, add, rows)
+    reduce_both = reduction.all_reduce_macro(form, add, 2 * rows)
+    strip_sum, strip_squares = reduction.strip_reduce_macro(form, add), reduction.strip_reduce_macro(form, add, rows)
+    strip_map = reduction.strip_map_macro(form)
+
+    def plain(strip: tvm.tirx.Buffer):
+        return lambda row, i: strip[row, i]
+
+    def squares(strip: tvm.tirx.Buffer):
+        return lambda row, i: strip[row, i] * strip[row, i]
+
+    def less_mean(strip: tvm.tirx.Buffer, mean: tvm.tirx.Buffer):
+        return lambda row, i: strip[row, i] - mean[row]
+
+    def scaled(
+        strip: tvm.tirx.Buffer, sums: tvm.tirx.Buffer, gains: tvm.tirx.Buffer, shifts: tvm.tirx.Buffer, chunk: Expr
+    ):
+        """The result: sums holds the drift of the mean and, behind it, the factor."""
+
+        def element(row: Expr, j: Expr) -> Expr:
+            value = strip[row, chunk * form.vector + j]
+            if kind == "l2":
+                return value * sums[rows + row]
+            if kind == "rms":
+                return value * sums[rows + row] * to_float(gains[j], vectors)
+            centred_value = (value - sums[row]) * sums[rows + row]
+            return centred_value * to_float(gains[j], vectors) + to_float(shifts[j], vectors)
+
+        return element
+
+    def factor(square_sum: Expr, drift: Expr) -> Expr:
+        if kind == "l2":
+            return T.float32(1) / T.max(T.sqrt(square_sum), T.float32(eps))
+        variance = T.max(square_sum / T.float32(n) - drift * drift, T.float32(0))
+        return T.float32(1) / T.sqrt(variance + T.float32(eps))
+
+    @T.inline
+    def load(x, extra, vector, team, strip, gains, segment):
+        load_x(strip, x, team, segment)
+        if residual:
+            load_extra(strip, extra, team, segment)
+        if bias:
+
+            @T.inline
+            def add_bias(chunk, column):
+                load_columns(gains, vector, column)
+                for row in T.unroll(rows):
+                    for j in T.unroll(form.vector):
+                        strip[row, chunk * form.vector + j] = strip[row, chunk * form.vector + j] + to_float(
+                            gains[j], vectors
+                        )
+
+            each_chunk(team, segment, add_bias)
+
+    @T.inline
+    def normalize(x, extra, vector, gamma, beta, out, team, strip, mean, sums, gains, shifts, partials, partials_both):
+        if centred:
+            for row in T.unroll(rows):
+                mean[row] = T.float32(0)
+            for segment in range(segments):
+                load(x, extra, vector, team, strip, gains, segment)
+                strip_sum(mean, plain(strip))
+            reduce_sum(mean, partials, 0, team.thread)
+            for row in T.unroll(rows):
+                mean[row] = mean[row] / T.float32(n)
+        for i in T.unroll(2 * rows):
+            sums[i] = T.float32(0)
+        for segment in range(segments):
+            if segments > 1 or not centred:
+                load(x, extra, vector, team, strip, gains, segment)
+            if centred:
+                strip_map(strip, team, segment, less_mean(strip, mean))
+                strip_sum(sums, plain(strip))
+            strip_squares(sums, squares(strip))
+        reduce_both(sums, partials_both, 0, team.thread)
+        for row in T.unroll(rows):
+            sums[row] = sums[row] / T.float32(n)
+            sums[rows + row] = factor(sums[rows + row], sums[row])
+        for segment in range(segments):
+            if segments > 1:
+                load(x, extra, vector, team, strip, gains, segment)
+                if centred:
+                    strip_map(strip, team, segment, less_mean(strip, mean))
+
+            @T.inline
+            def store(chunk, column):
+                if kind != "l2":
+                    load_columns(gains, gamma, column)
+                if centred:
+                    load_columns(shifts, beta, column)
+                store_chunk(out, team, column, scaled(strip, sums, gains, shifts, chunk))
+
+            each_chunk(team, segment, store)
+
+    @T.prim_func(private=True, s_tir=True)
+    def kernel(
+        x_arg: T.handle,
+        residual_arg: T.handle,
+        bias_arg: T.handle,
+        gamma_arg: T.handle,
+        beta_arg: T.handle,
+        out_arg: T.handle,
+    ):
+        T.func_attr(KERNEL_ATTRS)
+        m = T.int32()
+        source = T.match_buffer(x_arg, (m, 1, x_rows.width), x_rows.dtype)
+        residual_rows = T.match_buffer(residual_arg, (m, 1, extra_rows.width), extra_rows.dtype)
+        vector = T.match_buffer(bias_arg, (n,), vectors)
+        gamma = T.match_buffer(gamma_arg, (n,), vectors)
+        beta = T.match_buffer(beta_arg, (n,), vectors)
+        result = T.match_buffer(out_arg, (m, 1, out_rows.width), out_rows.dtype)
+        for block in T.thread_binding((m + rows * teams - 1) // (rows * teams), thread="blockIdx.x"):
+            for y in T.thread_binding(teams, thread="threadIdx.y"):
+                for thread in T.thread_binding(form.threads, thread="threadIdx.x"):
+                    with T.sblock("team"):
+                        T.reads()
+                        T.writes()
+                        strip = T.sblock_alloc_buffer((rows, form.strip), "float32", scope="local")
+                        mean = T.sblock_alloc_buffer((rows,), "float32", scope="local")
+                        sums = T.sblock_alloc_buffer((2 * rows,), "float32", scope="local")
+                        gains = T.sblock_alloc_buffer((form.vector,), vectors, scope="local")
+                        shifts = T.sblock_alloc_buffer((form.vector,), vectors, scope="local")
+                        partials = T.sblock_alloc_buffer((1, rows, form.warps), "float32", scope="shared")
+                        partials_both = T.sblock_alloc_buffer((1, 2 * rows, form.warps), "float32", scope="shared")
+                        team = T.meta_var(Team(form, thread, (block * teams + y) * rows, m))
+                        normalize(
+                            source,
+                            residual_rows,
+                            vector,
+                            gamma,
+                            beta,
+                            result,
+                            team,
+                            strip,
+                            mean,
+                            sums,
+                            gains,
+                            shifts,
+                            partials,
+                            partials_both,
+                        )
+
+    absent = [*([] if residual else ["residual_rows"]), *([] if bias else ["vector"])]
+    absent += {"layer": [], "rms": ["beta"], "l2": ["gamma", "beta"]}[kind]
+    return without_parameters(kernel, absent)

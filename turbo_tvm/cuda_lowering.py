@@ -1,0 +1,99 @@
+"""From CUDA schedules to CUDA C: TVM's lowering, in which hand-written kernels keep the barriers that they have.
+
+TVM inserts a `__syncthreads` wherever two accesses to shared memory might meet, and cannot see that a warp works on a
+part of its own, or that two stages lie apart. It also lets shared buffers take each other's place. The kernels of
+`schedules/cuda` say where barriers are needed, and are marked; everything else, such as what TVM's own rules schedule,
+gets TVM's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import tvm
+from tvm import ir, s_tir, tirx
+from tvm.tirx import compilation_pipeline
+
+from turbo_tvm.schedules.cuda.script import SYNCHRONIZED
+
+NAME = "turbo_tvm_cuda"
+
+
+def register() -> str:
+    """Make the pipeline known to TVM; returns the name to pass as `tir_pipeline`."""
+    compilation_pipeline.register_tir_pipeline(
+        NAME, lambda: (_pipeline, s_tir.pipeline.finalize_host_passes, s_tir.pipeline.finalize_device_passes)
+    )
+    return NAME
+
+
+@tvm.transform.module_pass(opt_level=0, name="turbo_tvm.cuda_lowering")
+def _pipeline(mod: ir.IRModule, _ctx) -> ir.IRModule:
+    s, t = s_tir.transform, tirx.transform
+    return tvm.transform.Sequential(
+        [
+            s.CanonicalizeLoop(),
+            s.LowerCrossThreadReduction(),
+            s.LowerInitBlock(),
+            s.PlanAndUpdateBufferAllocationLocation(),
+            s.ConvertBlocksToOpaque(),
+            s.LiftThreadBinding(),
+            s.ManifestSharedMemoryLocalStage(),
+            s.CompactBufferAllocation(),
+            s.LowerAutoCopy(),
+            s.UnifyThreadBinding(),
+            s.LowerMatchBuffer(),
+            s.StmtSimplify(),
+            s.InjectPermutedLayout(),
+            s.AnnotateIrregularLoop(),
+            s.InjectSoftwarePipeline(),
+            s.TransformMmaBufferLayout(),
+            s.LowerOpaqueBlock(),
+            t.FlattenBuffer(),
+            t.BF16ComputeLegalize(),
+            t.NarrowDataType(32),
+            s.LoopPartition(),
+            t.VectorizeLoop(True),
+            s.InjectVirtualThread(),
+            s.InjectDoubleBuffer(),
+            _others(t.StorageRewrite()),
+            s.HoistIfThenElse(),
+            t.UnrollLoop(),
+            s.RenormalizeSplitPattern(),
+            t.StmtSimplify(),
+            t.RemoveNoOp(),
+            s.RewriteUnsafeSelect(),
+            t.CommonSubexprElim(),
+            t.VerifyMemory(),
+            t.AnnotateEntryFunc(),
+            _others(s.ThreadSync("shared")),
+            _others(s.ThreadSync("shared.dyn")),
+            s.ThreadSync("warp"),
+            s.InferFragment(),
+            s.LowerThreadAllreduce(),
+            s.MergeSharedMemoryAllocations(),
+            t.SplitHostDevice(),
+            t.MakePackedAPI(),
+            t.BF16StorageLegalize(),
+        ]
+    )(mod)
+
+
+def _others(step: tvm.transform.Pass) -> tvm.transform.Pass:
+    """The pass, on the functions that do not synchronise themselves."""
+
+    @tvm.transform.module_pass(opt_level=0, name=f"turbo_tvm.{step.info.name}")
+    def on_others(mod: ir.IRModule, _ctx) -> ir.IRModule:
+        ours, others = _split(mod, lambda func: SYNCHRONIZED in dict(func.attrs or {}))
+        others = step(others)
+        others.update(ours)
+        return others
+
+    return on_others
+
+
+def _split(mod: ir.IRModule, first: Callable[[ir.BaseFunc], bool]) -> tuple[ir.IRModule, ir.IRModule]:
+    parts: tuple[dict, dict] = ({}, {})
+    for var, func in mod.functions_items():
+        parts[0 if first(func) else 1][var] = func
+    return ir.IRModule(parts[0]), ir.IRModule(parts[1], attrs=mod.attrs)
