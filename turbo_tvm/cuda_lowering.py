@@ -1,9 +1,9 @@
 """From CUDA schedules to CUDA C: TVM's lowering, in which hand-written kernels keep the barriers that they have.
 
 TVM inserts a `__syncthreads` wherever two accesses to shared memory might meet, and cannot see that a warp works on a
-part of its own, or that two stages lie apart. It also lets shared buffers take each other's place. The kernels of
-`schedules/cuda` say where barriers are needed, and are marked; everything else, such as what TVM's own rules schedule,
-gets TVM's.
+part of its own, or that two stages lie apart. It lets shared buffers take each other's place, cuts the padding off their
+rows, takes loads of tensor cores for statements without effect, and spells bf16 out in integers. The kernels of `schedules/cuda` say where barriers
+are needed, and are marked; everything else, such as what TVM's own rules schedule, gets all of TVM's passes.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ def _pipeline(mod: ir.IRModule, _ctx) -> ir.IRModule:
             s.CanonicalizeLoop(),
             s.LowerCrossThreadReduction(),
             s.LowerInitBlock(),
-            s.PlanAndUpdateBufferAllocationLocation(),
+            _others(s.PlanAndUpdateBufferAllocationLocation()),
             s.ConvertBlocksToOpaque(),
             s.LiftThreadBinding(),
             s.ManifestSharedMemoryLocalStage(),
-            s.CompactBufferAllocation(),
+            _others(s.CompactBufferAllocation()),
             s.LowerAutoCopy(),
             s.UnifyThreadBinding(),
             s.LowerMatchBuffer(),
@@ -50,18 +50,18 @@ def _pipeline(mod: ir.IRModule, _ctx) -> ir.IRModule:
             s.TransformMmaBufferLayout(),
             s.LowerOpaqueBlock(),
             t.FlattenBuffer(),
-            t.BF16ComputeLegalize(),
+            _others(t.BF16ComputeLegalize()),
             t.NarrowDataType(32),
             s.LoopPartition(),
             t.VectorizeLoop(True),
             s.InjectVirtualThread(),
             s.InjectDoubleBuffer(),
             _others(t.StorageRewrite()),
-            s.HoistIfThenElse(),
+            _others(s.HoistIfThenElse()),
             t.UnrollLoop(),
             s.RenormalizeSplitPattern(),
             t.StmtSimplify(),
-            t.RemoveNoOp(),
+            _others(t.RemoveNoOp()),
             s.RewriteUnsafeSelect(),
             t.CommonSubexprElim(),
             t.VerifyMemory(),
@@ -74,7 +74,7 @@ def _pipeline(mod: ir.IRModule, _ctx) -> ir.IRModule:
             s.MergeSharedMemoryAllocations(),
             t.SplitHostDevice(),
             t.MakePackedAPI(),
-            t.BF16StorageLegalize(),
+            _others(t.BF16StorageLegalize()),
         ]
     )(mod)
 

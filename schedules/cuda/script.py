@@ -2,7 +2,28 @@
 
 from __future__ import annotations
 
+from tvm.script import tirx as T
+
+from turbo_tvm.schedules.cuda.numbers import BF16_STORAGE
+
 SYNCHRONIZED = "turbo_tvm.synchronized"  # of a PrimFunc: its barriers are its own, none is to be added
 
 # Of every kernel here: no aliases, not to be scheduled by anyone else, and its own barriers.
 KERNEL_ATTRS = {"tirx.noalias": True, "tirx.is_scheduled": True, SYNCHRONIZED: True}
+
+
+def operand_type(stored: str) -> str:
+    """The dtype of a product's operands in TVM: rows in bf16 are stored as their bits."""
+    return "bfloat16" if stored == BF16_STORAGE else stored
+
+
+@T.inline
+def sync_block():
+    """A barrier for all threads of the block."""
+    T.tvm_storage_sync("shared")
+
+
+@T.inline
+def sync_warp():
+    """A barrier for the threads of the warp: what one wrote to shared memory, the others may read."""
+    T.evaluate(T.call_extern("int32", "__syncwarp"))

@@ -32,6 +32,8 @@ using nv_bfloat16 = __nv_bfloat16;
 
 struct alignas(4) __nv_bfloat162 {
   __nv_bfloat16 x, y;
+  __nv_bfloat162() = default;
+  __nv_bfloat162(__nv_bfloat16 first, __nv_bfloat16 second) : x(first), y(second) {}
 };
 using nv_bfloat162 = __nv_bfloat162;
 

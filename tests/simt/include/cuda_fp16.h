@@ -26,6 +26,8 @@ using half = __half;
 
 struct alignas(4) __half2 {
   __half x, y;
+  __half2() = default;
+  __half2(__half first, __half second) : x(first), y(second) {}
 };
 using half2 = __half2;
 
@@ -44,7 +46,7 @@ inline bool __hlt(__half a, __half b) { return float(a) < float(b); }
 inline float __half2float(__half a) { return float(a); }
 inline __half __float2half(float a) { return __half(a); }
 inline __half __float2half_rn(float a) { return __half(a); }
-inline __half2 __floats2half2_rn(float a, float b) { return {__half(a), __half(b)}; }
+inline __half2 __floats2half2_rn(float a, float b) { return __half2(__half(a), __half(b)); }
 inline __half hexp(__half a) { return __half(std::exp(float(a))); }
 inline __half hsqrt(__half a) { return __half(std::sqrt(float(a))); }
 inline __half hrsqrt(__half a) { return __half(1.0f / std::sqrt(float(a))); }
