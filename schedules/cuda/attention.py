@@ -1,16 +1,16 @@
 """Attention of a packed ragged batch on a GPU: softmax(scale Q K^T [+ bias]) V, per sequence and head.
 
 Layout: activations `(m, 1, width)`, fp32, fp16 or bf16; m symbolic. `query_tiles`: int32 `(nq, 3)`, rows (first_row,
-seq_begin, seq_end): up to Q = `tiles.query_tile` queries from `first_row` on, fewer where the sequence ends, against the
-keys [seq_begin, seq_end). Whoever makes them puts the long sequences first: blocks start in that order, so that the last
-ones to finish are short.
+seq_begin, seq_end): up to Q = `tiles.query_tile` queries from `first_row` on, fewer where the sequence ends, against
+the keys [seq_begin, seq_end). Whoever makes them puts the long sequences first: blocks start in that order, so that the
+last ones to finish are short.
 
 Strategy
 1. A block takes the queries of one task for one head, a warp 16 of them, two lanes a query. Keys and values pass through
    shared memory, some dozens at a time, and no score ever reaches global memory.
-2. Online softmax: a query keeps its running maximum, the sum that belongs to it and the weighted values; a larger maximum
-   scales them down. Each lane sums on its own, the two meet once, at the end. The scale carries log2(e), so that a weight
-   is one power of two.
+2. Online softmax: a query keeps its running maximum, the sum that belongs to it and the weighted values; a larger
+   maximum scales them down. Each lane sums on its own, the two meet once, at the end. The scale carries log2(e), so that
+   a weight is one power of two.
 3. fp16 and bf16 multiply in tensor cores (`attention_tensor_cores.py`), fp32 in registers (`attention_registers.py`).
 4. Keys past the end of a sequence repeat the last one and weigh nothing; queries past it are not stored.
 
@@ -51,12 +51,12 @@ def attention(
 
     q, k, v: each given as (width, first column of head 0); they may be one buffer, and are stored alike. query_tiles:
     int32 `(nq, 3)`. out: fp32 `(m, 1, heads * head_dim)` unless the format says else. position_bias: fp32
-    `(heads, 2 * max_length - 1)`, added for query i, key j at column j - i + max_length - 1. x: the dtype of q, k and v,
-    by default fp32. Raises ValueError for heads of more than 128 columns.
+    `(heads, 2 * max_length - 1)`, added for query i, key j at column j - i + max_length - 1. x: the dtype of q, k and
+    v, by default fp32. Raises ValueError for heads of more than 128 columns.
     """
     if head_dim > MAX_HEAD_DIM:
         raise ValueError(f"heads of {head_dim} columns: a GPU kernel holds at most {MAX_HEAD_DIM}")
-    (q_width, q_column), (k_width, k_column), (v_width, v_column) = q, k, v
+    q_width, k_width, v_width = q[0], k[0], v[0]
     stored = x.dtype if x is not None else "float32"
     out_rows, dtype = out or RowFormat(heads * head_dim), operand_type(stored)
     warps = tiles.query_tile // attention_registers.ROWS

@@ -54,7 +54,7 @@ def attend_macro(rows: HeadRows, scores: Scores, out: RowFormat) -> Macro:
         return (i // CHUNK * LANES + task.side) * CHUNK + i % CHUNK
 
     @T.inline
-    def load_queries(query, weights, q, task, group):
+    def load_queries(query, weights, q, task, group, again):
         first = T.meta_var(groups[group][0])
         columns = T.meta_var(groups[group][1])
         for i in T.unroll(-(-(ROWS * columns // vector) // 32)):
@@ -82,7 +82,7 @@ def attend_macro(rows: HeadRows, scores: Scores, out: RowFormat) -> Macro:
             )
         sync_warp()
         if group + 1 < len(groups):
-            load_queries(query, weights, q, task, group + 1)
+            again(query, weights, q, task, group + 1, again)
 
     @T.inline
     def multiply_keys(product, query, key_part, keys, passage, task):
@@ -97,9 +97,7 @@ def attend_macro(rows: HeadRows, scores: Scores, out: RowFormat) -> Macro:
                         "col_major",
                     )
                 )
-                T.evaluate(
-                    T.tvm_mma_sync(product.data, 0, query.data, i, key_part.data, 0, product.data, 0)
-                )
+                T.evaluate(T.tvm_mma_sync(product.data, 0, query.data, i, key_part.data, 0, product.data, 0))
             T.evaluate(
                 T.tvm_store_matrix_sync(
                     *fragment(product, 0),
@@ -132,7 +130,7 @@ def attend_macro(rows: HeadRows, scores: Scores, out: RowFormat) -> Macro:
         sync_warp()
 
     @T.inline
-    def add_values(sums, product, weight_part, value_part, weights, values, passage, part, task, group):
+    def add_values(sums, product, weight_part, value_part, weights, values, passage, part, task, group, again):
         first = T.meta_var(groups[group][0])
         columns = T.meta_var(groups[group][1])
         for c in T.unroll(columns // FRAGMENT):
@@ -154,9 +152,7 @@ def attend_macro(rows: HeadRows, scores: Scores, out: RowFormat) -> Macro:
                         "row_major",
                     )
                 )
-                T.evaluate(
-                    T.tvm_mma_sync(product.data, 0, weight_part.data, 0, value_part.data, 0, product.data, 0)
-                )
+                T.evaluate(T.tvm_mma_sync(product.data, 0, weight_part.data, 0, value_part.data, 0, product.data, 0))
             T.evaluate(
                 T.tvm_store_matrix_sync(
                     *fragment(product, 0),
@@ -173,7 +169,7 @@ def attend_macro(rows: HeadRows, scores: Scores, out: RowFormat) -> Macro:
                 sums[first // LANES + i * CHUNK + j] = sums[first // LANES + i * CHUNK + j] + part[j]
         sync_warp()
         if group + 1 < len(groups):
-            add_values(sums, product, weight_part, value_part, weights, values, passage, part, task, group + 1)
+            again(sums, product, weight_part, value_part, weights, values, passage, part, task, group + 1, again)
 
     @T.inline
     def attend(task, q, k, v, bias, out_rows):
@@ -194,7 +190,7 @@ def attend_macro(rows: HeadRows, scores: Scores, out: RowFormat) -> Macro:
             part = T.sblock_alloc_buffer((CHUNK,), "float32", scope="local")
             state = T.sblock_alloc_buffer((3,), "float32", scope="local")
             start(state, sums)
-            load_queries(query, weights, q, task, 0)
+            load_queries(query, weights, q, task, 0, load_queries)
             for step in range((task.end - task.begin + keys_at_once - 1) // keys_at_once):
                 sync_block()
                 load_keys(keys, k, task, task.begin + step * keys_at_once)
@@ -204,7 +200,7 @@ def attend_macro(rows: HeadRows, scores: Scores, out: RowFormat) -> Macro:
                 read_scores(held, passage, task, task.begin + step * keys_at_once, bias)
                 softmax_step(held, state, sums)
                 write_weights(weights, held, task)
-                add_values(sums, product, weight_part, value_part, weights, values, passage, part, task, 0)
+                add_values(sums, product, weight_part, value_part, weights, values, passage, part, task, 0, add_values)
             finish(task, state, sums, out_rows)
 
     return attend

@@ -25,7 +25,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import tvm
-from tvm.ir import Expr
 from tvm.script import tirx as T
 
 from turbo_tvm.schedules.cuda import products

@@ -14,6 +14,8 @@ Sennrich, "Root Mean Square Layer Normalization" (arXiv 1910.07467).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import tvm
 from tvm.ir import Expr
 from tvm.script import tirx as T
@@ -25,9 +27,111 @@ from turbo_tvm.schedules.cuda.script import KERNEL_ATTRS
 from turbo_tvm.schedules.rows import RowFormat
 from turbo_tvm.schedules.script import without_parameters
 
-_REGISTERS = 72  # for the elements of two rows, which share the reads of bias, gamma and beta
+REGISTERS = 72  # for the elements of two rows, which share the reads of bias, gamma and beta
 
 KINDS = ("layer", "rms", "l2")
+
+Macro = Callable[..., None]
+
+
+def normalize_macro(form: RowForm, *, eps: float, kind: str, out: RowFormat, vectors: str) -> Macro:
+    """`normalize(load, team, gamma, beta, result)`: the norm of a team's rows, of form.n columns.
+
+    load(strip, segment) is a macro that fills the thread's strip, with zeros past the end of the row. It is called once
+    if rows fit registers. gamma and beta are not looked at by kinds that have none.
+    """
+    n, rows, segments, centred = form.n, form.rows, form.segments, kind == "layer"
+    load_columns, each_chunk = reduction.load_columns_macro(form, vectors), reduction.each_chunk_macro(form)
+    store_chunk = reduction.store_chunk_macro(form, out.dtype)
+    reduce_mean = reduction.all_reduce_macro(form, add, rows)
+    reduce_sums = reduction.all_reduce_macro(form, add, 2 * rows)
+    strip_sum, strip_squares = reduction.strip_reduce_macro(form, add), reduction.strip_reduce_macro(form, add, rows)
+    strip_map = reduction.strip_map_macro(form)
+
+    def plain(strip: tvm.tirx.Buffer):
+        return lambda row, i: strip[row, i]
+
+    def squares(strip: tvm.tirx.Buffer):
+        return lambda row, i: strip[row, i] * strip[row, i]
+
+    def less(strip: tvm.tirx.Buffer, mean: tvm.tirx.Buffer):
+        return lambda row, i: strip[row, i] - mean[row]
+
+    def factor(square_sum: Expr, drift: Expr) -> Expr:
+        if kind == "l2":
+            return T.float32(1) / T.max(T.sqrt(square_sum), T.float32(eps))
+        variance = T.max(square_sum / T.float32(n) - drift * drift, T.float32(0))
+        return T.float32(1) / T.sqrt(variance + T.float32(eps))
+
+    def scaled(strip, sums, gains, shifts, chunk):
+        """The result; sums holds the drift of the mean and, behind it, the factor."""
+
+        def element(row: Expr, j: Expr) -> Expr:
+            value = strip[row, chunk * form.vector + j]
+            if kind == "l2":
+                return value * sums[rows + row]
+            if kind == "rms":
+                return value * sums[rows + row] * to_float(gains[j], vectors)
+            value = (value - sums[row]) * sums[rows + row]
+            return value * to_float(gains[j], vectors) + to_float(shifts[j], vectors)
+
+        return element
+
+    @T.inline
+    def centre(load, team, strip, mean, partials):
+        for row in T.unroll(rows):
+            mean[row] = T.float32(0)
+        for segment in range(segments):
+            load(strip, segment)
+            strip_sum(mean, plain(strip))
+        reduce_mean(mean, partials, 0, team.thread)
+        for row in T.unroll(rows):
+            mean[row] = mean[row] / T.float32(n)
+
+    @T.inline
+    def normalize(load, team, gamma, beta, result):
+        with T.sblock("normalize"):
+            T.reads()
+            T.writes()
+            strip = T.sblock_alloc_buffer((rows, form.strip), "float32", scope="local")
+            mean = T.sblock_alloc_buffer((rows,), "float32", scope="local")
+            sums = T.sblock_alloc_buffer((2 * rows,), "float32", scope="local")
+            gains = T.sblock_alloc_buffer((form.vector,), vectors, scope="local")
+            shifts = T.sblock_alloc_buffer((form.vector,), vectors, scope="local")
+            partial_means = T.sblock_alloc_buffer((1, rows, form.warps), "float32", scope="shared")
+            partial_sums = T.sblock_alloc_buffer((1, 2 * rows, form.warps), "float32", scope="shared")
+            if centred:
+                centre(load, team, strip, mean, partial_means)
+            for i in T.unroll(2 * rows):
+                sums[i] = T.float32(0)
+            for segment in range(segments):
+                if segments > 1 or not centred:
+                    load(strip, segment)
+                if centred:
+                    strip_map(strip, team, segment, less(strip, mean))
+                    strip_sum(sums, plain(strip))
+                strip_squares(sums, squares(strip))
+            reduce_sums(sums, partial_sums, 0, team.thread)
+            for row in T.unroll(rows):
+                sums[row] = sums[row] / T.float32(n)
+                sums[rows + row] = factor(sums[rows + row], sums[row])
+            for segment in range(segments):
+                if segments > 1:
+                    load(strip, segment)
+                    if centred:
+                        strip_map(strip, team, segment, less(strip, mean))
+
+                @T.inline
+                def store(chunk, column):
+                    if kind != "l2":
+                        load_columns(gains, gamma, column)
+                    if centred:
+                        load_columns(shifts, beta, column)
+                    store_chunk(result, team, column, scaled(strip, sums, gains, shifts, chunk))
+
+                each_chunk(team, segment, store)
+
+    return normalize
 
 
 def norm(
@@ -47,111 +151,30 @@ def norm(
 
     kind: "layer", (v - mean v) / sqrt(var v + eps) * gamma + beta; "rms", v / sqrt(mean v^2 + eps) * gamma; or "l2",
     v / max(|v|, eps), which takes neither. x, extra, out: how x, the residual and out are stored, by default fp32 and n
-    columns wide. vectors: the dtype of bias, gamma and beta. form: how rows are spread over threads; by default as `reduction.row_form` has it.
+    columns wide. vectors: the dtype of bias, gamma and beta. form: how rows are spread over threads; by default as
+    `reduction.row_form` has it.
     """
     if kind not in KINDS:
         raise ValueError(f"unknown norm {kind!r}: use one of {', '.join(KINDS)}")
     x_rows, extra_rows, out_rows = x or RowFormat(n), extra or RowFormat(n), out or RowFormat(n)
     formats = (x_rows, out_rows, *((extra_rows,) if residual else ()))
-    form = form or reduction.row_form(n, reduction.vector_width(n, *formats), registers=_REGISTERS)
-    rows, teams, segments, centred = form.rows, form.teams, form.segments, kind == "layer"
+    form = form or reduction.row_form(n, reduction.vector_width(n, *formats), registers=REGISTERS)
     load_x = reduction.load_rows_macro(form, x_rows.dtype)
     load_extra = reduction.load_rows_macro(form, extra_rows.dtype, added=True)
-    load_columns, each_chunk = reduction.load_columns_macro(form, vectors), reduction.each_chunk_macro(form)
-    store_chunk = reduction.store_chunk_macro(form, out_rows.dtype)
-    reduce_sum = reduction.all_reduce_macro(form, add, rows)
-    reduce_both = reduction.all_reduce_macro(form, add, 2 * rows)
-    strip_sum, strip_squares = reduction.strip_reduce_macro(form, add), reduction.strip_reduce_macro(form, add, rows)
-    strip_map = reduction.strip_map_macro(form)
-
-    def plain(strip: tvm.tirx.Buffer):
-        return lambda row, i: strip[row, i]
-
-    def squares(strip: tvm.tirx.Buffer):
-        return lambda row, i: strip[row, i] * strip[row, i]
-
-    def less_mean(strip: tvm.tirx.Buffer, mean: tvm.tirx.Buffer):
-        return lambda row, i: strip[row, i] - mean[row]
-
-    def scaled(
-        strip: tvm.tirx.Buffer, sums: tvm.tirx.Buffer, gains: tvm.tirx.Buffer, shifts: tvm.tirx.Buffer, chunk: Expr
-    ):
-        """The result: sums holds the drift of the mean and, behind it, the factor."""
-
-        def element(row: Expr, j: Expr) -> Expr:
-            value = strip[row, chunk * form.vector + j]
-            if kind == "l2":
-                return value * sums[rows + row]
-            if kind == "rms":
-                return value * sums[rows + row] * to_float(gains[j], vectors)
-            centred_value = (value - sums[row]) * sums[rows + row]
-            return centred_value * to_float(gains[j], vectors) + to_float(shifts[j], vectors)
-
-        return element
-
-    def factor(square_sum: Expr, drift: Expr) -> Expr:
-        if kind == "l2":
-            return T.float32(1) / T.max(T.sqrt(square_sum), T.float32(eps))
-        variance = T.max(square_sum / T.float32(n) - drift * drift, T.float32(0))
-        return T.float32(1) / T.sqrt(variance + T.float32(eps))
+    add_vector = reduction.add_vector_macro(form, vectors)
+    normalize = normalize_macro(form, eps=eps, kind=kind, out=out_rows, vectors=vectors)
 
     @T.inline
-    def load(x, extra, vector, team, strip, gains, segment):
-        load_x(strip, x, team, segment)
-        if residual:
-            load_extra(strip, extra, team, segment)
-        if bias:
+    def run(x, extra, vector, gamma, beta, result, team):
+        @T.inline
+        def load(strip, segment):
+            load_x(strip, x, team, segment)
+            if residual:
+                load_extra(strip, extra, team, segment)
+            if bias:
+                add_vector(strip, vector, team, segment)
 
-            @T.inline
-            def add_bias(chunk, column):
-                load_columns(gains, vector, column)
-                for row in T.unroll(rows):
-                    for j in T.unroll(form.vector):
-                        strip[row, chunk * form.vector + j] = strip[row, chunk * form.vector + j] + to_float(
-                            gains[j], vectors
-                        )
-
-            each_chunk(team, segment, add_bias)
-
-    @T.inline
-    def normalize(x, extra, vector, gamma, beta, out, team, strip, mean, sums, gains, shifts, partials, partials_both):
-        if centred:
-            for row in T.unroll(rows):
-                mean[row] = T.float32(0)
-            for segment in range(segments):
-                load(x, extra, vector, team, strip, gains, segment)
-                strip_sum(mean, plain(strip))
-            reduce_sum(mean, partials, 0, team.thread)
-            for row in T.unroll(rows):
-                mean[row] = mean[row] / T.float32(n)
-        for i in T.unroll(2 * rows):
-            sums[i] = T.float32(0)
-        for segment in range(segments):
-            if segments > 1 or not centred:
-                load(x, extra, vector, team, strip, gains, segment)
-            if centred:
-                strip_map(strip, team, segment, less_mean(strip, mean))
-                strip_sum(sums, plain(strip))
-            strip_squares(sums, squares(strip))
-        reduce_both(sums, partials_both, 0, team.thread)
-        for row in T.unroll(rows):
-            sums[row] = sums[row] / T.float32(n)
-            sums[rows + row] = factor(sums[rows + row], sums[row])
-        for segment in range(segments):
-            if segments > 1:
-                load(x, extra, vector, team, strip, gains, segment)
-                if centred:
-                    strip_map(strip, team, segment, less_mean(strip, mean))
-
-            @T.inline
-            def store(chunk, column):
-                if kind != "l2":
-                    load_columns(gains, gamma, column)
-                if centred:
-                    load_columns(shifts, beta, column)
-                store_chunk(out, team, column, scaled(strip, sums, gains, shifts, chunk))
-
-            each_chunk(team, segment, store)
+        normalize(load, team, gamma, beta, result)
 
     @T.prim_func(private=True, s_tir=True)
     def kernel(
@@ -170,36 +193,11 @@ def norm(
         gamma = T.match_buffer(gamma_arg, (n,), vectors)
         beta = T.match_buffer(beta_arg, (n,), vectors)
         result = T.match_buffer(out_arg, (m, 1, out_rows.width), out_rows.dtype)
-        for block in T.thread_binding((m + rows * teams - 1) // (rows * teams), thread="blockIdx.x"):
-            for y in T.thread_binding(teams, thread="threadIdx.y"):
+        for block in T.thread_binding(form.blocks(m), thread="blockIdx.x"):
+            for y in T.thread_binding(form.teams, thread="threadIdx.y"):
                 for thread in T.thread_binding(form.threads, thread="threadIdx.x"):
-                    with T.sblock("team"):
-                        T.reads()
-                        T.writes()
-                        strip = T.sblock_alloc_buffer((rows, form.strip), "float32", scope="local")
-                        mean = T.sblock_alloc_buffer((rows,), "float32", scope="local")
-                        sums = T.sblock_alloc_buffer((2 * rows,), "float32", scope="local")
-                        gains = T.sblock_alloc_buffer((form.vector,), vectors, scope="local")
-                        shifts = T.sblock_alloc_buffer((form.vector,), vectors, scope="local")
-                        partials = T.sblock_alloc_buffer((1, rows, form.warps), "float32", scope="shared")
-                        partials_both = T.sblock_alloc_buffer((1, 2 * rows, form.warps), "float32", scope="shared")
-                        team = T.meta_var(Team(form, thread, (block * teams + y) * rows, m))
-                        normalize(
-                            source,
-                            residual_rows,
-                            vector,
-                            gamma,
-                            beta,
-                            result,
-                            team,
-                            strip,
-                            mean,
-                            sums,
-                            gains,
-                            shifts,
-                            partials,
-                            partials_both,
-                        )
+                    team = T.meta_var(Team(form, thread, form.first_row(block, y), m))
+                    run(source, residual_rows, vector, gamma, beta, result, team)
 
     absent = [*([] if residual else ["residual_rows"]), *([] if bias else ["vector"])]
     absent += {"layer": [], "rms": ["beta"], "l2": ["gamma", "beta"]}[kind]

@@ -1,18 +1,18 @@
 """The batch reduction on a GPU: reductions over rows, by a warp or a block for several rows at a time.
 
-A team of threads, part of a warp, a warp or a block, reduces X rows together. Every thread takes a strip of each row with 128-bit accesses, reduces it in
-registers, and the team combines its threads' values:
+A team of threads, part of a warp, a warp or a block, reduces X rows together. Every thread takes a strip of each row
+with 128-bit accesses, reduces it in registers, and the team combines its threads' values:
 
 1. In a warp by xor shuffles at distances 16 ... 1, X independent ones before the X additions that wait for them; the
    result is then in every lane, and a warp needs no barrier at all.
 2. In a block, each warp leaves X values in shared memory. One barrier serves all X rows, and every warp reduces the
-   values of all warps for itself: no second barrier broadcasts the result. Each reduction of a kernel has a place of its
-   own in shared memory, so that none waits for the readers of the one before.
+   values of all warps for itself: no second barrier broadcasts the result. Each reduction of a kernel has a place of
+   its own in shared memory, so that none waits for the readers of the one before.
 
 Rows stay in registers between reductions: a kernel reads its input once. Rows too long for that are read once per sweep.
 
-How a row is spread is a schedule decision (`row_form`), not a branch in the kernel: as many lanes of a warp as a row has
-vectors, for rows of up to 1,024 elements, a block for longer ones, X so that registers suffice.
+How a row is spread is a schedule decision (`row_form`), not a branch in the kernel: as many lanes of a warp as a row
+has vectors, for rows of up to 1,024 elements, a block for longer ones, X so that registers suffice.
 
 Method: Fang, Yu, Zhao, Zhou, "TurboTransformers" (PPoPP 2021), section 4.1.2, in the form without its faults: lanes
 beyond the row hold the reduction's neutral element, rows may have any length, and the one-pass variance, which cancels
@@ -47,8 +47,8 @@ Combine = Callable[[Expr, Expr], Expr]
 class RowForm:
     """How rows of n elements are spread over threads.
 
-    threads: of a team, which works on a row together: up to 32, or more for a block. rows: X, how many rows a team takes
-    together. vector: elements per access. teams: per block.
+    threads: of a team, which works on a row together: up to 32, or more for a block. rows: X, how many rows a team
+    takes together. vector: elements per access. teams: per block.
     """
 
     n: int
@@ -92,10 +92,13 @@ class RowForm:
         """Elements of a row that a thread holds."""
         return self.chunks * self.vector
 
-    @property
-    def rows_per_block(self) -> int:
-        """Rows that a block takes."""
-        return self.rows * self.teams
+    def blocks(self, count: Expr) -> Expr:
+        """How many blocks so many rows take."""
+        return (count + self.rows * self.teams - 1) // (self.rows * self.teams)
+
+    def first_row(self, block: Expr, team: Expr) -> Expr:
+        """The first row of a team."""
+        return (block * self.teams + team) * self.rows
 
 
 def vector_width(n: int, *formats: RowFormat) -> int:
@@ -111,9 +114,9 @@ def row_form(
 ) -> RowForm:
     """The form for rows of n elements, or the one that is asked for.
 
-    threads: of a team, a power of two; by default as many lanes of a warp as a row has vectors, for up to 1,024 elements,
-    else 128 threads, and more where those would hold over 64 elements each. rows: X; by default 2 where a thread's elements of both rows fit so many
-    registers, else 1.
+    threads: of a team, a power of two; by default as many lanes of a warp as a row has vectors, for up to 1,024
+    elements, else 128 threads, and more where those would hold over 64 elements each. rows: X; by default 2 where a
+    thread's elements of both rows fit so many registers, else 1.
     """
     if threads is None:
         threads = min(WARP, _power_of_two(-(-n // vector))) if n <= _WARP_ELEMENTS else _BLOCK_THREADS
@@ -210,16 +213,45 @@ def load_rows_macro(form: RowForm, dtype: str, neutral: float = 0.0, added: bool
 
     x: `(rows, 1, width)` of that dtype. neutral: what stands for elements past the row. added: add to what is there.
     """
+    fill = _fill_macro(form, dtype, neutral, added)
+
+    @T.inline
+    def load_rows(strip, x, team, segment):
+        for row in T.unroll(form.rows):
+            fill(strip, _row_of(x, team.row(row)), team, segment, row)
+
+    return load_rows
+
+
+def gather_rows_macro(form: RowForm, dtype: str, added: bool = False) -> Macro:
+    """`gather_rows(strip, table, ids, team, segment)`: the same from the rows of a table that ids, `(rows, 1)`, name."""
+    fill = _fill_macro(form, dtype, 0.0, added)
+
+    @T.inline
+    def gather_rows(strip, table, ids, team, segment):
+        for row in T.unroll(form.rows):
+            fill(strip, _row_of(table, ids[team.row(row), 0]), team, segment, row)
+
+    return gather_rows
+
+
+def _row_of(x: tvm.tirx.Buffer, row: Expr) -> Callable[[Expr], Expr]:
+    """Column -> element of that row of an `(rows, 1, width)` or `(rows, width)` buffer."""
+    return lambda column: x[row, 0, column] if len(x.shape) == 3 else x[row, column]
+
+
+def _fill_macro(form: RowForm, dtype: str, neutral: float, added: bool) -> Macro:
+    """`fill(strip, element, team, segment, row)`: one of the X rows, from element(column)."""
     vector, whole = form.vector, form.whole_chunks
 
     @T.inline
-    def load_chunk(strip, x, team, segment, row, chunk):
+    def fill_chunk(strip, element, team, segment, row, chunk):
         with T.sblock("load"):
             T.reads()
             T.writes()
             raw = T.sblock_alloc_buffer((vector,), dtype, scope="local")
             for j in T.vectorized(vector):
-                raw[j] = x[team.row(row), 0, team.column(segment, chunk) + j]
+                raw[j] = element(team.column(segment, chunk) + j)
             for j in T.unroll(vector):
                 if added:
                     strip[row, chunk * vector + j] = strip[row, chunk * vector + j] + to_float(raw[j], dtype)
@@ -227,19 +259,18 @@ def load_rows_macro(form: RowForm, dtype: str, neutral: float = 0.0, added: bool
                     strip[row, chunk * vector + j] = to_float(raw[j], dtype)
 
     @T.inline
-    def load_rows(strip, x, team, segment):
-        for row in T.unroll(form.rows):
-            for chunk in T.unroll(whole):
-                load_chunk(strip, x, team, segment, row, chunk)
-            for chunk in T.unroll(form.chunks - whole):
-                if team.column(segment, whole + chunk) < form.n:
-                    load_chunk(strip, x, team, segment, row, whole + chunk)
-                else:
-                    if not added:
-                        for j in T.unroll(vector):
-                            strip[row, (whole + chunk) * vector + j] = T.float32(neutral)
+    def fill(strip, element, team, segment, row):
+        for chunk in T.unroll(whole):
+            fill_chunk(strip, element, team, segment, row, chunk)
+        for chunk in T.unroll(form.chunks - whole):
+            if team.column(segment, whole + chunk) < form.n:
+                fill_chunk(strip, element, team, segment, row, whole + chunk)
+            else:
+                if not added:
+                    for j in T.unroll(vector):
+                        strip[row, (whole + chunk) * vector + j] = T.float32(neutral)
 
-    return load_rows
+    return fill
 
 
 def load_columns_macro(form: RowForm, dtype: str) -> Macro:
@@ -253,6 +284,31 @@ def load_columns_macro(form: RowForm, dtype: str) -> Macro:
                 local[i * width + j] = vector[column + i * width + j]
 
     return load_columns
+
+
+def add_vector_macro(form: RowForm, dtype: str) -> Macro:
+    """`add_vector(strip, vector, team, segment)`: strip += a vector of that dtype, which all rows share."""
+    load_columns, each_chunk = load_columns_macro(form, dtype), each_chunk_macro(form)
+
+    @T.inline
+    def add_vector(strip, vector, team, segment):
+        with T.sblock("vector"):
+            T.reads()
+            T.writes()
+            held = T.sblock_alloc_buffer((form.vector,), dtype, scope="local")
+
+            @T.inline
+            def add_chunk(chunk, column):
+                load_columns(held, vector, column)
+                for row in T.unroll(form.rows):
+                    for j in T.unroll(form.vector):
+                        strip[row, chunk * form.vector + j] = strip[row, chunk * form.vector + j] + to_float(
+                            held[j], dtype
+                        )
+
+            each_chunk(team, segment, add_chunk)
+
+    return add_vector
 
 
 def each_chunk_macro(form: RowForm) -> Macro:

@@ -35,7 +35,7 @@ def softmax(
     """
     x_rows, out_rows = x or RowFormat(n), out or RowFormat(n)
     form = form or reduction.row_form(n, reduction.vector_width(n, x_rows, out_rows))
-    rows, threads, teams, segments = form.rows, form.threads, form.teams, form.segments
+    rows, segments = form.rows, form.segments
     load_rows = reduction.load_rows_macro(form, x_rows.dtype, neutral=-math.inf)
     each_chunk, store_chunk = reduction.each_chunk_macro(form), reduction.store_chunk_macro(form, out_rows.dtype)
     reduce_max = reduction.all_reduce_macro(form, largest, rows)
@@ -105,9 +105,9 @@ def softmax(
         m = T.int32()
         source = T.match_buffer(x_arg, (m, 1, x_rows.width), x_rows.dtype)
         result = T.match_buffer(out_arg, (m, 1, out_rows.width), out_rows.dtype)
-        for block in T.thread_binding((m + rows * teams - 1) // (rows * teams), thread="blockIdx.x"):
-            for y in T.thread_binding(teams, thread="threadIdx.y"):
-                for thread in T.thread_binding(threads, thread="threadIdx.x"):
+        for block in T.thread_binding(form.blocks(m), thread="blockIdx.x"):
+            for y in T.thread_binding(form.teams, thread="threadIdx.y"):
+                for thread in T.thread_binding(form.threads, thread="threadIdx.x"):
                     with T.sblock("team"):
                         T.reads()
                         T.writes()
@@ -116,7 +116,7 @@ def softmax(
                         total = T.sblock_alloc_buffer((rows,), "float32", scope="local")
                         before = T.sblock_alloc_buffer((rows,), "float32", scope="local")
                         partials = T.sblock_alloc_buffer((2, rows, form.warps), "float32", scope="shared")
-                        team = T.meta_var(Team(form, thread, (block * teams + y) * rows, m))
+                        team = T.meta_var(Team(form, thread, form.first_row(block, y), m))
                         rows_of_team(source, result, team, strip, peak, total, before, partials)
 
     return kernel
