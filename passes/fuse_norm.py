@@ -5,7 +5,8 @@
     layer_norm(linear(x, w, b), gamma, beta)          --> turbo.linear(x, w, b, gamma, beta)
     layer_norm(x [+ r], gamma, beta)                  --> turbo.norm(x, [r], gamma, beta)
 
-A sum or product that has other readers is computed on its own and normalised by a `turbo.norm`.
+A sum or product that has other readers is computed on its own and normalised by a `turbo.norm`. So is every product
+where whole rows do not meet in one kernel (`in_products`).
 """
 
 from __future__ import annotations
@@ -17,12 +18,19 @@ from turbo_tvm.passes.normalize import same_shape
 from turbo_tvm.passes.rewriter import Rewriter, is_call, shape_of
 
 
-def fuse_norm(mod: ir.IRModule) -> ir.IRModule:
-    """Fuse residual sums and LayerNorm over the last axis into composites."""
-    return _FuseNorm(mod).run()
+def fuse_norm(mod: ir.IRModule, in_products: bool = True) -> ir.IRModule:
+    """Fuse residual sums and LayerNorm over the last axis into composites.
+
+    in_products: whether a product's kernel can normalise its rows.
+    """
+    return _FuseNorm(mod, in_products).run()
 
 
 class _FuseNorm(Rewriter):
+    def __init__(self, mod: ir.IRModule, in_products: bool):
+        super().__init__(mod)
+        self.in_products = in_products
+
     def rules(self):
         return self._residual, self._norm
 
@@ -52,7 +60,7 @@ class _FuseNorm(Rewriter):
             return None
         eps = float(call.attrs.epsilon)
         linear = composite.match(self.definition(x), "linear")
-        if linear is not None and linear.attrs["norm_eps"] is None and self.used_once(x):
+        if self.in_products and linear is not None and linear.attrs["norm_eps"] is None and self.used_once(x):
             tensors = (*linear.tensors, gamma, beta)
             return composite.Composite("linear", tensors, linear.attrs | {"norm_eps": eps}).call(x.ty)
         add = self.call_of(x, "add")

@@ -6,6 +6,8 @@
     linear(x in bf16, w, b)
         --> linear(x, turbo.pack_weight(w, pairs) (panels, k / 2, col_tile) int32, ...)
 
+Kernels that multiply no pairs get weights in the format of x.
+
 Layers that share a weight share its packed form. `hoist_weights` then moves the packing out of `main`.
 """
 
@@ -18,18 +20,18 @@ from turbo_tvm.passes.lower_precision import BF16
 from turbo_tvm.passes.rewriter import Rewriter, shape_of
 
 
-def pack_weights(mod: ir.IRModule, col_tile: int) -> ir.IRModule:
+def pack_weights(mod: ir.IRModule, col_tile: int, pairs: bool = True) -> ir.IRModule:
     """Insert the packing of weights in front of every `turbo.linear`.
 
-    col_tile: columns per panel of the target's matrix kernel.
+    col_tile: columns per panel of the target's matrix kernel. pairs: whether it multiplies bf16 in pairs.
     """
-    return _PackWeights(mod, col_tile).run()
+    return _PackWeights(mod, col_tile, pairs).run()
 
 
 class _PackWeights(Rewriter):
-    def __init__(self, mod: ir.IRModule, col_tile: int):
+    def __init__(self, mod: ir.IRModule, col_tile: int, pairs: bool):
         super().__init__(mod)
-        self.col_tile = col_tile
+        self.col_tile, self.pairs = col_tile, pairs
         self._packed: dict[tuple[str, str, relax.Expr], relax.Var] = {}
 
     def rules(self):
@@ -42,10 +44,11 @@ class _PackWeights(Rewriter):
         x, weight, bias, *rest = linear.tensors
         n, k = shape_of(weight)
         panels = -(-n // self.col_tile)
-        if str(x.ty.dtype) == BF16:
+        stored = str(x.ty.dtype)
+        if self.pairs and stored == BF16:
             packed = self._pack("pack_weight", weight, (panels, k // 2, self.col_tile), "int32", k=k, n=n, pairs=True)
         else:
-            packed = self._pack("pack_weight", weight, (panels, k, self.col_tile), "float32", k=k, n=n)
+            packed = self._pack("pack_weight", weight, (panels, k, self.col_tile), stored, k=k, n=n)
         packed_bias = self._pack("pack_bias", bias, (panels * self.col_tile,), "float32", n=n)
         return composite.Composite("linear", (x, packed, packed_bias, *rest), linear.attrs).call(call.ty_args[0])
 

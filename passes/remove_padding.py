@@ -59,7 +59,7 @@ class Declined(Exception):
 
 def sequence_tiles(boundaries: tirx.Var, row_tile: int) -> relax.Expr:
     """How many tiles hold one row per sequence; `boundaries` is the length of `cu_seqlens`."""
-    return (boundaries - 1 + row_tile - 1) // row_tile
+    return boundaries - 1 if row_tile == 1 else (boundaries - 1 + row_tile - 1) // row_tile
 
 
 def remove_padding(mod: ir.IRModule, row_tile: int) -> ir.IRModule:

@@ -3,6 +3,8 @@
     linear(x (b, s, k), ...) (b, s, n)
         --> reshape(untile_rows(linear(tile_rows(reshape(x, (b * s, k))), ...)), (b, s, n))
 
+With tiles of a single row these are mere reshapes.
+
 Only for models whose padding cannot be removed: their rows are copied into tiles and back around each product.
 Composites that are not row-wise do not occur in such a graph.
 """
@@ -46,8 +48,9 @@ class _TileRows(Rewriter):
         tensors = [self._tile(t, rows) if i in rows_at else t for i, t in enumerate(fused.tensors)]
         columns = dims_of(call.ty_args[0])[-1]
         tiled = self.emit(composite.Composite(fused.name, tuple(tensors), fused.attrs).call(self._tiles(rows, columns)))
-        flat = self.emit(composite.make("untile_rows", [tiled], relax.TensorType((rows, columns), "float32")))
-        return relax.op.reshape(flat, (*lead, columns))
+        if self.row_tile > 1:
+            tiled = self.emit(composite.make("untile_rows", [tiled], relax.TensorType((rows, columns), "float32")))
+        return relax.op.reshape(tiled, (*lead, columns))
 
     def _row_arguments(self, fused: composite.Composite) -> set[int]:
         """The indices of the tensors that hold activations: the first, and the residual."""
@@ -56,9 +59,12 @@ class _TileRows(Rewriter):
         return {0, 3} if fused.name == "linear" else {0, 1}
 
     def _tiles(self, rows: Any, columns: int) -> relax.TensorType:
-        return relax.TensorType(((rows + self.row_tile - 1) // self.row_tile, self.row_tile, columns), "float32")
+        tiles = rows if self.row_tile == 1 else (rows + self.row_tile - 1) // self.row_tile
+        return relax.TensorType((tiles, self.row_tile, columns), "float32")
 
     def _tile(self, x: relax.Expr, rows: Any) -> relax.Var:
         columns = shape_of(x)[-1]
+        if self.row_tile == 1:
+            return self.emit(relax.op.reshape(x, (rows, 1, columns)))
         flat = self.emit(relax.op.reshape(x, (rows, columns)))
         return self.emit(composite.make("tile_rows", [flat], self._tiles(rows, columns)))

@@ -79,7 +79,7 @@ def untile_rows(tiles: CpuTiles, *, columns: int) -> tirx.PrimFunc:
     return kernel
 
 
-def to_bf16(tiles: CpuTiles, *, columns: int, out: RowFormat | None = None) -> tirx.PrimFunc:
+def cast_rows(tiles: CpuTiles, *, columns: int, out: RowFormat | None = None) -> tirx.PrimFunc:
     """x (t, R, columns) f32 -> out (t, R, width) bf16."""
     R, lanes = tiles.row_tile, tiles.lanes
     out_rows = out or RowFormat(columns, bf16.STORAGE)

@@ -1,6 +1,7 @@
 """Where passes and schedules meet: which schedule implements a composite, and what it costs.
 
-The passes know composites, the schedules know loops; the pipeline hands `CpuKernels` to `lower_kernels`.
+The passes know composites, the schedules know loops; the pipeline hands `CpuKernels`, or `CudaKernels` of
+`cuda_kernels.py`, to `lower_kernels`.
 """
 
 from __future__ import annotations
@@ -31,82 +32,125 @@ from turbo_tvm.schedules import (
     rows,
     weights,
 )
+from turbo_tvm.schedules.cuda.tiles import CudaTiles
 from turbo_tvm.schedules.rows import RowFormat
 from turbo_tvm.schedules.tiles import CpuTiles
 
 Recipe = tuple[Callable[..., tirx.PrimFunc], dict[str, Any]]  # a schedule and its parameters
 
 
-class CpuKernels:
+class WeightKernels:
+    """Builds the kernels that prepare weights, which run on the CPU that compiles, in the layout of `tiles`."""
+
+    def __init__(self, tiles: CpuTiles | CudaTiles):
+        self.tiles = tiles
+
+    def _pack_weight(self, fused: Composite, out: relax.TensorType) -> Recipe:
+        dtype = {} if fused.attrs.get("pairs") else {"dtype": str(out.dtype)}
+        return weights.pack_weight, fused.attrs | dtype
+
+    def _pack_bias(self, fused: Composite, out: relax.TensorType) -> Recipe:
+        return weights.pack_bias, fused.attrs
+
+    def _cast_weight(self, fused: Composite, out: relax.TensorType) -> Recipe:
+        return weights.cast_weight, {"shape": tuple(fused.attrs["shape"]), "dtype": str(out.dtype)}
+
+    def _toeplitz(self, fused: Composite, out: relax.TensorType) -> Recipe:
+        heads, width = dims_of(out)
+        return position_bias.toeplitz, {"heads": int(heads), "length": (int(width) + 1) // 2}
+
+
+class CpuKernels(WeightKernels):
     """Builds the CPU kernel of a composite; calling it is the `schedule` argument of `lower_kernels`."""
 
-    def __init__(self, tiles: CpuTiles):
-        self.tiles = tiles
+    tiles: CpuTiles
 
     def __call__(self, fused: Composite, out: relax.TensorType) -> tuple[str, tirx.PrimFunc]:
         """The kernel's name, unique for its parameters, and its PrimFunc."""
-        factory, options = getattr(self, "_" + fused.name)(fused, dims_of(out))
-        for role, ty in row_types(fused, out).items():
-            options[role] = RowFormat(int(dims_of(ty)[-1]), str(ty.dtype))
+        factory, options = getattr(self, "_" + fused.name)(fused, out)
+        options = options | row_formats(fused, out)
         if self.tiles.amx and fits_tiles(fused, out):
             factory = _IN_TILES[fused.name]
-        kernel = _build(factory, self.tiles, tuple(sorted(options.items())), _overwritable(fused, out))
+        kernel = build_kernel(factory, self.tiles, options, overwritable(fused, out))
         return kernel_name(fused, out, self.tiles.amx), kernel
 
-    def _linear(self, fused: Composite, out: list) -> Recipe:
-        options = {key: value for key, value in fused.attrs.items() if key != "columns"}
-        return linear.linear, options | {"k": reduced_columns(fused), "n": true_columns(fused, out)}
+    def _linear(self, fused: Composite, out: relax.TensorType) -> Recipe:
+        return linear.linear, linear_options(fused, out)
 
-    def _pack_weight(self, fused: Composite, out: list) -> Recipe:
-        return weights.pack_weight, fused.attrs
+    def _attention(self, fused: Composite, out: relax.TensorType) -> Recipe:
+        return attention.attention, attention_options(fused)
 
-    def _pack_bias(self, fused: Composite, out: list) -> Recipe:
-        return weights.pack_bias, fused.attrs
-
-    def _table_to_bf16(self, fused: Composite, out: list) -> Recipe:
-        return weights.table_to_bf16, fused.attrs
-
-    def _attention(self, fused: Composite, out: list) -> Recipe:
-        options = {key: value for key, value in fused.attrs.items() if key != "columns"}
-        options |= dict(zip("qkv", map(tuple, fused.attrs["columns"]), strict=True))
-        return attention.attention, options | ({"position_bias": True} if has_position_bias(fused) else {})
-
-    def _norm(self, fused: Composite, out: list) -> Recipe:
+    def _norm(self, fused: Composite, out: relax.TensorType) -> Recipe:
         return normalization.layer_norm, {"n": true_columns(fused, out), **fused.attrs}
 
-    def _normalize(self, fused: Composite, out: list) -> Recipe:
-        return normalization.l2_normalize, {"n": int(out[-1]), **fused.attrs}
+    def _normalize(self, fused: Composite, out: relax.TensorType) -> Recipe:
+        return normalization.l2_normalize, {"n": last_dim(out), **fused.attrs}
 
-    def _embedding(self, fused: Composite, out: list) -> Recipe:
-        table = fused.tensors[fused.attrs["tables"]]
-        options = {"hidden": true_columns(fused, out), "table_type": str(table.ty.dtype)}
-        return embedding.embedding, options | fused.attrs
+    def _embedding(self, fused: Composite, out: relax.TensorType) -> Recipe:
+        return embedding.embedding, embedding_options(fused, out)
 
-    def _pool(self, fused: Composite, out: list) -> Recipe:
-        return pooling.pool, {"hidden": int(out[-1]), **fused.attrs}
+    def _pool(self, fused: Composite, out: relax.TensorType) -> Recipe:
+        return pooling.pool, {"hidden": last_dim(out), **fused.attrs}
 
-    def _to_bf16(self, fused: Composite, out: list) -> Recipe:
-        return rows.to_bf16, {"columns": int(out[-1])}
+    def _cast_rows(self, fused: Composite, out: relax.TensorType) -> Recipe:
+        return rows.cast_rows, {"columns": last_dim(out)}
 
-    def _toeplitz(self, fused: Composite, out: list) -> Recipe:
-        return position_bias.toeplitz, {"heads": int(out[0]), "length": (int(out[1]) + 1) // 2}
+    def _tile_rows(self, fused: Composite, out: relax.TensorType) -> Recipe:
+        return rows.tile_rows, {"columns": last_dim(out)}
 
-    def _tile_rows(self, fused: Composite, out: list) -> Recipe:
-        return rows.tile_rows, {"columns": int(out[-1])}
+    def _untile_rows(self, fused: Composite, out: relax.TensorType) -> Recipe:
+        return rows.untile_rows, {"columns": last_dim(out)}
 
-    def _untile_rows(self, fused: Composite, out: list) -> Recipe:
-        return rows.untile_rows, {"columns": int(out[-1])}
+
+def last_dim(ty: relax.TensorType) -> int:
+    """How many columns the rows of that type have."""
+    return int(dims_of(ty)[-1])
+
+
+def row_formats(fused: Composite, out: relax.TensorType) -> dict[str, RowFormat]:
+    """How a composite's rows are stored, by the schedules' name for them."""
+    return {role: RowFormat(last_dim(ty), str(ty.dtype)) for role, ty in row_types(fused, out).items()}
+
+
+def linear_options(fused: Composite, out: relax.TensorType) -> dict[str, Any]:
+    """A product's parameters, as its schedules take them."""
+    options = {key: value for key, value in fused.attrs.items() if key != "columns"}
+    return options | {"k": reduced_columns(fused), "n": true_columns(fused, out)}
+
+
+def attention_options(fused: Composite) -> dict[str, Any]:
+    """An attention's."""
+    options = {key: value for key, value in fused.attrs.items() if key != "columns"}
+    options |= dict(zip("qkv", map(tuple, fused.attrs["columns"]), strict=True))
+    return options | ({"position_bias": True} if has_position_bias(fused) else {})
+
+
+def embedding_options(fused: Composite, out: relax.TensorType) -> dict[str, Any]:
+    """An embedding's."""
+    table = fused.tensors[fused.attrs["tables"]]
+    return {"hidden": true_columns(fused, out), "table_type": str(table.ty.dtype)} | fused.attrs
+
+
+def build_kernel(
+    factory: Callable[..., tirx.PrimFunc],
+    tiles: CpuTiles | CudaTiles | None,
+    options: dict[str, Any],
+    overwrites: tuple[int, ...],
+) -> tirx.PrimFunc:
+    """A schedule for these parameters, and for these tiles if it takes any."""
+    return _build(factory, tiles, tuple(sorted(options.items())), overwrites)
 
 
 @lru_cache(maxsize=512)
 def _build(
     factory: Callable[..., tirx.PrimFunc],
-    tiles: CpuTiles,
+    tiles: CpuTiles | CudaTiles | None,
     options: tuple[tuple[str, Any], ...],
-    overwritable: tuple[int, ...] = (),
+    overwrites: tuple[int, ...],
 ) -> tirx.PrimFunc:
-    """A schedule for these parameters; parsing TVMScript takes up to a second, so models of one process share them."""
-    return _rooted(factory(tiles, **dict(options))).with_attr(OVERWRITES, list(overwritable))
+    """Parsing TVMScript takes up to a second, so models of one process share their kernels."""
+    positional = () if tiles is None else (tiles,)
+    return _rooted(factory(*positional, **dict(options))).with_attr(OVERWRITES, list(overwrites))
 
 
 def _rooted(func: tirx.PrimFunc) -> tirx.PrimFunc:
@@ -117,7 +161,7 @@ def _rooted(func: tirx.PrimFunc) -> tirx.PrimFunc:
     return tirx.PrimFunc(func.params, root, func.ret_type, func.attrs)
 
 
-def _overwritable(fused: Composite, out: relax.TensorType) -> tuple[int, ...]:
+def overwritable(fused: Composite, out: relax.TensorType) -> tuple[int, ...]:
     """Which tensors may be the memory of the output, if they are stored as it is.
 
     Each of their elements (of a norm, each of their rows) is read by the task that writes it, before it does: the
@@ -166,20 +210,20 @@ def row_types(fused: Composite, out: relax.TensorType) -> dict[str, relax.Tensor
     return {name: ty for name, ty in (("x", t[0].ty), ("out", out)) if name in _CHOICES.get(fused.name, ())}
 
 
-_CHOICES = {"normalize": ("x", "out"), "embedding": ("out",), "pool": ("x",), "to_bf16": ("out",)}
+_CHOICES = {"normalize": ("x", "out"), "embedding": ("out",), "pool": ("x",), "cast_rows": ("out",)}
 
 
-def true_columns(fused: Composite, out: list) -> int:
+def true_columns(fused: Composite, out: relax.TensorType) -> int:
     """How many columns of a composite's output rows are used; the rows may be wider."""
     if fused.name == "linear":
-        return int(fused.attrs.get("columns", out[-1]))
+        return int(fused.attrs.get("columns", last_dim(out)))
     if fused.name == "norm":
         return int(shape_of(fused.tensors[-1])[0])
     if fused.name == "embedding":
         return int(shape_of(fused.tensors[fused.attrs["tables"]])[1])
     if fused.name == "attention":
         return fused.attrs["heads"] * fused.attrs["head_dim"]
-    return int(out[-1])
+    return last_dim(out)
 
 
 def reduced_columns(linear: Composite) -> int:
@@ -200,21 +244,23 @@ def kernel_name(fused: Composite, out: relax.TensorType, amx: bool = False) -> s
     return "".join(c if c.isalnum() or c == "_" else "_" for c in text)
 
 
-_IN_SHAPE = ("k", "n", "rows", "columns", "heads", "head_dim", "max_length", "scale")
+_IN_SHAPE = ("k", "n", "shape", "columns", "heads", "head_dim", "max_length", "scale")
 
 
 def _shape(fused: Composite, out: relax.TensorType) -> list[str]:
-    columns = true_columns(fused, dims_of(out))
+    columns = true_columns(fused, out)
     if fused.name == "linear":
         return [f"{reduced_columns(fused)}x{columns}"]
-    if fused.name in ("pack_weight", "pack_bias", "table_to_bf16"):
-        return ["x".join(str(fused.attrs[key]) for key in ("k", "n", "rows", "columns") if key in fused.attrs)]
+    if fused.name in ("pack_weight", "pack_bias"):
+        return ["x".join(str(fused.attrs[key]) for key in ("k", "n") if key in fused.attrs)]
+    if fused.name == "cast_weight":
+        return ["x".join(str(d) for d in fused.attrs["shape"])]
     return [_attention_shape(fused)] if fused.name == "attention" else [str(columns)]
 
 
 def _formats(fused: Composite, out: relax.TensorType) -> list[str]:
     """How rows are stored, where that is not fp32 and as wide as their columns."""
-    natural = {"x": true_columns(fused, dims_of(out)), "extra": true_columns(fused, dims_of(out))}
+    natural = {"x": true_columns(fused, out), "extra": true_columns(fused, out)}
     natural |= {"out": natural["x"]}
     if fused.name == "linear":
         natural["x"] = reduced_columns(fused)
@@ -225,10 +271,16 @@ def _formats(fused: Composite, out: relax.TensorType) -> list[str]:
     stored = {role: str(ty.dtype) for role, ty in types.items()}
     if fused.name == "embedding":
         stored["tables"] = str(fused.tensors[fused.attrs["tables"]].ty.dtype)
-    short = [role for role, dtype in stored.items() if dtype != bf16.STORAGE]
-    if len(short) == len(stored):
+    if fused.name in ("pack_weight", "cast_weight"):
+        stored = {"out": str(out.dtype)}
+    in_fp32 = [role for role, dtype in stored.items() if dtype not in _SHORT]
+    if len(in_fp32) == len(stored):
         return wide
-    return [*wide, "bf16", *(f"{role}_fp32" for role in short)]
+    word = next(_SHORT[dtype] for dtype in stored.values() if dtype in _SHORT)
+    return [*wide, word, *(f"{role}_fp32" for role in in_fp32)]
+
+
+_SHORT = {bf16.STORAGE: "bf16", "float16": "fp16"}
 
 
 def _attention_shape(fused: Composite) -> str:
@@ -281,7 +333,7 @@ def composites(func: relax.Function) -> Iterable[tuple[Composite, relax.TensorTy
 
 
 def _describe(name: str, fused: Composite, out: relax.TensorType, counts: bool) -> KernelSpec:
-    columns = true_columns(fused, dims_of(out))
+    columns = true_columns(fused, out)
     constant = [t for t in fused.tensors if all(isinstance(d, int) for d in shape_of(t))]
     weight_bytes = sum(np.dtype(str(t.ty.dtype)).itemsize * _count(shape_of(t)) for t in constant)
     per_token, per_pair, text = 0.0, 0.0, str(columns)

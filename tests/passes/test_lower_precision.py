@@ -59,10 +59,10 @@ def test_a_small_graph():
             R.func_attr({"num_input": 2})
             with R.dataflow():
                 d = R.call_dps_packed(
-                    "turbo.table_to_bf16", (a, R.str('{"columns": 8, "rows": 9}')), out_ty=R.Tensor((9, 8), "uint16")
+                    "turbo.cast_weight", (a, R.str('{"shape": [9, 8]}')), out_ty=R.Tensor((9, 8), "uint16")
                 )
                 e = R.call_dps_packed(
-                    "turbo.table_to_bf16", (b, R.str('{"columns": 8, "rows": 2}')), out_ty=R.Tensor((2, 8), "uint16")
+                    "turbo.cast_weight", (b, R.str('{"shape": [2, 8]}')), out_ty=R.Tensor((2, 8), "uint16")
                 )
                 x = R.call_dps_packed(
                     "turbo.embedding", (i, j, d, e, R.str(TABLES)), out_ty=R.Tensor((t, 4, 8), "uint16")
@@ -97,10 +97,10 @@ def test_what_an_operator_reads_or_writes_stays_fp32_and_is_converted_once():
         def main(x: R.Tensor((t, 4, 8), "float32"), w: R.Tensor((8, 8), "float32"), c: R.Tensor((8,), "float32")):
             R.func_attr({"num_input": 1})
             with R.dataflow():
-                h = R.call_dps_packed("turbo.to_bf16", (x, R.str("{}")), out_ty=R.Tensor((t, 4, 8), "uint16"))
+                h = R.call_dps_packed("turbo.cast_rows", (x, R.str("{}")), out_ty=R.Tensor((t, 4, 8), "uint16"))
                 y = R.call_dps_packed("turbo.linear", (h, w, c, R.str(PLAIN)), out_ty=R.Tensor((t, 4, 8), "float32"))
                 n = R.negative(y)
-                g = R.call_dps_packed("turbo.to_bf16", (n, R.str("{}")), out_ty=R.Tensor((t, 4, 8), "uint16"))
+                g = R.call_dps_packed("turbo.cast_rows", (n, R.str("{}")), out_ty=R.Tensor((t, 4, 8), "uint16"))
                 z = R.call_dps_packed("turbo.linear", (g, w, c, y, R.str(ADDED)), out_ty=R.Tensor((t, 4, 8), "uint16"))
                 u = R.call_dps_packed("turbo.linear", (g, w, c, z, R.str(ADDED)), out_ty=R.Tensor((t, 4, 8), "float32"))
                 R.output(u)
@@ -129,7 +129,12 @@ def test_rows_that_leave_their_tiles_stay_fp32():
             return u
 
     found = lowered_types(Before)
-    assert found == [("tile_rows", "float32"), ("to_bf16", "uint16"), ("linear", "float32"), ("untile_rows", "float32")]
+    assert found == [
+        ("tile_rows", "float32"),
+        ("cast_rows", "uint16"),
+        ("linear", "float32"),
+        ("untile_rows", "float32"),
+    ]
 
 
 def lowered_types(mod: tvm.IRModule) -> list[tuple[str, str]]:
@@ -178,7 +183,7 @@ def test_attention_reads_bf16_and_keeps_its_bias():
         lambda *v: attend(v[0], v[0], v[0], v[1], v[2]),
         lambda *v: product(v[5], v[3], v[4]),
     )
-    assert lowered_types(mod) == [("to_bf16", "uint16"), ("attention", "uint16"), ("linear", "float32")]
+    assert lowered_types(mod) == [("cast_rows", "uint16"), ("attention", "uint16"), ("linear", "float32")]
     (found,) = [
         b for b in lower_precision(mod)["main"].body.blocks[0].bindings if composite.match(b.value, "attention")
     ]
@@ -198,7 +203,7 @@ def test_norms_write_bf16_and_read_either_and_pooled_rows_are_fp32():
     assert lowered_types(mod) == [
         ("norm", "uint16"),
         ("pool", "float32"),
-        ("to_bf16", "uint16"),
+        ("cast_rows", "uint16"),
         ("linear", "uint16"),
         ("normalize", "float32"),
     ]

@@ -33,10 +33,10 @@ def test_to_tiles_and_back(run_kernel, target, count, columns):
 
 @pytest.mark.parametrize("wider", [0, 1, 32])
 @pytest.mark.parametrize("columns", [1, 16, 37, 768])
-def test_to_bf16(run_kernel, loaded, target, columns, wider):
+def test_cast_rows(run_kernel, loaded, target, columns, wider):
     geometry = tiles.cpu_tiles(target)
     x = draw(3, geometry.row_tile, columns)
-    kernel = rows.to_bf16(geometry, columns=columns, out=RowFormat(columns + wider, "uint16"))
+    kernel = rows.cast_rows(geometry, columns=columns, out=RowFormat(columns + wider, "uint16"))
     out = run_kernel(kernel, [x], (3, geometry.row_tile, columns + wider), target, "uint16")
     np.testing.assert_array_equal(loaded(out, columns), x.astype(ml_dtypes.bfloat16).astype("float64"))
 
@@ -44,5 +44,5 @@ def test_to_bf16(run_kernel, loaded, target, columns, wider):
 def test_bf16_rows_are_as_wide_as_their_columns_by_default(run_kernel, host_target):
     geometry = tiles.cpu_tiles(host_target)
     x = draw(1, geometry.row_tile, 20)
-    out = run_kernel(rows.to_bf16(geometry, columns=20), [x], x.shape, host_target, "uint16")
+    out = run_kernel(rows.cast_rows(geometry, columns=20), [x], x.shape, host_target, "uint16")
     np.testing.assert_array_equal(out, x.astype(ml_dtypes.bfloat16).view("uint16"))

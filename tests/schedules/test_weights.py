@@ -57,6 +57,6 @@ def test_biases(run_kernel, target, n):
 @pytest.mark.parametrize("rows,columns", [(1, 1), (5, 7), (33, 64), (1003, 100)])
 def test_tables(run_kernel, target, rows, columns):
     table = draw(3, rows, columns)
-    kernel = weights.table_to_bf16(tiles.cpu_tiles(target), rows=rows, columns=columns)
+    kernel = weights.cast_weight(tiles.cpu_tiles(target), shape=(rows, columns), dtype="uint16")
     out = run_kernel(kernel, [table], table.shape, target, "uint16")
     np.testing.assert_array_equal(out, table.astype(ml_dtypes.bfloat16).view("uint16"))

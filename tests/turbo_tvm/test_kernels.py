@@ -148,9 +148,9 @@ VARIANTS = [
     (attention(columns=[[80, 0], [80, 16], [80, 32]]), rows(16)),
     (attention(columns=[[48, 0], [48, 16], [16, 0]]), rows(16)),
     (attention(), rows(48)),
-    (Composite("to_bf16", (tensor(-1, 4, 16),)), rows(16, BF16)),
-    (Composite("table_to_bf16", (tensor(9, 16),), {"rows": 9, "columns": 16}), relax.TensorType((9, 16), BF16)),
-    (Composite("table_to_bf16", (tensor(9, 8),), {"rows": 9, "columns": 8}), relax.TensorType((9, 8), BF16)),
+    (Composite("cast_rows", (tensor(-1, 4, 16),)), rows(16, BF16)),
+    (Composite("cast_weight", (tensor(9, 16),), {"shape": [9, 16]}), relax.TensorType((9, 16), BF16)),
+    (Composite("cast_weight", (tensor(9, 8),), {"shape": [9, 8]}), relax.TensorType((9, 8), BF16)),
     (
         Composite("pack_weight", (tensor(8, 16),), {"k": 16, "n": 8, "pairs": True}),
         relax.TensorType((1, 8, 8), "int32"),

@@ -133,7 +133,7 @@ def test_bf16_is_stored_between_composites_and_never_returned(imported, optimize
     *inner, last = dtypes(mod)
     assert {dtype for _, dtype in inner} == {"uint16"} and last == ("linear", "float32")
     prepared = set(dtypes(mod, TRANSFORM))
-    assert prepared == {("pack_weight", "int32"), ("pack_bias", "float32"), ("table_to_bf16", "uint16")}
+    assert prepared == {("pack_weight", "int32"), ("pack_bias", "float32"), ("cast_weight", "uint16")}
     assert all("bf16" in k.name for k in pipeline.optimize(imported.mod, TILES, MAX_LENGTH, "bf16").kernels)
 
 
@@ -141,7 +141,7 @@ def test_bf16_in_a_padded_graph_is_for_the_products_only(padded):
     optimized = pipeline.optimize(padded.mod, TILES, MAX_LENGTH, "bf16")
     assert optimized.layout == "padded"
     found = dtypes(optimized.mod)
-    assert {dtype for name, dtype in found if name == "to_bf16"} == {"uint16"}
+    assert {dtype for name, dtype in found if name == "cast_rows"} == {"uint16"}
     assert {dtype for name, dtype in found if name in ("linear", "norm", "tile_rows", "untile_rows")} == {"float32"}
 
 
