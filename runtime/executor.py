@@ -18,7 +18,8 @@ from tvm.runtime.vm import VirtualMachine
 from turbo_tvm.errors import TurboError
 from turbo_tvm.runtime import batch as packing
 from turbo_tvm.runtime.batch import Batch
-from turbo_tvm.runtime.buffers import Buffers, Input
+from turbo_tvm.runtime.buffers import Buffers
+from turbo_tvm.runtime.devices import Device, Gpu, Host
 from turbo_tvm.runtime.manifest import Manifest, OutputSpec
 from turbo_tvm.runtime.memory_table import Symbols
 
@@ -31,14 +32,17 @@ class Executor:
     """Runs batches on one model. Safe to call from several threads; they take turns."""
 
     def __init__(self, module: tvm.runtime.Module, manifest: Manifest, weights: Mapping[str, np.ndarray], threads: int):
-        """weights: 64-byte aligned arrays by name; they are used in place and must outlive the executor."""
+        """weights: 64-byte aligned arrays by name; used in place or copied to a GPU; they must outlive this."""
         self.manifest = manifest
         self.threads = threads
+        self.device: Device = Gpu() if manifest.target.device == "cuda" else Host()
         self._module = module
         self._main = self._own = self.another_vm()["main"]
-        self._inputs = [Input(spec.dtype) for spec in manifest.inputs]
-        self._weights = [tvm.runtime.from_dlpack(weights[p.name]) for p in manifest.parameters]
-        self.buffers = Buffers(manifest.buffers, forget=self._forget)
+        self._inputs = [self.device.input(spec.dtype) for spec in manifest.inputs]
+        self._weights = [self.device.upload(weights[p.name]) for p in manifest.parameters]
+        self.buffers = Buffers(manifest.buffers, forget=self._forget, device=self.device)
+        # A GPU starts blocks in order, and the last to finish should be short; a CPU's threads own whole heads.
+        self._longest_first = manifest.target.device == "cuda"
         self._lock = threading.RLock()
         self._config_threadpool = tvm.get_global_func("runtime.config_threadpool")
 
@@ -87,7 +91,7 @@ class Executor:
         with self._lock:
             if strategy != self.buffers.arena.strategy:
                 self._forget()
-                self.buffers = Buffers(self.manifest.buffers, strategy, largest, forget=self._forget)
+                self.buffers = Buffers(self.manifest.buffers, strategy, largest, self._forget, self.device)
             arena = self.buffers.arena
             arena.budget = budget
             if budget is not None and arena.bytes_held > budget:
@@ -105,7 +109,7 @@ class Executor:
 
     def another_vm(self) -> VirtualMachine:
         """A VM of its own on the same code."""
-        return VirtualMachine(self._module, tvm.cpu())
+        return VirtualMachine(self._module, self.device.handle)
 
     @contextmanager
     def calling(self, function: Callable[..., Any]) -> Iterator[None]:
@@ -133,7 +137,7 @@ class Executor:
             raise TurboError(f"the compiled model failed: {error}") from error
         fields = [out] if isinstance(out, tvm.runtime.Tensor) else out
         return [
-            (spec, np.from_dlpack(fields[i]))
+            (spec, self.device.download(fields[i]))
             for i, spec in enumerate(manifest.outputs)
             if output is None or output == spec.name
         ]
@@ -145,7 +149,7 @@ class Executor:
             "token_type_ids": lambda: packing.pack_rows(batch.token_type_ids, row_tile),
             "position_ids": lambda: packing.pack_rows(batch.positions, row_tile),
             "cu_seqlens": lambda: limits,
-            "query_tiles": lambda: packing.query_tiles(limits, self.manifest.query_tile),
+            "query_tiles": lambda: packing.query_tiles(limits, self.manifest.query_tile, self._longest_first),
         }
         symbols = packing.packed_symbols(row_tile, len(batch.token_ids), len(limits) - 1)
         results = self._call(arrays, self.buffers.tensors(symbols), output)

@@ -21,6 +21,7 @@ __all__ = [
     "Bounds",
     "BufferSpec",
     "CostSpec",
+    "DeviceKernelSpec",
     "KernelSpec",
     "Manifest",
     "MemberSpec",
@@ -31,7 +32,7 @@ __all__ = [
     "TensorSpec",
 ]
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 # What a batch says about itself, by layout: tiles of token rows and of sequence rows; or sequences, the longest one in
 # tokens, and tiles of the rows of all of them.
@@ -51,14 +52,19 @@ class TargetSpec:
     """The machine the code was compiled for; the CPU fields always describe the CPU side of the code.
 
     features: the LLVM names of the CPU features the code may use (only those `cpu_features.checkable` keeps).
-    host: the CPU target that drives a device target such as CUDA; None where the target is the CPU itself.
+    architectures: of the GPUs that the artifact holds machine code for, such as "sm_80"; none for a CPU.
     """
 
     name: str
     triple_arch: Literal["x86_64", "aarch64"]
     mcpu: str
     features: tuple[str, ...] = ()
-    host: str | None = None
+    architectures: tuple[str, ...] = ()
+
+    @property
+    def device(self) -> Literal["cpu", "cuda"]:
+        """What runs the kernels."""
+        return "cuda" if self.architectures else "cpu"
 
 
 @dataclass(frozen=True)
@@ -146,6 +152,21 @@ class KernelSpec:
 
 
 @dataclass(frozen=True)
+class DeviceKernelSpec:
+    """What a kernel takes of a GPU of that architecture: per thread, registers; per block, threads and shared memory.
+
+    spill_bytes: per thread, of registers that were stored to memory and loaded again.
+    """
+
+    name: str
+    architecture: str
+    threads: Positive
+    registers: Natural
+    spill_bytes: Natural
+    shared_bytes: Natural
+
+
+@dataclass(frozen=True)
 class MemberSpec:
     """The check on one member of the file: sha256 in 64 lower-case hexadecimal digits, size in bytes."""
 
@@ -160,9 +181,10 @@ class Manifest:
     name: the model's. primary: the name of the main output, None for all of them. row_tile: rows (tokens) per matrix
     tile; query_tile: query rows per attention task. relative_positions: attention looks at distances between tokens;
     pools_first: an output is made from a sequence's first token. buffers, parameters: in call order. steps: the kernels
-    that a run calls, in order. declined: what was not fused, and why. source_parameters: the parameter count of the
-    model before packing. costs: what batches cost, by machine (`cpu_features.machine_name`). members: every member of
-    the file but the manifest itself; filled when the artifact is saved.
+    that a run calls, in order. device_kernels: what they take of each GPU; device_source: the sha256 of the source that
+    their machine code was made from. declined: what was not fused, and why. source_parameters: the parameter count of
+    the model before packing. costs: what batches cost, by machine (`cpu_features.machine_name`). members: every member
+    of the file but the manifest itself; filled when the artifact is saved.
     """
 
     format_version: int = FORMAT_VERSION
@@ -171,7 +193,7 @@ class Manifest:
     name: str
     model_type: str
     target: TargetSpec
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     layout: Literal["packed", "padded"] = "packed"
     row_tile: Positive = 1
     query_tile: Positive = 1
@@ -186,6 +208,8 @@ class Manifest:
     steps: tuple[str, ...] = ()
     parameters: tuple[ParameterSpec, ...] = ()
     kernels: tuple[KernelSpec, ...] = ()
+    device_kernels: tuple[DeviceKernelSpec, ...] = ()
+    device_source: str = ""
     declined: tuple[str, ...] = ()
     source_parameters: Natural = 0
     costs: dict[str, CostSpec] = field(default_factory=dict)

@@ -252,7 +252,7 @@ class CompiledModel:
         from turbo_tvm import artifact
 
         a = self._artifact
-        artifact.write(path, a.manifest, a.library, a.weights, a.tokenizer)
+        artifact.write(path, a.manifest, a.library, a.weights, a.tokenizer, a.cubins)
 
     def output_name(self, asked: str | None) -> str | None:
         """The output that is asked for, or the main one; None for all of them. Raises InputError."""

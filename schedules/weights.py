@@ -26,8 +26,10 @@ def _stored(value: Expr, dtype: str) -> Expr:
 def pack_weight(tiles: Tiles, *, k: int, n: int, pairs: bool = False, dtype: str = "float32") -> tvm.tirx.PrimFunc:
     """`(w, packed)`: fp32 `(n, k)`, PyTorch's layout, to `(P, k, C)` with zeros for the columns beyond n.
 
-    dtype: of the packed weight. pairs: to bf16 pairs along k, int32 `(P, k / 2, C)`; k is even. One task per panel and `_PACK_ROWS` of its rows: the
-    block is read along the rows of w, a cache line each, and the lines that it scatters to all fit L1.
+    dtype: of the packed weight. pairs: to bf16 pairs along k, int32 `(P, k / 2, C)`; k is even.
+
+    One task per panel and `_PACK_ROWS` of its rows: the block is read along the rows of w, a cache line each, and the
+    lines that it scatters to all fit L1.
     """
     columns, panels = tiles.col_tile, tiles.panels(n)
     step, dtype = (2, bf16.PAIR) if pairs else (1, dtype)

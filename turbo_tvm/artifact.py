@@ -3,6 +3,7 @@
 A zip whose members are stored as they are, so that weights are used where they lie in the mapped file:
 
     library.so            the code
+    sm_80.cubin           machine code for a GPU of that architecture; only where a model is for GPUs, one each
     weights.safetensors   every tensor starts at a multiple of 64 bytes from the start of the file
     tokenizer.json        only where the model has one
     manifest.json         `Manifest`; it has the size and the sha256 of each member above
@@ -22,7 +23,7 @@ import os
 import secrets
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO
 
@@ -36,7 +37,7 @@ from turbo_tvm.sealed_zip import DAMAGED, MANIFEST, Span, check_seal, empty_seal
 
 __all__ = ["Artifact", "read", "write"]
 
-LIBRARY, TOKENIZER = "library.so", "tokenizer.json"
+LIBRARY, TOKENIZER, CUBIN = "library.so", "tokenizer.json", ".cubin"
 
 _ELSEWHERE = "choose a directory that you can write to"
 _ADVICE = {
@@ -57,7 +58,7 @@ class Artifact:
     """A verified artifact.
 
     weights: in call order, views into a private mapping of the file; what is written to one stays in this
-    process.
+    process. cubins: machine code by GPU architecture.
     """
 
     manifest: Manifest
@@ -65,6 +66,7 @@ class Artifact:
     weights: dict[str, np.ndarray]
     tokenizer: str | None
     path: Path
+    cubins: Mapping[str, bytes] = field(default_factory=dict)
 
 
 def write(
@@ -73,6 +75,7 @@ def write(
     library: bytes,
     weights: Mapping[str, np.ndarray],
     tokenizer: str | None = None,
+    cubins: Mapping[str, bytes] | None = None,
 ) -> Manifest:
     """Save an artifact; return its manifest with `members` filled. Equal input gives equal bytes.
 
@@ -80,6 +83,7 @@ def write(
     beside it. ArtifactError says what failed and what to do. Copies one tensor at a time at most.
     """
     _check_weights(manifest, weights)
+    codes = {LIBRARY: library, **{name + CUBIN: code for name, code in sorted((cubins or {}).items())}}
     text = None if tokenizer is None else _utf8(tokenizer)
     target = _resolved(path)
     if target.exists() and not (target.is_file() or target.is_dir()):
@@ -87,7 +91,7 @@ def write(
     temporary = target.parent / f".turbo-{secrets.token_hex(8)}.tmp"
     try:
         with open(temporary, "xb") as file:
-            manifest = _write_members(file, manifest, library, weights, text)
+            manifest = _write_members(file, manifest, codes, weights, text)
         with open(temporary, "r+b") as file:
             write_seal(file)
             os.fsync(file.fileno())
@@ -115,7 +119,8 @@ def read(path: str | os.PathLike[str]) -> Artifact:
         _check_members(data, spans, manifest)
         weights = safetensors_layout.views(data, spans[WEIGHTS], manifest.parameters)
         tokenizer = data[slice(*spans[TOKENIZER])].decode() if TOKENIZER in spans else None
-        return Artifact(manifest, data[slice(*spans[LIBRARY])], weights, tokenizer, Path(path))
+        cubins = {name: data[slice(*spans[name + CUBIN])] for name in manifest.target.architectures}
+        return Artifact(manifest, data[slice(*spans[LIBRARY])], weights, tokenizer, Path(path), cubins)
     except UnicodeDecodeError as error:
         raise ArtifactError(f"cannot use {str(path)!r}: {TOKENIZER} is not UTF-8 ({error}); {DAMAGED}") from error
     except ArtifactError as error:
@@ -152,14 +157,14 @@ def _resolved(path: str | os.PathLike[str]) -> Path:
 def _write_members(
     file: IO[bytes],
     manifest: Manifest,
-    library: bytes,
+    codes: Mapping[str, bytes],
     weights: Mapping[str, np.ndarray],
     tokenizer: bytes | None,
 ) -> Manifest:
     """Write the zip, with a seal of zeros; return the manifest in it."""
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         archive.comment = empty_seal()
-        members = {LIBRARY: write_member(archive, LIBRARY, len(library), [library])}
+        members = {name: write_member(archive, name, len(code), [code]) for name, code in codes.items()}
         pieces = safetensors_layout.pieces(manifest.parameters, weights)
         size = safetensors_layout.file_bytes(manifest.parameters)
         members[WEIGHTS] = write_member(archive, WEIGHTS, size, pieces)
@@ -173,10 +178,11 @@ def _write_members(
 
 def _check_members(data: mmap.mmap, spans: dict[str, Span], manifest: Manifest) -> None:
     """Exactly the members that an artifact has, each with the size and the sum in the manifest."""
-    for name in sorted({LIBRARY, WEIGHTS} - spans.keys() | manifest.members.keys() - spans.keys()):
+    cubins = {name + CUBIN for name in manifest.target.architectures}
+    for name in sorted({LIBRARY, WEIGHTS, *cubins} - spans.keys() | manifest.members.keys() - spans.keys()):
         raise ArtifactError(f"its member {name!r} is missing; {DAMAGED}")
     for name in sorted(spans.keys() - {MANIFEST}):
-        if name not in (LIBRARY, WEIGHTS, TOKENIZER) or name not in manifest.members:
+        if name not in (LIBRARY, WEIGHTS, TOKENIZER, *cubins) or name not in manifest.members:
             raise ArtifactError(f"it has an unexpected member {name!r}; {DAMAGED}")
         (start, stop), member = spans[name], manifest.members[name]
         with memoryview(data) as view, view[start:stop] as part:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -12,21 +13,23 @@ import tvm
 from tvm import ir, relax
 
 import turbo_tvm
-from turbo_tvm import config, pipeline, targets
+from turbo_tvm import config, cuda_compiler, pipeline, targets
 from turbo_tvm.artifact import Artifact
 from turbo_tvm.errors import ArtifactError, CompileError, TargetError, TurboError, UnsupportedModelError, summary
 from turbo_tvm.frontends.imported import TOLERANCES, Imported
 from turbo_tvm.loader import open_model
 from turbo_tvm.passes.rewriter import dims_of
 from turbo_tvm.progress import Progress
+from turbo_tvm.runtime import gpu
 from turbo_tvm.runtime.cpu_features import check_host
 from turbo_tvm.runtime.executor import ForeignExecutor
 from turbo_tvm.runtime.manifest import BufferSpec, Manifest, OutputSpec, ParameterSpec, TensorSpec
 from turbo_tvm.runtime.model import CompiledModel
 from turbo_tvm.runtime.text import TextTokenizer
-from turbo_tvm.schedules.tiles import CpuTiles, cpu_tiles
+from turbo_tvm.schedules.cuda.tiles import CUDA_TILES
+from turbo_tvm.schedules.tiles import cpu_tiles
 
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = ("fp32", "bf16", "fp16")
 _KINDS = {"input_ids": "token_ids"}  # other inputs are named after their kind
 _MAIN_OUTPUTS = ("sentence_embedding", "logits", "last_hidden_state", "output", "output_0")
 
@@ -46,16 +49,17 @@ def compile(
 
     model: a `torch.nn.Module` (a Hugging Face encoder with or without head, or any module whose forward takes
         input_ids and attention_mask), or the path of a model folder with config.json and model.safetensors.
-    target: "cpu" for this machine, or "cpu:<name>" for another CPU, such as "cpu:x86-64-v3".
-    precision: "fp32", or "bf16": weights, products and the rows between kernels in bf16, sums, norms and softmax in
-        fp32, outputs in fp32. Needs a CPU with AVX512-BF16.
+    target: "cpu" for this machine, or "cpu:<name>" for another CPU, such as "cpu:x86-64-v3"; "cuda:sm_80" for an NVIDIA
+        GPU, "cuda:sm_80,sm_90" for several. Needs nvcc, and no GPU.
+    precision: "fp32"; or "bf16": weights, products and the rows between kernels in bf16, sums, norms and softmax in
+        fp32, outputs in fp32, on a CPU with AVX512-BF16 or a GPU from sm_80 on; or "fp16", the same on any GPU.
     name: what the artifact is called; by default the folder's or class's name.
     max_length: the longest sequence in tokens; by default what the model allows.
     tokenizer: the path of a `tokenizer.json` for `encode`; a model folder brings its own.
     threads: threads per call; by default one per physical core.
     progress: whether to show progress on stderr; by default if it is a terminal.
 
-    Returns a CompiledModel; one for a CPU with features that this machine lacks can be saved, not run. Raises
+    Returns a CompiledModel; one for a CPU or GPU that this machine lacks can be saved, not run. Raises
     UnsupportedModelError, TargetError or CompileError, all of them TurboError.
     """
     if precision not in PRECISIONS:
@@ -64,18 +68,27 @@ def compile(
     machine = targets.resolve(target)
     targets.check_precision(machine, precision)
     _check_compiler()
+    architectures = targets.architectures(target)
+    if architectures:
+        cuda_compiler.check_architectures(architectures)
     with Progress("compile", progress) as show:
         show("importing the model")
         imported = _import(model, name, max_length, tokenizer)
         show("optimising the graph")
-        tiles = cpu_tiles(machine)
+        tiles = CUDA_TILES if architectures else cpu_tiles(machine)
         optimized = pipeline.optimize(imported.mod, tiles, imported.bounds.max_length, precision)
         show("generating code and packing weights")
         built = _build(optimized, imported, machine, tiles)
+        code = cuda_compiler.DeviceCode()
+        if architectures:
+            show(f"machine code for {', '.join(architectures)}")
+            code = cuda_compiler.compile_source(built.device_source, architectures)
         show("linking")
         manifest = _manifest(imported, optimized, built, targets.describe(target, machine), precision, tiles)
+        manifest = replace(manifest, device_kernels=code.kernels, device_source=code.source)
         library = _link(built.executable)
-        artifact = Artifact(manifest, library, built.parameters, imported.tokenizer, Path(f"{imported.name}.turbo"))
+        path = Path(f"{imported.name}.turbo")
+        artifact = Artifact(manifest, library, built.parameters, imported.tokenizer, path, code.cubins)
         model = _open(artifact, count)
         show("comparing with the original")
         _check_answers(model, imported)
@@ -99,6 +112,8 @@ def _open(artifact: Artifact, threads: int) -> CompiledModel:
     """The model, ready to run if it was compiled for a machine like this one, and to save in any case."""
     try:
         check_host(artifact.manifest.target)
+        if artifact.cubins:
+            gpu.choose(artifact.cubins)
     except ArtifactError as foreign:
         return CompiledModel(artifact, ForeignExecutor(str(foreign)))
     return open_model(artifact, threads)
@@ -161,7 +176,7 @@ def _check_compiler() -> None:
         raise CompileError("no C++ compiler was found to link the code: install g++ or clang, or name one in CXX")
 
 
-def _build(optimized: pipeline.Optimized, imported: Imported, machine: Any, tiles: CpuTiles) -> pipeline.Built:
+def _build(optimized: pipeline.Optimized, imported: Imported, machine: Any, tiles: pipeline.Tiles) -> pipeline.Built:
     try:
         return pipeline.build(optimized, imported.weights, machine, targets.resolve("cpu"), tiles)
     except TurboError:
@@ -186,7 +201,7 @@ def _manifest(
     built: pipeline.Built,
     target: Any,
     precision: str,
-    tiles: CpuTiles,
+    tiles: pipeline.Tiles,
 ) -> Manifest:
     func = optimized.mod["main"]
     inputs = [(p.name, str(p.ty.dtype)) for p in func.params[: int(func.attrs["num_input"])]]
@@ -219,7 +234,7 @@ def _manifest(
     )
 
 
-def _output(name: str, ty: ir.Type, tiles: CpuTiles, optimized: pipeline.Optimized) -> OutputSpec:
+def _output(name: str, ty: ir.Type, tiles: pipeline.Tiles, optimized: pipeline.Optimized) -> OutputSpec:
     """How to read one output, from its type: rows per token or per sequence, and how many columns."""
     dims = dims_of(ty)
     if optimized.layout == "packed":

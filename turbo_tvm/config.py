@@ -1,6 +1,7 @@
 """Settings that come from outside: the only place that reads the environment, and what the host offers.
 
 TURBO_TVM_DUMP_IR       a directory; the compiler writes the module after every pass there, as text
+TURBO_TVM_NVCC          NVIDIA's compiler, for CUDA targets; the default is that of CUDA_HOME or CUDA_PATH, else of PATH
 TURBO_TVM_NUM_THREADS   threads per model when the caller names none; the default is one per physical core
 XDG_CACHE_HOME          where the machine's measured limits are kept; the default is ~/.cache
 """
@@ -9,7 +10,10 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from turbo_tvm.errors import CompileError, TurboError
@@ -30,6 +34,38 @@ def cache_directory() -> Path | None:
         return Path.home() / ".cache" / "turbo_tvm"
     except RuntimeError:
         return None
+
+
+def nvcc() -> str:
+    """Where NVIDIA's compiler is. Raises CompileError, which says what to install."""
+    named = os.environ.get("TURBO_TVM_NVCC")
+    if named:
+        found = shutil.which(named)
+        if found is None:
+            raise CompileError(f"there is no program {named!r}, which TURBO_TVM_NVCC names")
+        return found
+    homes = [os.environ[key] for key in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(key)]
+    for place in (*(str(Path(home) / "bin" / "nvcc") for home in homes), "nvcc", "/usr/local/cuda/bin/nvcc"):
+        found = shutil.which(place)
+        if found is not None:
+            return found
+    raise CompileError(
+        "nvcc, NVIDIA's compiler, was not found. CUDA targets need it where a model is compiled, not where it runs: "
+        "install the CUDA toolkit, 12.0 or later, and put its nvcc on PATH, or name it in TURBO_TVM_NVCC"
+    )
+
+
+@contextmanager
+def tvm_keeps_cuda_source() -> Iterator[None]:
+    """While open, TVM keeps the CUDA source in what it builds, even if it has a GPU to make machine code for."""
+    before = os.environ.get("TVM_COMPILE_FORCE_FALLBACK")
+    os.environ["TVM_COMPILE_FORCE_FALLBACK"] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop("TVM_COMPILE_FORCE_FALLBACK")
+        if before is not None:
+            os.environ["TVM_COMPILE_FORCE_FALLBACK"] = before
 
 
 def let_tvm_use_every_core() -> None:

@@ -1,9 +1,10 @@
 """From CUDA schedules to CUDA C: TVM's lowering, in which hand-written kernels keep the barriers that they have.
 
 TVM inserts a `__syncthreads` wherever two accesses to shared memory might meet, and cannot see that a warp works on a
-part of its own, or that two stages lie apart. It lets shared buffers take each other's place, cuts the padding off their
-rows, takes loads of tensor cores for statements without effect, and spells bf16 out in integers. The kernels of `schedules/cuda` say where barriers
-are needed, and are marked; everything else, such as what TVM's own rules schedule, gets all of TVM's passes.
+part of its own, or that two stages lie apart. It lets shared buffers take each other's place, cuts the padding off
+their rows, takes loads of tensor cores for statements without effect, and spells bf16 out in integers. The kernels of
+`schedules/cuda` say where barriers are needed, and are marked; everything else, such as what TVM's own rules schedule,
+gets all of TVM's passes.
 """
 
 from __future__ import annotations
@@ -12,11 +13,24 @@ from collections.abc import Callable
 
 import tvm
 from tvm import ir, s_tir, tirx
+from tvm.s_tir import dlight
 from tvm.tirx import compilation_pipeline
 
+from turbo_tvm.errors import CompileError
 from turbo_tvm.schedules.cuda.script import SYNCHRONIZED
 
 NAME = "turbo_tvm_cuda"
+
+
+def source_of(module: tvm.runtime.Module) -> str:
+    """The CUDA C in a module or what it imports."""
+    pending = [module]
+    while pending:
+        part = pending.pop()
+        if part.kind == "cuda":
+            return part.inspect_source("cuda")
+        pending.extend(part.imports)
+    raise CompileError("TVM made no CUDA code for this model")
 
 
 def register() -> str:
@@ -25,6 +39,15 @@ def register() -> str:
         NAME, lambda: (_pipeline, s_tir.pipeline.finalize_host_passes, s_tir.pipeline.finalize_device_passes)
     )
     return NAME
+
+
+@tvm.transform.module_pass(opt_level=0, name="turbo_tvm.schedule_others")
+def schedule_others(mod: ir.IRModule, _ctx) -> ir.IRModule:
+    """Give every kernel that has no schedule one of TVM's, for operators that no composite claimed."""
+    rules = dlight.gpu
+    return dlight.ApplyDefaultSchedule(
+        rules.Matmul(), rules.GEMV(), rules.Reduction(), rules.GeneralReduction(), rules.Fallback()
+    )(mod)
 
 
 @tvm.transform.module_pass(opt_level=0, name="turbo_tvm.cuda_lowering")

@@ -13,8 +13,8 @@ from tvm.target import codegen
 
 from turbo_tvm import limit_kernels, targets
 from turbo_tvm.errors import ArtifactError
-from turbo_tvm.runtime.buffers import aligned_empty
 from turbo_tvm.runtime.cpu_features import request_amx
+from turbo_tvm.runtime.devices import aligned_empty
 from turbo_tvm.runtime.executor import BIG_CORES
 from turbo_tvm.runtime.roofline import MachineLimits
 from turbo_tvm.schedules import amx

@@ -24,7 +24,7 @@ def load(path: str | PathLike[str], *, threads: int | None = None) -> CompiledMo
 
 
 def open_model(opened: Artifact, threads: int) -> CompiledModel:
-    """A model from a verified artifact: checks the CPU, the system and TVM's version, then loads the code."""
+    """A model from a verified artifact: checks the CPU or GPU, the system and TVM's version, then loads the code."""
     check_host(opened.manifest.target)
     import tvm
 
@@ -33,10 +33,13 @@ def open_model(opened: Artifact, threads: int) -> CompiledModel:
             f"{opened.path} was compiled with TVM {opened.manifest.tvm_version}, this is TVM {tvm.__version__}: "
             "install that version or compile the model again"
         )
-    if opened.manifest.precision == "bf16":
+    if opened.manifest.precision == "bf16" and opened.manifest.target.device == "cpu":
         request_amx(opened.manifest.target)  # no code in fp32 uses it
+    from turbo_tvm.runtime import gpu
     from turbo_tvm.runtime.executor import Executor
     from turbo_tvm.runtime.library import load_library
 
+    if opened.cubins:
+        gpu.provide(opened.manifest.device_source, opened.cubins[gpu.choose(opened.cubins)])
     module = load_library(opened.library)
     return CompiledModel(opened, Executor(module, opened.manifest, opened.weights, threads))

@@ -8,6 +8,7 @@ compiled by `padded`: right for every graph that TVM can compile, without the pr
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,8 @@ import numpy as np
 import tvm
 from tvm import ir, relax, tirx
 
-from turbo_tvm import config
+from turbo_tvm import config, cuda_lowering
+from turbo_tvm.cuda_kernels import CudaKernels
 from turbo_tvm.kernels import CpuKernels, composites, has_position_bias, inventory
 from turbo_tvm.passes.fuse_attention import fuse_attention
 from turbo_tvm.passes.fuse_embedding import fuse_embedding
@@ -34,9 +36,14 @@ from turbo_tvm.passes.rewriter import dims_of
 from turbo_tvm.passes.tile_rows import tile_rows
 from turbo_tvm.passes.widen_rows import widen_rows
 from turbo_tvm.runtime.manifest import KernelSpec
+from turbo_tvm.schedules.cuda.attention import MAX_HEAD_DIM
+from turbo_tvm.schedules.cuda.tiles import CudaTiles
 from turbo_tvm.schedules.tiles import CpuTiles
 
 Pass = Callable[[ir.IRModule], ir.IRModule]
+Tiles = CpuTiles | CudaTiles
+
+STORAGE = {"bf16": "uint16", "fp16": "float16"}  # the dtype of rows by precision, if it is not fp32
 
 
 @dataclass(frozen=True)
@@ -69,16 +76,21 @@ class Optimized:
 
 @dataclass(frozen=True)
 class Built:
-    """Code and weights. parameters: prepared weights by name, in call order; memory: what the executor supplies."""
+    """Code and weights. parameters: prepared weights by name, in call order; memory: what the executor supplies.
+
+    device_source: the CUDA C of the kernels; none for a CPU.
+    """
 
     executable: relax.VMExecutable
     parameters: dict[str, np.ndarray]
     memory: MemoryPlan
     outputs: tuple[relax.TensorType, ...]
+    device_source: str = ""
 
 
-def packed(tiles: CpuTiles, max_length: int, precision: str) -> list[Pass]:
+def packed(tiles: Tiles, max_length: int, precision: str) -> list[Pass]:
     """Passes for a model whose padding can be removed."""
+    cpu = isinstance(tiles, CpuTiles)
     return [
         # Recognise: what mixes tokens, while the mask is still there to say how.
         normalize,
@@ -89,38 +101,55 @@ def packed(tiles: CpuTiles, max_length: int, precision: str) -> list[Pass]:
         # Fuse what is left, row by row.
         fuse_linear,
         merge_qkv,
-        fuse_norm,
+        lambda mod: fuse_norm(mod, in_products=cpu),
         fuse_embedding,
-        # Store: in which format, and how far apart.
-        *([lower_precision] if precision == "bf16" else []),
-        widen_rows,
+        # Store: in which format, and how far apart (a CPU's caches want that).
+        *_lower_precision(cpu, precision),
+        *([widen_rows] if cpu else []),
         # Weights: into the kernels' layout, and out of the model's function.
-        lambda mod: pack_weights(mod, tiles.col_tile),
+        lambda mod: pack_weights(mod, tiles.col_tile, pairs=cpu),
         hoist_weights,
     ]
 
 
-def padded(tiles: CpuTiles, precision: str) -> list[Pass]:
+def padded(tiles: Tiles, precision: str) -> list[Pass]:
     """Passes for any other model: products are fused, everything else is TVM's."""
+    cpu = isinstance(tiles, CpuTiles)
     return [
         normalize,
         fuse_linear,
-        fuse_norm,
+        lambda mod: fuse_norm(mod, in_products=cpu),
         lambda mod: tile_rows(mod, tiles.row_tile),
-        *([lower_precision] if precision == "bf16" else []),
-        lambda mod: pack_weights(mod, tiles.col_tile),
+        *_lower_precision(cpu, precision),
+        lambda mod: pack_weights(mod, tiles.col_tile, pairs=cpu),
         hoist_weights,
     ]
 
 
-def optimize(mod: ir.IRModule, tiles: CpuTiles, max_length: int, precision: str = "fp32") -> Optimized:
+def _lower_precision(cpu: bool, precision: str) -> list[Pass]:
+    if precision == "fp32":
+        return []
+    return [lambda mod: lower_precision(mod, STORAGE[precision], pairs=cpu, vectors=not cpu)]
+
+
+def optimize(mod: ir.IRModule, tiles: Tiles, max_length: int, precision: str = "fp32") -> Optimized:
     """Graph to composites: packed if every part allows it, else padded with the reason kept."""
+    amx = isinstance(tiles, CpuTiles) and tiles.amx
     try:
         done = _run(mod, packed(tiles, max_length, precision), "packed")
-        return Optimized(done, "packed", amx=tiles.amx)
+        if isinstance(tiles, CudaTiles):
+            _check_heads(done)
+        return Optimized(done, "packed", amx=amx)
     except Declined as why:
         done = _run(mod, padded(tiles, precision), "padded")
-        return Optimized(done, "padded", (f"padding was not removed: {why}",), tiles.amx)
+        return Optimized(done, "padded", (f"padding was not removed: {why}",), amx)
+
+
+def _check_heads(mod: ir.IRModule) -> None:
+    """Declined if a head does not fit the registers of a GPU."""
+    for fused, _ in composites(mod["main"]):
+        if fused.name == "attention" and fused.attrs["head_dim"] > MAX_HEAD_DIM:
+            raise Declined(f"a head of {fused.attrs['head_dim']} columns; the GPU's kernel takes {MAX_HEAD_DIM}")
 
 
 def build(
@@ -128,7 +157,7 @@ def build(
     weights: list[tvm.runtime.Tensor],
     target: tvm.target.Target,
     host: tvm.target.Target,
-    tiles: CpuTiles,
+    tiles: Tiles,
     planned: bool = True,
 ) -> Built:
     """Composites to machine code and prepared weights.
@@ -136,16 +165,20 @@ def build(
     weights: the model's weights in the order of the imported module's parameters. host: this machine, which prepares
     them; it may be another than the target. planned: False leaves intermediates to TVM's own allocator.
     """
-    kernels = CpuKernels(tiles)
-    mod = lower_kernels(optimized.mod, kernels)
+    cuda = isinstance(tiles, CudaTiles)
+    mod = lower_kernels(optimized.mod, CudaKernels(tiles) if isinstance(tiles, CudaTiles) else CpuKernels(tiles))
     names = [p.name for p in mod["main"].params[int(mod["main"].attrs["num_input"]) :]]
     parameters = _prepare_weights(mod, weights, names, host)
     main = ir.IRModule({var: f for var, f in mod.functions_items() if var.name_hint != TRANSFORM})
     main = relax.transform.DeadCodeElimination(["main"])(main)
     outputs = _output_types(main["main"])
     memory = [MemoryPlan()]
-    executable = tvm.compile(main, target=target, relax_pipeline=_lowering(tiles.row_tile if planned else None, memory))
-    return Built(executable, parameters, memory[0], outputs)
+    lowering = _lowering(tiles.row_tile if planned else None, memory, cuda)
+    tir_pipeline = cuda_lowering.register() if cuda else "default"
+    with config.tvm_keeps_cuda_source() if cuda else nullcontext():
+        executable = tvm.compile(main, target=target, relax_pipeline=lowering, tir_pipeline=tir_pipeline)
+    source = cuda_lowering.source_of(executable.mod) if cuda else ""
+    return Built(executable, parameters, memory[0], outputs, source)
 
 
 def _prepare_weights(
@@ -159,8 +192,11 @@ def _prepare_weights(
     return {name: np.from_dlpack(result) for name, result in zip(names, results, strict=True)}
 
 
-def _lowering(row_tile: int | None, memory: list[MemoryPlan]) -> tvm.transform.Pass:
-    """TVM's own lowering with our memory plan in its place, which goes to `memory`; without it if row_tile is None."""
+def _lowering(row_tile: int | None, memory: list[MemoryPlan], cuda: bool) -> tvm.transform.Pass:
+    """TVM's own lowering with our memory plan in its place, which goes to `memory`; without it if row_tile is None.
+
+    cuda: what TVM legalised gets a schedule by TVM's rules; a CPU runs it as it is.
+    """
     t = relax.transform
 
     @tvm.transform.module_pass(opt_level=0, name="turbo_tvm.plan_memory")
@@ -179,6 +215,7 @@ def _lowering(row_tile: int | None, memory: list[MemoryPlan]) -> tvm.transform.P
             t.FoldConstant(),
             t.FuseOps(),
             t.FuseTIR(),
+            *([cuda_lowering.schedule_others] if cuda else []),
             t.RewriteDataflowReshape(),
             t.ToNonDataflow(),
             t.RemovePurityChecking(),

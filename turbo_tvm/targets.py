@@ -1,8 +1,9 @@
-"""Targets: what `target="cpu:znver4"` means, and which CPU features the code made for it will need."""
+"""Targets: what `target="cpu:znver4"` or `target="cuda:sm_80"` means, and what the code made for it will need."""
 
 from __future__ import annotations
 
 import platform
+import re
 
 import tvm
 from tvm.target import codegen
@@ -11,6 +12,10 @@ from turbo_tvm.errors import TargetError
 from turbo_tvm.runtime import cpu_features
 from turbo_tvm.runtime.manifest import TargetSpec
 
+CUDA_EXAMPLE = "cuda:sm_80"
+_OLDEST_GPU, _OLDEST_BF16 = 70, 80  # tensor cores; and those that know bf16
+_HOST_CPU = "x86-64"  # launching kernels needs no more, and runs anywhere
+
 _TRIPLES = {"x86_64": "x86_64-linux-gnu", "aarch64": "aarch64-linux-gnu"}
 
 
@@ -18,20 +23,24 @@ def resolve(name: str) -> tvm.target.Target:
     """The TVM target for a name.
 
     "cpu" is this machine, with the features that the system lists; "cpu:<name>" any CPU of this machine's architecture
-    that LLVM knows: "cpu:x86-64-v3", "cpu:x86-64-v4", "cpu:znver4", "cpu:sapphirerapids", "cpu:neoverse-n1". Raises
-    TargetError for any other name.
+    that LLVM knows: "cpu:x86-64-v3", "cpu:x86-64-v4", "cpu:znver4", "cpu:sapphirerapids", "cpu:neoverse-n1".
+    "cuda:sm_80" is an NVIDIA GPU, "cuda:sm_80,sm_90" several in one artifact. Raises TargetError for any other name.
     """
     kind, _, cpu = str(name).partition(":")
-    if kind == "cuda":
-        raise TargetError(f"target {name!r}: CUDA targets are not supported by this version; use a cpu target")
-    if kind != "cpu" or name.endswith(":"):
+    if kind not in ("cpu", "cuda") or name.endswith(":"):
         raise TargetError(
-            f"unknown target {name!r}; use 'cpu' for this machine, or 'cpu:<name>' such as 'cpu:x86-64-v3'"
+            f"unknown target {name!r}; use 'cpu' for this machine, 'cpu:<name>' such as 'cpu:x86-64-v3', or "
+            f"'cuda:<architecture>' such as '{CUDA_EXAMPLE}'"
         )
     triple = _TRIPLES.get(platform.machine())
     if triple is None:
         raise TargetError(
             f"this machine's architecture {platform.machine()!r} is not supported (x86_64 and aarch64 are)"
+        )
+    if kind == "cuda":
+        host = _HOST_CPU if platform.machine() == "x86_64" else "generic"
+        return tvm.target.Target(
+            {"kind": "cuda", "arch": architectures(name)[0]}, host={"kind": "llvm", "mtriple": triple, "mcpu": host}
         )
     if not cpu:
         return _this_machine(triple)
@@ -42,6 +51,25 @@ def resolve(name: str) -> tvm.target.Target:
             "'sapphirerapids' on x86-64"
         )
     return tvm.target.Target(target)
+
+
+def architectures(name: str) -> tuple[str, ...]:
+    """The GPU architectures of a target name, oldest first; none for a CPU. Raises TargetError."""
+    kind, _, listed = str(name).partition(":")
+    if kind != "cuda":
+        return ()
+    names = [part.strip() for part in listed.split(",")]
+    for part in names:
+        if not re.fullmatch(r"sm_\d{2,3}", part):
+            raise TargetError(
+                f"unknown GPU architecture {part!r} in target {name!r}; name what `nvidia-smi --query-gpu=compute_cap "
+                f"--format=csv` says, such as '{CUDA_EXAMPLE}' for 8.0, or several: 'cuda:sm_80,sm_90'"
+            )
+        if int(part[3:]) < _OLDEST_GPU:
+            raise TargetError(
+                f"target {name!r}: GPUs before sm_{_OLDEST_GPU} have no tensor cores and are not supported"
+            )
+    return tuple(sorted(set(names), key=lambda part: int(part[3:])))
 
 
 def _this_machine(triple: str) -> tvm.target.Target:
@@ -58,6 +86,15 @@ def _this_machine(triple: str) -> tvm.target.Target:
 
 def check_precision(target: tvm.target.Target, precision: str) -> None:
     """Raises TargetError if the target has no instructions for this precision."""
+    if str(target.kind.name) == "cuda":
+        if precision == "bf16" and int(str(target.attrs["arch"])[3:]) < _OLDEST_BF16:
+            raise TargetError(
+                f"precision 'bf16' needs a GPU from sm_{_OLDEST_BF16} on, which {target.attrs['arch']} is not: compile "
+                "with precision='fp16'"
+            )
+        return
+    if precision == "fp16":
+        raise TargetError("precision 'fp16' is for GPUs; a CPU computes in 'fp32', or in 'bf16' where it can")
     if precision != "bf16":
         return
     with target:
@@ -70,7 +107,8 @@ def check_precision(target: tvm.target.Target, precision: str) -> None:
 
 def describe(name: str, target: tvm.target.Target) -> TargetSpec:
     """What the artifact records of its target: architecture, CPU and the features that loading it checks."""
-    return TargetSpec(name, _arch(target), str(target.attrs["mcpu"]), _checkable(target))  # type: ignore[arg-type]
+    cpu = target.host if str(target.kind.name) == "cuda" else target
+    return TargetSpec(name, _arch(cpu), str(cpu.attrs["mcpu"]), _checkable(cpu), architectures(name))  # type: ignore[arg-type]
 
 
 def _arch(target: tvm.target.Target) -> str:

@@ -6,11 +6,11 @@ the keys [seq_begin, seq_end). Whoever makes them puts the long sequences first:
 last ones to finish are short.
 
 Strategy
-1. A block takes the queries of one task for one head, a warp 16 of them, two lanes a query. Keys and values pass through
-   shared memory, some dozens at a time, and no score ever reaches global memory.
+1. A block takes the queries of one task for one head, a warp 16 of them, two lanes a query. Keys and values pass
+   through shared memory, some dozens at a time, and no score ever reaches global memory.
 2. Online softmax: a query keeps its running maximum, the sum that belongs to it and the weighted values; a larger
-   maximum scales them down. Each lane sums on its own, the two meet once, at the end. The scale carries log2(e), so that
-   a weight is one power of two.
+   maximum scales them down. Each lane sums on its own, the two meet once, at the end. The scale carries log2(e), so
+   that a weight is one power of two.
 3. fp16 and bf16 multiply in tensor cores (`attention_tensor_cores.py`), fp32 in registers (`attention_registers.py`).
 4. Keys past the end of a sequence repeat the last one and weigh nothing; queries past it are not stored.
 

@@ -130,7 +130,7 @@ def load_tile_macro(rows: HeadRows, which: int, height: int) -> Macro:
     def load_tile(tile, x, task, first_row):
         for i in T.unroll(pieces // threads):
             copy(tile, x, task, first_row + (i * threads + task.thread) // per_row, i * threads + task.thread)
-        if has_rest:
+        if has_rest:  # noqa: SIM102  the outer one is decided when the kernel is built
             if pieces // threads * threads + task.thread < pieces:
                 copy(
                     tile,

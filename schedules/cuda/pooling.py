@@ -1,7 +1,7 @@
 """Pooling on a GPU: one row per sequence of a packed ragged batch, its first row or the mean of its rows.
 
-Layout: x `(m, 1, hidden)` or wider, fp32, fp16 or bf16; out fp32 `(b, 1, hidden)`; m and b symbolic. `cu_seqlens`: int32
-`(b + 1,)`, ascending from 0: every sequence has a row. Any hidden.
+Layout: x `(m, 1, hidden)` or wider, fp32, fp16 or bf16; out fp32 `(b, 1, hidden)`; m and b symbolic. `cu_seqlens`:
+int32 `(b + 1,)`, ascending from 0: every sequence has a row. Any hidden.
 
 A block takes a strip of columns of one sequence, a lane some neighbouring columns. For the mean its warps take every
 eighth row each, and the first warp adds up what they found, in a fixed order.

@@ -9,7 +9,8 @@ with 128-bit accesses, reduces it in registers, and the team combines its thread
    values of all warps for itself: no second barrier broadcasts the result. Each reduction of a kernel has a place of
    its own in shared memory, so that none waits for the readers of the one before.
 
-Rows stay in registers between reductions: a kernel reads its input once. Rows too long for that are read once per sweep.
+Rows stay in registers between reductions: a kernel reads its input once. Rows too long for that are read once per
+sweep.
 
 How a row is spread is a schedule decision (`row_form`), not a branch in the kernel: as many lanes of a warp as a row
 has vectors, for rows of up to 1,024 elements, a block for longer ones, X so that registers suffice.
@@ -224,7 +225,7 @@ def load_rows_macro(form: RowForm, dtype: str, neutral: float = 0.0, added: bool
 
 
 def gather_rows_macro(form: RowForm, dtype: str, added: bool = False) -> Macro:
-    """`gather_rows(strip, table, ids, team, segment)`: the same from the rows of a table that ids, `(rows, 1)`, name."""
+    """`gather_rows(strip, table, ids, team, segment)`: the same from rows of a table, by ids `(rows, 1)`."""
     fill = _fill_macro(form, dtype, 0.0, added)
 
     @T.inline
@@ -327,7 +328,7 @@ def each_chunk_macro(form: RowForm) -> Macro:
 
 
 def store_chunk_macro(form: RowForm, dtype: str) -> Macro:
-    """`store_chunk(out, team, column, element)`: element(row, position in the chunk) from that column of the rows on."""
+    """`store_chunk(out, team, column, element)`: element(row, position in chunk) from that column of the rows on."""
 
     @T.inline
     def store_chunk(out, team, column, element):

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from turbo_tvm.errors import MemoryBudgetError
-from turbo_tvm.runtime.buffers import KEPT_SHAPES, Buffers, Input, aligned_empty
+from turbo_tvm.runtime.buffers import Buffers
+from turbo_tvm.runtime.devices import KEPT_SHAPES, HostInput, aligned_empty
 from turbo_tvm.runtime.manifest import BufferSpec
 from turbo_tvm.runtime.memory_planner import ALIGNMENT
 
@@ -96,7 +97,7 @@ def test_a_budget_is_kept():
 
 
 def test_an_input_is_filled_in_place_and_keeps_its_tensors():
-    memory = Input("int32")
+    memory = HostInput("int32")
     large = memory.tensor(np.full((5, 12), 7))
     small = memory.tensor(np.arange(24).reshape(2, 12))
     assert small.data_ptr() == large.data_ptr() and small.data_ptr() % ALIGNMENT == 0
@@ -106,7 +107,7 @@ def test_an_input_is_filled_in_place_and_keeps_its_tensors():
 
 
 def test_an_input_grows_and_forgets_its_old_memory():
-    memory = Input("int64")
+    memory = HostInput("int64")
     old = memory.tensor(np.ones((1, 3), np.int64))
     memory.tensor(np.ones((50, 3), np.int64))
     assert memory.tensor(np.zeros((1, 3), np.int64)).data_ptr() != old.data_ptr()
@@ -114,7 +115,7 @@ def test_an_input_grows_and_forgets_its_old_memory():
 
 
 def test_inputs_of_many_shapes_do_not_pile_up():
-    memory = Input("int32")
+    memory = HostInput("int32")
     for length in [*range(1, 200), *range(200, 1, -1)]:
         assert tuple(memory.tensor(np.zeros(length, np.int32)).shape) == (length,)
-    assert len(memory._views) <= KEPT_SHAPES
+    assert len(memory._kept._views) <= KEPT_SHAPES

@@ -37,7 +37,7 @@ SMALL = Manifest(
 )
 FULL = replace(
     SMALL,
-    target=TargetSpec("cpu:x86-64-v3", "x86_64", "x86-64-v3", ("avx2", "fma"), host="llvm"),
+    target=TargetSpec("cpu:x86-64-v3", "x86_64", "x86-64-v3", ("avx2", "fma"), ("sm_80",)),
     layout="padded",
     row_tile=12,
     query_tile=6,
@@ -81,7 +81,7 @@ WRONG = [
     (["row_tile"], 2**63, "field row_tile must be a 64-bit integer"),
     (["row_tile"], "12", "field row_tile must be a 64-bit integer, is '12'"),
     (["row_tile"], 12.0, "field row_tile must be a 64-bit integer"),
-    (["precision"], "int4", "field precision must be one of fp32, bf16, is 'int4'"),
+    (["precision"], "int4", "field precision must be one of fp32, bf16, fp16, is 'int4'"),
     (["precision"], ["fp32"], "field precision must be one of fp32, bf16"),
     (["layout"], None, "field layout must be one of packed, padded"),
     (["primary"], "logits", r"field primary must be one of the outputs \['hidden', 'score'\]"),
@@ -89,7 +89,7 @@ WRONG = [
     (["target", "triple_arch"], "riscv64", "field target.triple_arch must be one of x86_64, aarch64"),
     (["target", "features"], "avx2", "field target.features must be a list"),
     (["target", "features", 1], 7, r"field target.features\[1\] must be a string"),
-    (["target", "host"], 7, "field target.host must be a string"),
+    (["target", "architectures"], 7, "field target.architectures must be a list"),
     (["outputs", 1, "squeeze"], 1, r"field outputs\[1\].squeeze must be true or false"),
     (["outputs", 0, "dtype"], "float8", r"field outputs\[0\].dtype must be one of"),
     (["inputs", 1, "name"], "ids", "field inputs has the name 'ids' 2 times"),

@@ -13,7 +13,7 @@ from turbo_tvm.errors import TurboError
 from turbo_tvm.frontends.torch_module import import_module
 from turbo_tvm.loader import open_model
 from turbo_tvm.runtime import batch as packing
-from turbo_tvm.runtime.buffers import aligned_empty
+from turbo_tvm.runtime.devices import aligned_empty
 from turbo_tvm.runtime.executor import Executor
 from turbo_tvm.runtime.memory_check import dead_memory_is_nan
 from turbo_tvm.schedules.tiles import cpu_tiles

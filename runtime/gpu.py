@@ -1,0 +1,62 @@
+"""Machine code on an NVIDIA GPU: which of an artifact's, and how TVM's loader comes by it.
+
+TVM keeps the CUDA source in a library and asks the function `tvm_callback_cuda_compile` for machine code when it loads
+one. Here that function looks up what the artifact brought, by the source's sum: no compiler runs where a model is
+served.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from typing import Any
+
+from turbo_tvm.errors import ArtifactError
+
+_COMPILE = "tvm_callback_cuda_compile"
+_known: dict[str, bytes] = {}  # machine code by the sum of its source
+
+
+def choose(architectures: Iterable[str]) -> str:
+    """The architecture whose code this machine's first GPU runs: its own, or an older one of its generation.
+
+    Raises ArtifactError if there is no GPU, or none of the architectures fits it.
+    """
+    import tvm
+
+    names = sorted(architectures, key=lambda name: int(name[3:]))
+    device = tvm.cuda(0)
+    if not device.exist:
+        raise ArtifactError(
+            f"this model was compiled for NVIDIA GPUs ({', '.join(names)}), and this machine has none that can be "
+            "used: load it where one is, or compile the model for this CPU"
+        )
+    major, minor = (int(part) for part in str(device.compute_version).split("."))
+    fitting = [name for name in names if int(name[3:]) // 10 == major and int(name[3:]) % 10 <= minor]
+    if not fitting:
+        raise ArtifactError(
+            f"this machine's GPU is an sm_{major}{minor}, and the artifact holds code for {', '.join(names)}: compile "
+            f"the model with target='cuda:sm_{major}{minor}'"
+        )
+    return fitting[-1]
+
+
+def provide(source_sum: str, code: bytes) -> None:
+    """Let TVM find this machine code when it loads the source of that sha256, in hexadecimal digits."""
+    import tvm_ffi
+
+    _known[source_sum] = code
+    before = tvm_ffi.get_global_func(_COMPILE, allow_missing=True)
+    if getattr(provide, "installed", False):
+        return
+
+    def compiled(source: str) -> Any:
+        found = _known.get(hashlib.sha256(source.encode()).hexdigest())
+        if found is not None:
+            return found
+        if before is None:
+            raise ArtifactError("the artifact's library holds GPU code that its manifest does not vouch for")
+        return before(source)
+
+    tvm_ffi.register_global_func(_COMPILE, compiled, override=True)
+    provide.installed = True  # type: ignore[attr-defined]
