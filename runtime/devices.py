@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 import tvm
 
+from turbo_tvm.runtime.dlpack import tensor_at
 from turbo_tvm.runtime.memory_planner import ALIGNMENT
 
 GROWTH = 1.25  # room for the next, slightly longer batch
@@ -89,7 +90,8 @@ class Gpu:
         self, block: tvm.runtime.Tensor, offset: int, dtype: np.dtype, shape: tuple[int, ...]
     ) -> tvm.runtime.Tensor:
         """A view of the block."""
-        return block._create_view(shape, str(dtype), offset)
+        place = (self.handle.dlpack_device_type(), self.handle.index)
+        return tensor_at(block.data_ptr() + offset, dtype, shape, place)
 
     def upload(self, array: np.ndarray) -> tvm.runtime.Tensor:
         """A copy on the GPU."""

@@ -22,7 +22,9 @@ from turbo_tvm import config
 from turbo_tvm.errors import CompileError, TargetError
 from turbo_tvm.runtime.manifest import DeviceKernelSpec
 
-_FLAGS = ["-O3", "-std=c++17", "-Xptxas", "-v", "-cubin"]
+_FLAGS = ["-O3", "-std=c++17", "-cubin", "-Xptxas"]
+# ptxas trades registers for occupancy by itself, and sometimes spills a few; where it does, it is asked to use fewer.
+_TRIES = ("-v", "-v,--register-usage-level=3")
 _ENTRY = re.compile(r"Compiling entry function '(\w+)' for 'sm_(\w+)'")
 _SPILL = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 _USED = re.compile(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?")
@@ -53,9 +55,14 @@ def compile_source(
         threads = {name: int(count) for count, name in _THREADS.findall(source)}
 
         def run(architecture: str) -> tuple[bytes, list[DeviceKernelSpec]]:
-            done = _nvcc(nvcc, path, architecture)
+            tries = []
+            for options in _TRIES:
+                cubin, report = _nvcc(nvcc, path, architecture, options)
+                tries.append((cubin, _resources(report, architecture, threads)))
+                if not _spilled(tries[-1][1]):
+                    break
             say(f"machine code for {architecture} is made")
-            return done[0], _resources(done[1], architecture, threads)
+            return min(tries, key=lambda made: _spilled(made[1]))
 
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
             results = dict(zip(architectures, pool.map(run, architectures), strict=True))
@@ -83,9 +90,13 @@ def known_architectures(nvcc: str) -> tuple[str, ...]:
     return tuple(sorted(names, key=lambda name: int(name[3:])))
 
 
-def _nvcc(nvcc: str, source: Path, architecture: str) -> tuple[bytes, str]:
+def _spilled(kernels: list[DeviceKernelSpec]) -> int:
+    return sum(kernel.spill_bytes for kernel in kernels)
+
+
+def _nvcc(nvcc: str, source: Path, architecture: str, options: str) -> tuple[bytes, str]:
     cubin = source.with_name(f"{architecture}.cubin")
-    command = [nvcc, *_FLAGS, f"-arch={architecture}", "-o", str(cubin), str(source)]
+    command = [nvcc, *_FLAGS, options, f"-arch={architecture}", "-o", str(cubin), str(source)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise CompileError(f"nvcc failed for {architecture}: {done.stderr.strip()[:2000]}")

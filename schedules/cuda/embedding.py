@@ -11,7 +11,7 @@ import tvm
 from tvm.script import tirx as T
 
 from turbo_tvm.schedules.cuda import reduction
-from turbo_tvm.schedules.cuda.normalization import REGISTERS, normalize_macro
+from turbo_tvm.schedules.cuda.normalization import normalize_macro
 from turbo_tvm.schedules.cuda.reduction import RowForm, Team
 from turbo_tvm.schedules.cuda.script import KERNEL_ATTRS
 from turbo_tvm.schedules.embedding import MAX_TABLES
@@ -38,7 +38,7 @@ def embedding(
         raise ValueError(f"{tables} tables: 1 to {MAX_TABLES} are supported")
     out_rows = out or RowFormat(hidden)
     formats = (out_rows, RowFormat(hidden, table_type))
-    form = form or reduction.row_form(hidden, reduction.vector_width(hidden, *formats), registers=REGISTERS)
+    form = form or reduction.row_form(hidden, reduction.vector_width(hidden, *formats))
     gather, add = (reduction.gather_rows_macro(form, table_type, added=added) for added in (False, True))
     normalize = normalize_macro(form, eps=norm_eps or 0.0, kind="layer", out=out_rows, vectors=vectors)
     each_chunk, store_chunk = reduction.each_chunk_macro(form), reduction.store_chunk_macro(form, out_rows.dtype)

@@ -89,9 +89,8 @@ def pool(*, hidden: int, mode: str, x: RowFormat | None = None) -> tvm.tirx.Prim
                                     add_warps(sums, partials, lane)
                                     for j in T.unroll(vector):
                                         sums[j] = sums[j] / T.cast(length, "float32")
-                            if warp == 0:
-                                if column < hidden:
-                                    for j in T.vectorized(vector):
-                                        out[sequence, 0, column + j] = sums[j]
+                            if T.And(warp == 0, column < hidden):
+                                for j in T.vectorized(vector):
+                                    out[sequence, 0, column + j] = sums[j]
 
     return kernel
