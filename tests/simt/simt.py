@@ -104,6 +104,10 @@ class Counts:
     bank_conflicts: int
     atomics: int
 
+    def __add__(self, other: Counts) -> Counts:
+        """Of two runs together."""
+        return Counts(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
     @property
     def global_requests(self) -> int:
         """Loads and stores."""

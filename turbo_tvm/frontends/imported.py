@@ -13,7 +13,7 @@ from tvm import ir
 from turbo_tvm.runtime.manifest import Bounds, PositionRule
 
 # Of an output's largest value: well above rounding, well below another answer.
-TOLERANCES = {"fp32": 1e-3, "bf16": 0.1}
+TOLERANCES = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.02}
 
 
 @dataclass(frozen=True)
