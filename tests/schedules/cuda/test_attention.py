@@ -1,0 +1,135 @@
+"""Ragged attention against float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from cuda_kernels import DTYPES, ULP, loaded, stored
+
+from turbo_tvm.runtime import batch
+from turbo_tvm.schedules.cuda.attention import MAX_HEAD_DIM, attention
+from turbo_tvm.schedules.cuda.tiles import CUDA_TILES
+from turbo_tvm.schedules.rows import RowFormat
+
+pytestmark = pytest.mark.xdist_group("cuda-attention")
+
+
+def kernel(heads, head_dim, dtype, longest, *, bias=False, out=None, scale=None, merged=True, wider=0):
+    inner = heads * head_dim
+    width = (3 * inner if merged else inner) + wider
+    places = [(width, i * inner) for i in range(3)] if merged else [(width, 0)] * 3
+    return attention(
+        CUDA_TILES,
+        heads=heads,
+        head_dim=head_dim,
+        scale=scale or head_dim**-0.5,
+        max_length=longest,
+        position_bias=bias,
+        x=RowFormat(width, dtype),
+        out=RowFormat(inner, out or dtype),
+        **dict(zip("qkv", places, strict=True)),
+    )
+
+
+def check(gpu, heads, head_dim, dtype, lengths, *, change=lambda q, k, v: None, **options):
+    inner, longest = heads * head_dim, max(lengths)
+    merged, wider, biased = options.get("merged", True), options.get("wider", 0), options.get("bias", False)
+    scale, out_type = options.get("scale") or head_dim**-0.5, options.get("out") or dtype
+    rng, limits = np.random.default_rng(0), batch.boundaries(list(lengths))
+    q, k, v = (rng.normal(size=(sum(lengths), inner)) for _ in range(3))
+    change(q, k, v)
+    parts = [stored(part, dtype) for part in (q, k, v)]
+    spare = np.full((len(q), wider), 0x7E, np.uint16 if dtype != "float32" else np.uint32).view(parts[0].dtype)
+    if merged:
+        whole = np.concatenate([*parts, spare], axis=1)[:, None]
+        rows = [whole] * 3
+    else:
+        rows = [np.concatenate([part, spare], axis=1)[:, None] for part in parts]
+    table = rng.normal(size=(heads, 2 * longest - 1)).astype(np.float32)
+    tiles = batch.query_tiles(limits, CUDA_TILES.query_tile, longest_first=True)
+    module = gpu.build({"f": kernel(heads, head_dim, dtype, longest, **options)})
+    inputs = [*rows, tiles, *([table] if biased else [])]
+    found = loaded(gpu.run(module, "f", inputs, np.zeros((len(q), 1, inner), out_type)))[:, 0]
+    q, k, v = (loaded(part) for part in parts)
+    for begin, end in zip(limits[:-1], limits[1:], strict=True):
+        index = np.arange(end - begin)
+        for head in range(heads):
+            at = np.s_[begin:end, head * head_dim : (head + 1) * head_dim]
+            scores = q[at] @ k[at].T * scale
+            if biased:
+                scores += table[head][index[None] - index[:, None] + longest - 1]
+            weights = np.exp(scores - scores.max(1, keepdims=True))
+            weights /= weights.sum(1, keepdims=True)
+            want = weights @ v[at]
+            # The weights are rounded to the operands' format; scores are sums of head_dim products in fp32.
+            rounded = 0 if dtype == "float32" else ULP[dtype]
+            error = (rounded + 2e-6 + 5e-7 * np.abs(scores).max()) * (weights @ np.abs(v[at]))
+            error += ULP[out_type] / 2 * np.abs(want) + 1e-7
+            assert (np.abs(found[at] - want) <= error).all()
+    return gpu.counts()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [16, 32, 64, 128])
+def test_ragged_batches_match_float64(gpu, dtype, head_dim):
+    check(gpu, 2, head_dim, dtype, (1, 7, 31, 32, 33, 64, 127, 128, 5))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length", [500, 768, 1024, 3072, 4099])
+def test_long_sequences(gpu, dtype, length):
+    with gpu.device.uncounted():
+        check(gpu, 1, 16, dtype, (length, 3))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [1, 7, 20, 80, 100])
+def test_heads_of_any_width(gpu, dtype, head_dim):
+    check(gpu, 3, head_dim, dtype, (65, 1, 40))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", [{"merged": False}, {"wider": 8}, {"bias": True}, {"scale": 1.0}, {"out": "float32"}])
+def test_options(gpu, dtype, options):
+    check(gpu, 2, 32, dtype, (70, 3, 33), **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("batch_size", [1, 3, 17, 64])
+def test_many_short_sequences(gpu, dtype, batch_size):
+    check(gpu, 1, 32, dtype, [1 + i % 5 for i in range(batch_size)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scores_far_apart(gpu, dtype):
+    """Each query has one key that outweighs all others by e^40, met early by some and late by others."""
+
+    def change(q, k, v):
+        q[:] = k[:] = 0
+        q[:, 0] = 1
+        k[::50, 0] = 160
+
+    check(gpu, 1, 16, dtype, (200, 51, 7), change=change)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scores_all_alike(gpu, dtype):
+    def change(q, k, v):
+        q[:] = 0
+
+    check(gpu, 1, 16, dtype, (130, 1), change=change)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "uint16"])
+def test_counts(gpu, dtype):
+    """Products in tensor cores, no score in global memory: reads and writes are those of q, k, v and the output."""
+    counts = check(gpu, 1, 64, dtype, (128,))
+    assert counts.mma == 2 * (128 // 16) ** 2 * (64 // 16)
+    queries, tiles = 128 * 64 * 2, 2
+    assert counts.global_store_bytes == queries
+    assert counts.global_load_bytes <= queries + tiles * 2 * queries + 4096  # each block reads all keys and values
+
+
+def test_heads_too_wide():
+    with pytest.raises(ValueError, match=f"at most {MAX_HEAD_DIM}"):
+        kernel(1, MAX_HEAD_DIM + 1, "float32", 8)

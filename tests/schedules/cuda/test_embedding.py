@@ -1,0 +1,44 @@
+"""Embedding against float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from cuda_kernels import DTYPES, allowed, loaded, stored
+
+from turbo_tvm.schedules.cuda.embedding import embedding
+from turbo_tvm.schedules.rows import RowFormat
+
+SIZES = (1000, 2, 300)
+EPS = 1e-12
+
+
+@pytest.mark.xdist_group("cuda-embedding")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("normalised", [False, True])
+@pytest.mark.parametrize(("hidden", "tables"), [(768, 3), (33, 1), (100, 2), (1, 1), (4099, 2)])
+def test_matches_float64(gpu, dtype, normalised, hidden, tables):
+    rng = np.random.default_rng(0)
+    held = [stored(rng.normal(size=(size, hidden)), dtype) for size in SIZES[:tables]]
+    gamma, beta = (stored(rng.normal(size=hidden), dtype) for _ in range(2))
+    options = {"norm_eps": EPS if normalised else None, "table_type": dtype, "vectors": dtype}
+    module = gpu.build({"f": embedding(hidden=hidden, tables=tables, out=RowFormat(hidden, dtype), **options)})
+    for m in (1, 3, 17, 64):
+        ids = [rng.integers(0, size, (m, 1), dtype=np.int32) for size in SIZES[:tables]]
+        inputs = [*ids, *held, *([gamma, beta] if normalised else [])]
+        found = loaded(gpu.run(module, "f", inputs, np.zeros((m, 1, hidden), dtype)))[:, 0]
+        want = sum(loaded(table)[i[:, 0]] for i, table in zip(ids, held, strict=True))
+        error = 1e-6
+        if normalised:
+            spread = np.sqrt(want.var(-1, keepdims=True) + EPS)
+            centred = want - want.mean(-1, keepdims=True)
+            # The sum is rounded to 1e-7; a row of one column has no spread, and is beta to the last bit.
+            error = np.where(spread > 1e-5, 3e-7 * (np.abs(want).max() / spread), 0) * np.abs(loaded(gamma)) + 1e-6
+            want = centred / spread * loaded(gamma) + loaded(beta)
+        assert (np.abs(found - want) <= allowed(want, dtype, error)).all()
+
+
+@pytest.mark.parametrize("tables", [0, 4])
+def test_too_many_tables(tables):
+    with pytest.raises(ValueError, match="1 to 3 are supported"):
+        embedding(hidden=8, tables=tables)

@@ -1,0 +1,47 @@
+"""Pooling, and copies between formats, against float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from cuda_kernels import DTYPES, loaded, stored
+
+from turbo_tvm.runtime import batch
+from turbo_tvm.schedules.cuda.pooling import pool
+from turbo_tvm.schedules.cuda.rows import cast_rows
+from turbo_tvm.schedules.pooling import MODES
+from turbo_tvm.schedules.rows import RowFormat
+
+pytestmark = pytest.mark.xdist_group("cuda-embedding")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("hidden", "wider"), [(768, 0), (100, 4), (33, 0), (1, 0), (4099, 0)])
+def test_matches_float64(gpu, dtype, mode, hidden, wider):
+    lengths = (1, 2, 7, 8, 9, 31, 64, 3)
+    values = np.random.default_rng(0).normal(size=(sum(lengths), 1, hidden + wider))
+    x = stored(values, dtype)
+    module = gpu.build({"f": pool(hidden=hidden, mode=mode, x=RowFormat(hidden + wider, dtype))})
+    limits = batch.boundaries(list(lengths))
+    found = gpu.run(module, "f", [x, limits], np.zeros((len(lengths), 1, hidden), np.float32))[:, 0]
+    parts = np.split(loaded(x)[:, 0, :hidden], limits[1:-1])
+    want = np.stack([part[0] if mode == "first" else part.mean(0) for part in parts])
+    np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-6)
+
+
+def test_an_unknown_mode():
+    with pytest.raises(ValueError, match="unknown pooling mode 'max'"):
+        pool(hidden=8, mode="max")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "uint16"])
+@pytest.mark.parametrize(("columns", "wider"), [(768, 0), (33, 0), (100, 4)])
+def test_casts_round_to_nearest_even(gpu, dtype, columns, wider):
+    x = (np.random.default_rng(0).normal(size=(17, 1, columns)) * 10.0 ** np.arange(-8, 9)[:, None, None]).astype("f4")
+    x[0, 0, 0], x[1, 0, 0], x[2, 0, 0] = np.inf, -np.inf, 1e-44
+    module = gpu.build({"f": cast_rows(columns=columns, out=RowFormat(columns + wider, dtype))})
+    found = gpu.run(module, "f", [x], np.zeros((17, 1, columns + wider), dtype))
+    with np.errstate(over="ignore"):
+        np.testing.assert_array_equal(found[..., :columns], stored(x, dtype))
+    assert (np.ascontiguousarray(found[..., columns:]).view(np.uint8) == 0xFF).all()
