@@ -75,7 +75,7 @@ def tensor_at(address: int, dtype: np.dtype, shape: tuple[int, ...], device: tup
     if not header:
         raise MemoryError("there is no memory for a tensor's header")
     dimensions = (ctypes.c_int64 * (2 * rank)).from_address(header + ctypes.sizeof(_Managed))
-    dimensions[:] = (*shape, *(math.prod(shape[i + 1 :]) for i in range(rank)))
+    dimensions[:] = [*shape, *(math.prod(shape[i + 1 :]) for i in range(rank))]
     extents = ctypes.cast(ctypes.addressof(dimensions), _Int64s)
     strides = ctypes.cast(ctypes.addressof(dimensions) + 8 * rank, _Int64s)
     managed = _Managed.from_address(header)

@@ -15,15 +15,18 @@ import numpy as np
 import tvm
 from tvm.runtime.vm import VirtualMachine
 
+from turbo_tvm import config
 from turbo_tvm.errors import TurboError
 from turbo_tvm.runtime import batch as packing
 from turbo_tvm.runtime.batch import Batch
 from turbo_tvm.runtime.buffers import Buffers
 from turbo_tvm.runtime.devices import Device, Gpu, Host
+from turbo_tvm.runtime.graph_replay import GraphReplay
 from turbo_tvm.runtime.manifest import Manifest, OutputSpec
 from turbo_tvm.runtime.memory_table import Symbols
 
 BIG_CORES = 1  # a mode of TVM's thread pool
+CAPTURED = "main_captured"  # the function that replays `main` as a CUDA graph
 
 Results = dict[str, list[np.ndarray]]
 
@@ -37,7 +40,11 @@ class Executor:
         self.threads = threads
         self.device: Device = Gpu() if manifest.target.device == "cuda" else Host()
         self._module = module
-        self._main = self._own = self.another_vm()["main"]
+        machine = self.another_vm()
+        self._main = self._own = machine["main"]
+        self._replay: GraphReplay | None = None
+        if manifest.target.device == "cuda" and config.cuda_graphs():
+            self._replay = GraphReplay(self._own, machine[CAPTURED], self._forget)
         self._inputs = [self.device.input(spec.dtype) for spec in manifest.inputs]
         self._weights = [self.device.upload(weights[p.name]) for p in manifest.parameters]
         self.buffers = Buffers(manifest.buffers, forget=self._forget, device=self.device)
@@ -100,7 +107,10 @@ class Executor:
     def _forget(self) -> None:
         """Let go of the last results, which lie in memory that is to be freed: TVM's VM keeps them until its next."""
         if self._main is self._own:
-            self._main = self._own = self.another_vm()["main"]
+            machine = self.another_vm()
+            self._main = self._own = machine["main"]
+            if self._replay is not None:
+                self._replay.renew(self._own, machine[CAPTURED])
 
     @property
     def function(self) -> Callable[..., Any]:
@@ -130,7 +140,10 @@ class Executor:
             memory.tensor(arrays[spec.kind]()) for memory, spec in zip(self._inputs, manifest.inputs, strict=True)
         ]
         try:
-            out = self._main(*inputs, *self._weights, *buffers)
+            if self._replay is not None and self._main is self._own:
+                out = self._replay(inputs, self._weights, buffers)
+            else:
+                out = self._main(*inputs, *self._weights, *buffers)
         except TurboError:
             raise
         except Exception as error:  # TVM raises Python's own exceptions

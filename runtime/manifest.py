@@ -139,7 +139,8 @@ class ParameterSpec:
 class KernelSpec:
     """One distinct kernel and how often a run calls it, for `inspect` and the cost model.
 
-    flops_per_token, flops_per_pair (a pair is a query and a key) and bytes_weights are for one call.
+    flops_per_token, flops_per_pair (a pair is a query and a key), bytes_per_token (of rows in and out) and
+    bytes_weights are for one call.
     """
 
     name: str
@@ -149,21 +150,30 @@ class KernelSpec:
     flops_per_token: float = 0.0
     flops_per_pair: float = 0.0
     bytes_weights: Natural = 0
+    bytes_per_token: Natural = 0
 
 
 @dataclass(frozen=True)
 class DeviceKernelSpec:
-    """What a kernel takes of a GPU of that architecture: per thread, registers; per block, threads and shared memory.
+    """What a kernel takes of a GPU of that architecture, and how often a block meets.
 
-    spill_bytes: per thread, of registers that were stored to memory and loaded again.
+    registers, spill_bytes: per thread; spilled are registers that were stored to memory and loaded again. The rest is
+    per block. rows: of the output, 0 if not known (of attention, queries of one head). barriers, shuffles: the latter
+    as instructions of a warp; per_step: in a loop whose length the batch decides, such as that over keys.
     """
 
     name: str
     architecture: str
-    threads: Positive
     registers: Natural
     spill_bytes: Natural
-    shared_bytes: Natural
+    static_shared_bytes: Natural
+    dynamic_shared_bytes: Natural = 0
+    threads: Positive = 1
+    rows: Natural = 0
+    barriers: Natural = 0
+    barriers_per_step: Natural = 0
+    shuffles: Natural = 0
+    shuffles_per_step: Natural = 0
 
 
 @dataclass(frozen=True)

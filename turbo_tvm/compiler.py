@@ -82,7 +82,7 @@ def compile(
         code = cuda_compiler.DeviceCode()
         if architectures:
             show(f"machine code for {', '.join(architectures)}")
-            code = cuda_compiler.compile_source(built.device_source, architectures)
+            code = cuda_compiler.compile_source(built.device_source, architectures, built.device_counts)
         show("linking")
         manifest = _manifest(imported, optimized, built, targets.describe(target, machine), precision, tiles)
         manifest = replace(manifest, device_kernels=code.kernels, device_source=code.source)

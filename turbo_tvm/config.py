@@ -1,5 +1,6 @@
 """Settings that come from outside: the only place that reads the environment, and what the host offers.
 
+TURBO_TVM_CUDA_GRAPHS   0 to launch a GPU's kernels one by one even for shapes that repeat
 TURBO_TVM_DUMP_IR       a directory; the compiler writes the module after every pass there, as text
 TURBO_TVM_NVCC          NVIDIA's compiler, for CUDA targets; the default is that of CUDA_HOME or CUDA_PATH, else of PATH
 TURBO_TVM_NUM_THREADS   threads per model when the caller names none; the default is one per physical core
@@ -9,6 +10,7 @@ XDG_CACHE_HOME          where the machine's measured limits are kept; the defaul
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import shutil
 import sys
@@ -36,6 +38,11 @@ def cache_directory() -> Path | None:
         return None
 
 
+def cuda_graphs() -> bool:
+    """Whether to replay batches of a shape that repeats as one CUDA graph."""
+    return os.environ.get("TURBO_TVM_CUDA_GRAPHS") != "0"
+
+
 def nvcc() -> str:
     """Where NVIDIA's compiler is. Raises CompileError, which says what to install."""
     named = os.environ.get("TURBO_TVM_NVCC")
@@ -53,6 +60,15 @@ def nvcc() -> str:
         "nvcc, NVIDIA's compiler, was not found. CUDA targets need it where a model is compiled, not where it runs: "
         "install the CUDA toolkit, 12.0 or later, and put its nvcc on PATH, or name it in TURBO_TVM_NVCC"
     )
+
+
+def nvdisasm() -> str | None:
+    """Where NVIDIA's disassembler is: on PATH, or from its Python package; None without one."""
+    found = shutil.which("nvdisasm")
+    if found is None and importlib.util.find_spec("nvidia") is not None:
+        for root in importlib.import_module("nvidia").__path__:
+            found = next((str(path) for path in sorted(Path(root).glob("cu*/bin/nvdisasm"))), found)
+    return found
 
 
 @contextmanager

@@ -12,13 +12,14 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
 from turbo_tvm import config
+from turbo_tvm.device_counts import BlockCounts
 from turbo_tvm.errors import CompileError, TargetError
 from turbo_tvm.runtime.manifest import DeviceKernelSpec
 
@@ -28,7 +29,6 @@ _TRIES = ("-v", "-v,--register-usage-level=3")
 _ENTRY = re.compile(r"Compiling entry function '(\w+)' for 'sm_(\w+)'")
 _SPILL = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 _USED = re.compile(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?")
-_THREADS = re.compile(r"__launch_bounds__\((\d+)\) (\w+)\(")
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,8 @@ class DeviceCode:
     source: str = ""
 
 
-def compile_source(
-    source: str, architectures: Sequence[str], say: Callable[[str], None] = lambda _text: None
-) -> DeviceCode:
-    """Compile a CUDA source for each architecture. say: is told which one is done.
+def compile_source(source: str, architectures: Sequence[str], counts: Mapping[str, BlockCounts]) -> DeviceCode:
+    """Compile a CUDA source for each architecture. counts: what is known of its kernels.
 
     Raises CompileError if nvcc is missing or fails, TargetError for an architecture that it does not know.
     """
@@ -52,16 +50,14 @@ def compile_source(
     with tempfile.TemporaryDirectory(prefix="turbo_tvm_") as directory:
         path = Path(directory) / "kernels.cu"
         path.write_text(source)
-        threads = {name: int(count) for count, name in _THREADS.findall(source)}
 
         def run(architecture: str) -> tuple[bytes, list[DeviceKernelSpec]]:
             tries = []
             for options in _TRIES:
                 cubin, report = _nvcc(nvcc, path, architecture, options)
-                tries.append((cubin, _resources(report, architecture, threads)))
+                tries.append((cubin, _resources(report, architecture, counts)))
                 if not _spilled(tries[-1][1]):
                     break
-            say(f"machine code for {architecture} is made")
             return min(tries, key=lambda made: _spilled(made[1]))
 
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
@@ -103,22 +99,23 @@ def _nvcc(nvcc: str, source: Path, architecture: str, options: str) -> tuple[byt
     return cubin.read_bytes(), done.stderr
 
 
-def _resources(report: str, architecture: str, threads: dict[str, int]) -> list[DeviceKernelSpec]:
-    """What ptxas says of each kernel."""
+def _resources(report: str, architecture: str, counts: Mapping[str, BlockCounts]) -> list[DeviceKernelSpec]:
+    """What ptxas says of each kernel, and what was counted."""
     specs: list[DeviceKernelSpec] = []
     for part in report.split("Compiling entry function")[1:]:
         entry = _ENTRY.match("Compiling entry function" + part)
         spill, used = _SPILL.search(part), _USED.search(part)
         if entry is None or spill is None or used is None:
             raise CompileError(f"nvcc's report on {architecture} is not understood: {part[:300]}")
+        name = entry[1].removesuffix("_kernel")
         specs.append(
             DeviceKernelSpec(
-                name=entry[1].removesuffix("_kernel"),
+                name=name,
                 architecture=architecture,
-                threads=threads[entry[1]],
                 registers=int(used[1]),
                 spill_bytes=int(spill[2]) + int(spill[3]),
-                shared_bytes=int(used[2] or 0),
+                static_shared_bytes=int(used[2] or 0),
+                **vars(counts.get(name, BlockCounts())),
             )
         )
     return specs

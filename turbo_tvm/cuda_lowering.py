@@ -16,6 +16,8 @@ from tvm import ir, s_tir, tirx
 from tvm.s_tir import dlight
 from tvm.tirx import compilation_pipeline
 
+from turbo_tvm import device_counts
+from turbo_tvm.device_counts import BlockCounts
 from turbo_tvm.errors import CompileError
 from turbo_tvm.schedules.cuda.script import SYNCHRONIZED
 
@@ -33,11 +35,14 @@ def source_of(module: tvm.runtime.Module) -> str:
     raise CompileError("TVM made no CUDA code for this model")
 
 
-def register() -> str:
-    """Make the pipeline known to TVM; returns the name to pass as `tir_pipeline`."""
-    compilation_pipeline.register_tir_pipeline(
-        NAME, lambda: (_pipeline, s_tir.pipeline.finalize_host_passes, s_tir.pipeline.finalize_device_passes)
-    )
+def register(counts: dict[str, BlockCounts] | None = None) -> str:
+    """Make the pipeline known to TVM; returns the name to pass as `tir_pipeline`.
+
+    counts: gets what is counted of each kernel that it lowers.
+    """
+    pipeline = _pipeline({} if counts is None else counts)
+    finish = s_tir.pipeline.finalize_host_passes, s_tir.pipeline.finalize_device_passes
+    compilation_pipeline.register_tir_pipeline(NAME, lambda: (pipeline, *finish))
     return NAME
 
 
@@ -50,9 +55,14 @@ def schedule_others(mod: ir.IRModule, _ctx) -> ir.IRModule:
     )(mod)
 
 
-@tvm.transform.module_pass(opt_level=0, name="turbo_tvm.cuda_lowering")
-def _pipeline(mod: ir.IRModule, _ctx) -> ir.IRModule:
+def _pipeline(counts: dict[str, BlockCounts]) -> tvm.transform.Pass:
     s, t = s_tir.transform, tirx.transform
+
+    @tvm.transform.module_pass(opt_level=0, name="turbo_tvm.count")
+    def count(mod: ir.IRModule, _ctx) -> ir.IRModule:
+        counts.update({var.name_hint: device_counts.count(func) for var, func in mod.functions_items()})
+        return mod
+
     return tvm.transform.Sequential(
         [
             s.CanonicalizeLoop(),
@@ -95,11 +105,12 @@ def _pipeline(mod: ir.IRModule, _ctx) -> ir.IRModule:
             s.InferFragment(),
             s.LowerThreadAllreduce(),
             s.MergeSharedMemoryAllocations(),
+            count,
             t.SplitHostDevice(),
             t.MakePackedAPI(),
             _others(t.BF16StorageLegalize()),
         ]
-    )(mod)
+    )
 
 
 def _others(step: tvm.transform.Pass) -> tvm.transform.Pass:

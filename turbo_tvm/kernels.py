@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -316,11 +317,8 @@ def inventory(mod: ir.IRModule, amx: bool = False) -> tuple[KernelSpec, ...]:
         name = kernel_name(fused, out, amx)
         calls[name] += 1
         per_token = any(v.same_as(batch) for v in tirx.analysis.undefined_vars(dims_of(out)[0]))
-        specs.setdefault(name, _describe(name, fused, out, per_token))
-    return tuple(
-        KernelSpec(s.name, s.family, calls[name], s.shapes, s.flops_per_token, s.flops_per_pair, s.bytes_weights)
-        for name, s in specs.items()
-    )
+        specs.setdefault(name, _describe(name, fused, out, per_token, batch))
+    return tuple(replace(spec, calls=calls[name]) for name, spec in specs.items())
 
 
 def composites(func: relax.Function) -> Iterable[tuple[Composite, relax.TensorType]]:
@@ -332,7 +330,7 @@ def composites(func: relax.Function) -> Iterable[tuple[Composite, relax.TensorTy
                 yield fused, binding.value.ty_args[0]
 
 
-def _describe(name: str, fused: Composite, out: relax.TensorType, counts: bool) -> KernelSpec:
+def _describe(name: str, fused: Composite, out: relax.TensorType, counts: bool, batch: tirx.Var) -> KernelSpec:
     columns = true_columns(fused, out)
     constant = [t for t in fused.tensors if all(isinstance(d, int) for d in shape_of(t))]
     weight_bytes = sum(np.dtype(str(t.ty.dtype)).itemsize * _count(shape_of(t)) for t in constant)
@@ -350,7 +348,21 @@ def _describe(name: str, fused: Composite, out: relax.TensorType, counts: bool) 
         )
     elif fused.name == "norm":
         per_token = 8.0 * columns
-    return KernelSpec(name, fused.name, 0, text, per_token if counts else 0.0, per_pair, weight_bytes)
+    row_bytes = _bytes_per_token(fused, out, batch)
+    return KernelSpec(name, fused.name, 0, text, per_token if counts else 0.0, per_pair, weight_bytes, row_bytes)
+
+
+def _bytes_per_token(fused: Composite, out: relax.TensorType, batch: tirx.Var) -> int:
+    """What a kernel reads and writes per token at least: each tensor of rows once, and what it gathers from tables."""
+    distinct: list[relax.Expr] = []
+    for tensor in fused.tensors:
+        if not any(tensor.same_as(other) for other in distinct):
+            distinct.append(tensor)
+    types = [ty for ty in (*(t.ty for t in distinct), out) if dims_of(ty) and batch.same_as(dims_of(ty)[0])]
+    tables = int(fused.attrs["tables"]) if fused.name == "embedding" else 0
+    gathered = [t.ty for t in fused.tensors[tables : 2 * tables]]
+    whole = sum(np.dtype(str(ty.dtype)).itemsize * _count(dims_of(ty)[2:]) for ty in types)
+    return whole + sum(np.dtype(str(ty.dtype)).itemsize * last_dim(ty) for ty in gathered)
 
 
 def _count(shape: list) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,9 @@ from tvm import ir, relax, tirx
 
 from turbo_tvm import config, cuda_lowering
 from turbo_tvm.cuda_kernels import CudaKernels
+from turbo_tvm.device_counts import BlockCounts
 from turbo_tvm.kernels import CpuKernels, composites, has_position_bias, inventory
+from turbo_tvm.passes.capture_graphs import capture_graphs
 from turbo_tvm.passes.fuse_attention import fuse_attention
 from turbo_tvm.passes.fuse_embedding import fuse_embedding
 from turbo_tvm.passes.fuse_linear import fuse_linear
@@ -78,7 +80,7 @@ class Optimized:
 class Built:
     """Code and weights. parameters: prepared weights by name, in call order; memory: what the executor supplies.
 
-    device_source: the CUDA C of the kernels; none for a CPU.
+    device_source: the CUDA C of the kernels; none for a CPU. device_counts: what is counted of each.
     """
 
     executable: relax.VMExecutable
@@ -86,6 +88,7 @@ class Built:
     memory: MemoryPlan
     outputs: tuple[relax.TensorType, ...]
     device_source: str = ""
+    device_counts: dict[str, BlockCounts] = field(default_factory=dict)
 
 
 def packed(tiles: Tiles, max_length: int, precision: str) -> list[Pass]:
@@ -174,11 +177,12 @@ def build(
     outputs = _output_types(main["main"])
     memory = [MemoryPlan()]
     lowering = _lowering(tiles.row_tile if planned else None, memory, cuda)
-    tir_pipeline = cuda_lowering.register() if cuda else "default"
+    counts: dict[str, BlockCounts] = {}
+    tir_pipeline = cuda_lowering.register(counts) if cuda else "default"
     with config.tvm_keeps_cuda_source() if cuda else nullcontext():
         executable = tvm.compile(main, target=target, relax_pipeline=lowering, tir_pipeline=tir_pipeline)
     source = cuda_lowering.source_of(executable.mod) if cuda else ""
-    return Built(executable, parameters, memory[0], outputs, source)
+    return Built(executable, parameters, memory[0], outputs, source, counts)
 
 
 def _prepare_weights(
@@ -222,6 +226,7 @@ def _lowering(row_tile: int | None, memory: list[MemoryPlan], cuda: bool) -> tvm
             t.CallTIRRewrite(),
             supplied_buffers,
             t.StaticPlanBlockMemory(),
+            *([_capture_graphs] if cuda and row_tile is not None else []),
             t.LowerAllocTensor(),
             t.KillAfterLastUse(),
             t.LowerRuntimeBuiltin(),
@@ -231,6 +236,11 @@ def _lowering(row_tile: int | None, memory: list[MemoryPlan], cuda: bool) -> tvm
             t.AttachGlobalSymbol(),
         ]
     )
+
+
+@tvm.transform.module_pass(opt_level=0, name="turbo_tvm.capture_graphs")
+def _capture_graphs(mod: ir.IRModule, _ctx) -> ir.IRModule:
+    return capture_graphs(mod)
 
 
 def _memory_symbols(main: relax.Function, row_tile: int) -> dict[str, ir.Expr]:

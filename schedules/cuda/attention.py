@@ -25,7 +25,7 @@ from tvm.script import tirx as T
 from turbo_tvm.schedules.cuda import attention_registers, attention_tensor_cores
 from turbo_tvm.schedules.cuda.attention_task import HeadRows, Scores, Task
 from turbo_tvm.schedules.cuda.products import WARP
-from turbo_tvm.schedules.cuda.script import KERNEL_ATTRS, operand_type
+from turbo_tvm.schedules.cuda.script import kernel_attrs, operand_type
 from turbo_tvm.schedules.cuda.tiles import CudaTiles
 from turbo_tvm.schedules.rows import RowFormat
 from turbo_tvm.schedules.script import without_parameters
@@ -73,7 +73,7 @@ def attention(
         bias_arg: T.handle,
         out_arg: T.handle,
     ):
-        T.func_attr(KERNEL_ATTRS)
+        T.func_attr(kernel_attrs(tiles.query_tile))
         m = T.int32()
         nq = T.int32()
         q_stored = T.match_buffer(q_arg, (m, 1, q_width), stored)

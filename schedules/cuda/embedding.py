@@ -13,7 +13,7 @@ from tvm.script import tirx as T
 from turbo_tvm.schedules.cuda import reduction
 from turbo_tvm.schedules.cuda.normalization import normalize_macro
 from turbo_tvm.schedules.cuda.reduction import RowForm, Team
-from turbo_tvm.schedules.cuda.script import KERNEL_ATTRS
+from turbo_tvm.schedules.cuda.script import kernel_attrs
 from turbo_tvm.schedules.embedding import MAX_TABLES
 from turbo_tvm.schedules.rows import RowFormat
 from turbo_tvm.schedules.script import without_parameters
@@ -84,7 +84,7 @@ def embedding(
         beta_arg: T.handle,
         out_arg: T.handle,
     ):
-        T.func_attr(KERNEL_ATTRS)
+        T.func_attr(kernel_attrs(form.rows * form.teams))
         m = T.int32()
         rows_0 = T.int32()
         rows_1 = T.int32()

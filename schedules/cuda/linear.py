@@ -31,7 +31,7 @@ from turbo_tvm.schedules.cuda import products
 from turbo_tvm.schedules.cuda.numbers import BF16_STORAGE, from_float, to_float
 from turbo_tvm.schedules.cuda.products import WARP
 from turbo_tvm.schedules.cuda.reduction import vector_width
-from turbo_tvm.schedules.cuda.script import KERNEL_ATTRS, operand_type, sync_block
+from turbo_tvm.schedules.cuda.script import kernel_attrs, operand_type, sync_block
 from turbo_tvm.schedules.cuda.tiles import CudaTiles
 from turbo_tvm.schedules.rows import RowFormat
 from turbo_tvm.schedules.script import without_parameters
@@ -164,7 +164,7 @@ def linear(
         residual_arg: T.handle,
         out_arg: T.handle,
     ):
-        T.func_attr(KERNEL_ATTRS)
+        T.func_attr(kernel_attrs(height))
         m = T.int32()
         x_stored = T.match_buffer(x_arg, (m, 1, x_rows.width), x_rows.dtype)
         w_stored = T.match_buffer(weight_arg, (panels, k, columns), x_rows.dtype)

@@ -23,7 +23,7 @@ from tvm.script import tirx as T
 from turbo_tvm.schedules.cuda import reduction
 from turbo_tvm.schedules.cuda.numbers import to_float
 from turbo_tvm.schedules.cuda.reduction import RowForm, Team, add
-from turbo_tvm.schedules.cuda.script import KERNEL_ATTRS
+from turbo_tvm.schedules.cuda.script import kernel_attrs
 from turbo_tvm.schedules.rows import RowFormat
 from turbo_tvm.schedules.script import without_parameters
 
@@ -185,7 +185,7 @@ def norm(
         beta_arg: T.handle,
         out_arg: T.handle,
     ):
-        T.func_attr(KERNEL_ATTRS)
+        T.func_attr(kernel_attrs(form.rows * form.teams))
         m = T.int32()
         source = T.match_buffer(x_arg, (m, 1, x_rows.width), x_rows.dtype)
         residual_rows = T.match_buffer(residual_arg, (m, 1, extra_rows.width), extra_rows.dtype)

@@ -15,7 +15,7 @@ from tvm.script import tirx as T
 from turbo_tvm.schedules.cuda.numbers import to_float
 from turbo_tvm.schedules.cuda.products import WARP
 from turbo_tvm.schedules.cuda.reduction import vector_width
-from turbo_tvm.schedules.cuda.script import KERNEL_ATTRS, sync_block
+from turbo_tvm.schedules.cuda.script import kernel_attrs, sync_block
 from turbo_tvm.schedules.pooling import MODES
 from turbo_tvm.schedules.rows import RowFormat
 
@@ -52,7 +52,7 @@ def pool(*, hidden: int, mode: str, x: RowFormat | None = None) -> tvm.tirx.Prim
 
     @T.prim_func(private=True, s_tir=True)
     def kernel(x_arg: T.handle, cu_seqlens_arg: T.handle, out_arg: T.handle):
-        T.func_attr(KERNEL_ATTRS)
+        T.func_attr(kernel_attrs(1))
         m = T.int32()
         bounds = T.int32()
         b = T.int32()

@@ -7,7 +7,7 @@ from tvm.script import tirx as T
 
 from turbo_tvm.schedules.cuda.numbers import from_float
 from turbo_tvm.schedules.cuda.reduction import vector_width
-from turbo_tvm.schedules.cuda.script import KERNEL_ATTRS
+from turbo_tvm.schedules.cuda.script import kernel_attrs
 from turbo_tvm.schedules.rows import RowFormat
 
 _THREADS = 256
@@ -20,7 +20,7 @@ def cast_rows(*, columns: int, out: RowFormat) -> tvm.tirx.PrimFunc:
 
     @T.prim_func(private=True, s_tir=True)
     def kernel(x_arg: T.handle, out_arg: T.handle):
-        T.func_attr(KERNEL_ATTRS)
+        T.func_attr(kernel_attrs(max(1, _THREADS // per_row)))
         m = T.int32()
         x = T.match_buffer(x_arg, (m, 1, columns), "float32")
         result = T.match_buffer(out_arg, (m, 1, out.width), out.dtype)

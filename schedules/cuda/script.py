@@ -7,9 +7,12 @@ from tvm.script import tirx as T
 from turbo_tvm.schedules.cuda.numbers import BF16_STORAGE
 
 SYNCHRONIZED = "turbo_tvm.synchronized"  # of a PrimFunc: its barriers are its own, none is to be added
+ROWS_PER_BLOCK = "turbo_tvm.rows_per_block"  # of a PrimFunc: how many rows of its output a block makes
 
-# Of every kernel here: no aliases, not to be scheduled by anyone else, and its own barriers.
-KERNEL_ATTRS = {"tirx.noalias": True, "tirx.is_scheduled": True, SYNCHRONIZED: True}
+
+def kernel_attrs(rows: int) -> dict[str, bool | int]:
+    """Of every kernel here: no aliases, not to be scheduled by anyone else, its own barriers, rows of a block."""
+    return {"tirx.noalias": True, "tirx.is_scheduled": True, SYNCHRONIZED: True, ROWS_PER_BLOCK: rows}
 
 
 def operand_type(stored: str) -> str:

@@ -20,7 +20,7 @@ from tvm.script import tirx as T
 
 from turbo_tvm.schedules.cuda import reduction
 from turbo_tvm.schedules.cuda.reduction import RowForm, Team, add, largest
-from turbo_tvm.schedules.cuda.script import KERNEL_ATTRS
+from turbo_tvm.schedules.cuda.script import kernel_attrs
 from turbo_tvm.schedules.rows import RowFormat
 
 _LOG2_E = math.log2(math.e)
@@ -101,7 +101,7 @@ def softmax(
 
     @T.prim_func(private=True, s_tir=True)
     def kernel(x_arg: T.handle, out_arg: T.handle):
-        T.func_attr(KERNEL_ATTRS)
+        T.func_attr(kernel_attrs(form.rows * form.teams))
         m = T.int32()
         source = T.match_buffer(x_arg, (m, 1, x_rows.width), x_rows.dtype)
         result = T.match_buffer(out_arg, (m, 1, out_rows.width), out_rows.dtype)

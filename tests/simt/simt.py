@@ -125,8 +125,36 @@ def _letter(argument: np.ndarray | float) -> str:
     return "float32" if isinstance(argument, float) else "int32"
 
 
+class _Graphs:
+    """CUDA graphs as TVM's runtime makes them: kept by virtual machine, function and shapes, with their addresses.
+
+    captures, replays: how many there were. Replaying with tensors that lie elsewhere than at the capture raises
+    RuntimeError: a GPU would use the old addresses.
+    """
+
+    def __init__(self) -> None:
+        self.captures = self.replays = 0
+        self._known: dict[tuple, list[int]] = {}
+
+    def run_or_capture(self, machine: Any, function: Any, arguments: Any, index: int, shapes: Any = ()) -> Any:
+        key = (str(machine), index, tuple(int(n) for n in shapes))
+        places = [t.data_ptr() if hasattr(t, "data_ptr") else t for t in arguments]
+        places = [p for p in places if isinstance(p, int)]
+        if key in self._known:
+            self.replays += 1
+            if self._known[key] != places:
+                raise RuntimeError("a CUDA graph is replayed, and its tensors lie elsewhere than when it was captured")
+        else:
+            self.captures += 1
+            self._known[key] = places
+        return tvm.get_global_func("vm.builtin.invoke_closure")(machine, function, *arguments)
+
+
 class Device:
-    """The device while it is there."""
+    """The device while it is there. graphs: what became of CUDA graphs."""
+
+    def __init__(self, graphs: _Graphs):
+        self.graphs = graphs
 
     def counts(self) -> Counts:
         """What kernels did since `reset`."""
@@ -171,14 +199,19 @@ class Device:
 def device() -> Iterator[Device]:
     """While open, `tvm.cuda(0)` is the SIMT executor."""
     _executor()
-    registry = {"ffi.Module.create.cuda": _create, "ffi.Module.load_from_bytes.cuda": _load}
+    graphs = _Graphs()
+    registry = {
+        "ffi.Module.create.cuda": _create,
+        "ffi.Module.load_from_bytes.cuda": _load,
+        "vm.builtin.cuda_graph.run_or_capture": graphs.run_or_capture,
+    }
     before = {name: tvm_ffi.get_global_func(name, allow_missing=True) for name in registry}
     present = tvm.get_global_func("simt.set_present")
     for name, function in registry.items():
         tvm_ffi.register_global_func(name, function, override=True)
     present(True)
     try:
-        yield Device()
+        yield Device(graphs)
     finally:
         for name, function in before.items():
             if function is None:

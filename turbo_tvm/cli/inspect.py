@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ _STRATEGIES = ("compact", "turbo2021", "pooled")  # memory_planner.STRATEGIES, w
 @click.option(
     "--lengths", metavar="N,N,...", callback=lengths_callback, help="Also the cost of a batch of these lengths."
 )
+@click.option("--kernels", is_flag=True, help="What each kernel takes of a GPU; with --json for programs, too.")
 @click.option("--memory", is_flag=True, help="Where tensors lie in memory, for a request of each of the lengths.")
 @click.option("--batch", is_flag=True, help="With --memory: for one batch of all the lengths.")
 @click.option(
@@ -40,6 +42,7 @@ def inspect_command(
     file: Path,
     as_json: bool,
     lengths: list[int] | None,
+    kernels: bool,
     memory: bool,
     batch: bool,
     strategy: str | None,
@@ -47,15 +50,16 @@ def inspect_command(
 ) -> None:
     """Show what is inside an artifact.
 
-    The model, the CPU it was compiled for, inputs and outputs, each kernel with its shape, FLOPs and weights, buffers,
-    and what was not fused and why. Every byte is verified, but no code of the file is loaded, so an artifact for
-    another CPU can be inspected too.
+    The model, the CPU or GPU it was compiled for, inputs and outputs, each kernel with its shape, FLOPs and weights,
+    buffers, and what was not fused and why. Every byte is verified, but no code of the file is loaded, so an artifact
+    for another machine can be inspected too.
 
     \b
     Examples:
       turbo-tvm inspect minilm.turbo
       turbo-tvm inspect minilm.turbo --lengths 12,200,37
       turbo-tvm inspect minilm.turbo --json | jq '.kernels[].name'
+      turbo-tvm inspect minilm-gpu.turbo --kernels
       turbo-tvm inspect minilm.turbo --memory --lengths 200,240
       turbo-tvm inspect minilm.turbo --memory --batch --lengths 12,200,37 --plot plan.svg
     """
@@ -68,7 +72,11 @@ def inspect_command(
     from turbo_tvm import artifact
     from turbo_tvm.runtime.batch import check_lengths
 
-    manifest = artifact.read(file).manifest
+    opened = artifact.read(file)
+    manifest = opened.manifest
+    if kernels and not as_json:
+        _kernels(manifest, opened.cubins)
+        return
     if memory:
         batches: list[tuple[int, ...]] = [tuple(lengths or ())] if batch else [(n,) for n in lengths or ()]
         _memory(file, manifest, batches, strategy or _STRATEGIES[0], as_json, plot)
@@ -81,6 +89,23 @@ def inspect_command(
     from turbo_tvm.cli.inspect_tables import show
 
     show(file, manifest, lengths)
+
+
+def _kernels(manifest: Manifest, cubins: Mapping[str, bytes]) -> None:
+    """What each kernel takes of a GPU, with what its machine code consists of where there is a disassembler."""
+    from turbo_tvm import config, sass
+    from turbo_tvm.cli.gpu_tables import show
+
+    found, note = config.nvdisasm(), ""
+    codes = None
+    if found is None:
+        note = "for what the machine code consists of, NVIDIA's disassembler is needed: pip install 'turbo-tvm[cuda]'"
+    else:
+        codes = {
+            name: {kernel: sass.summary(counts) for kernel, counts in sass.instructions(found, cubin).items()}
+            for name, cubin in cubins.items()
+        }
+    show(manifest, codes, note)
 
 
 def _memory(
@@ -125,8 +150,12 @@ def _memory(
 def _plain(file: Path, manifest: Manifest, lengths: list[int] | None) -> dict[str, Any]:
     """The manifest's own fields, and what follows from them."""
     from turbo_tvm.cli import numbers
+    from turbo_tvm.runtime.occupancy import occupancy
 
     plain = dataclasses.asdict(manifest)
+    for kernel, spec in zip(plain["device_kernels"], manifest.device_kernels, strict=True):
+        found = occupancy(spec)
+        kernel["occupancy"] = None if found is None else dataclasses.asdict(found)
     plain["file"] = {"path": str(file), "bytes": file.stat().st_size}
     plain["totals"] = {
         "flops_per_token": numbers.flops_per_token(manifest.kernels),

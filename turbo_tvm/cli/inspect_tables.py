@@ -36,6 +36,7 @@ def _overview(file: Path, m: Manifest) -> dict[str, str]:
         "model": f"{m.name} ({m.model_type}), {m.source_parameters:,} parameters",
         "written by": f"turbo_tvm {m.turbo_version} with TVM {m.tvm_version}, format {m.format_version}",
         "target": f"{m.target.name} ({m.target.triple_arch} {m.target.mcpu})",
+        **({"GPUs": ", ".join(m.target.architectures)} if m.target.architectures else {}),
         "CPU features": ", ".join(m.target.features) or "none beyond the architecture's own",
         "this machine": _verdict(m),
         "precision": m.precision,
@@ -54,6 +55,8 @@ def _overview(file: Path, m: Manifest) -> dict[str, str]:
 def _verdict(manifest: Manifest) -> str:
     try:
         cpu_features.check_host(manifest.target)
+        if manifest.target.architectures:
+            return "can run it if it has such a GPU"
     except TurboError as error:
         return f"cannot run it: {error}"
     return "can run it"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from cuda_kernels import DTYPES, ULP, loaded, stored
@@ -51,7 +53,7 @@ def check(gpu, heads, head_dim, dtype, lengths, *, change=lambda q, k, v: None, 
     inputs = [*rows, tiles, *([table] if biased else [])]
     found = loaded(gpu.run(module, "f", inputs, np.zeros((len(q), 1, inner), out_type)))[:, 0]
     q, k, v = (loaded(part) for part in parts)
-    for begin, end in zip(limits[:-1], limits[1:], strict=True):
+    for begin, end in pairwise(limits):
         index = np.arange(end - begin)
         for head in range(heads):
             at = np.s_[begin:end, head * head_dim : (head + 1) * head_dim]
@@ -89,7 +91,9 @@ def test_heads_of_any_width(gpu, dtype, head_dim):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("options", [{"merged": False}, {"wider": 8}, {"bias": True}, {"scale": 1.0}, {"out": "float32"}])
+@pytest.mark.parametrize(
+    "options", [{"merged": False}, {"wider": 8}, {"bias": True}, {"scale": 1.0}, {"out": "float32"}]
+)
 def test_options(gpu, dtype, options):
     check(gpu, 2, 32, dtype, (70, 3, 33), **options)
 

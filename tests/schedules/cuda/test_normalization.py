@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from cuda_kernels import DTYPES, LENGTHS, ROWS, allowed, loaded, stored
+
 from turbo_tvm.schedules.cuda.normalization import KINDS, norm
 from turbo_tvm.schedules.cuda.reduction import row_form, vector_width
 from turbo_tvm.schedules.rows import RowFormat
@@ -136,7 +137,11 @@ def test_in_place_of_an_input(gpu):
     import tvm
 
     n = 300
-    x, residual, (_, gamma, beta) = adversarial(17, n, "float32"), adversarial(17, n, "float32", 1), vectors(n, "float32")
+    x, residual, (_, gamma, beta) = (
+        adversarial(17, n, "float32"),
+        adversarial(17, n, "float32", 1),
+        vectors(n, "float32"),
+    )
     module = gpu.build({"f": norm(n=n, eps=EPS, residual=True)})
     tensors = [tvm.runtime.tensor(a, tvm.cuda(0)) for a in (x, residual, gamma, beta)]
     module["f"](*tensors, tensors[1])

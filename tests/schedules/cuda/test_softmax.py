@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from cuda_kernels import DTYPES, LENGTHS, ROWS, allowed, loaded, stored
+
 from turbo_tvm.schedules.cuda.reduction import row_form, vector_width
 from turbo_tvm.schedules.cuda.softmax import softmax
 from turbo_tvm.schedules.rows import RowFormat
