@@ -17,6 +17,7 @@ from turbo_tvm.schedules.cuda.script import ROWS_PER_BLOCK
 
 _BARRIER, _SHUFFLE = "tirx.tvm_storage_sync", "tirx.tvm_warp_shuffle"
 _OPERANDS = ("value", "indices", "args", "a", "b", "condition", "true_value", "false_value")  # fields of expressions
+_fields: dict[type, tuple[str, ...]] = {}  # those that nodes of a type have; asking TVM's objects is slow
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,11 @@ def _expressions(stmt: tirx.Stmt, times: int, stepping: bool, found: Counter[str
             found["barrier" + suffix] += times
         elif name.startswith(_SHUFFLE):
             found["shuffle" + suffix] += times
-        for field in _OPERANDS:
-            operand = getattr(node, field, None)
+        kind = type(node)
+        if kind not in _fields:
+            _fields[kind] = tuple(name for name in _OPERANDS if hasattr(node, name))
+        for field in _fields[kind]:
+            operand = getattr(node, field)
             if isinstance(operand, ir.Expr):
                 pending.append(operand)
             elif operand is not None and not isinstance(operand, str | int | float):

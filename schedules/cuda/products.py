@@ -23,6 +23,7 @@ WARP = 32
 FRAGMENT = 16
 _PAD = 8  # elements after each row of a tile
 _STAGE_COLUMNS, _STAGE_PAD = 32, 4
+_UNROLLED = 4  # steps of k that are spelt out in registers; more only makes code that takes long to compile
 
 Macro = Callable[..., None]
 
@@ -170,15 +171,17 @@ def multiply_macro(block: BlockProduct) -> Macro:
 
     @T.inline
     def in_registers(x_tile, w_tile, x_part, w_part, sums, warp, lane, side):
-        for i in T.unroll(block.depth):
-            for half in T.unroll(2):
-                for j in T.vectorized(4):
-                    x_part[half * 4 + j] = x_tile[side, i, half * 32 + lane // 4 * 4 + j]
-                for j in T.vectorized(4):
-                    w_part[half * 4 + j] = w_tile[side, i, warp * 32 + half * 16 + lane % 4 * 4 + j]
-            for r in T.unroll(8):
-                for c in T.unroll(8):
-                    sums[r * 8 + c] = sums[r * 8 + c] + x_part[r] * w_part[c]
+        for group in range(block.depth // _UNROLLED):
+            for i in T.unroll(_UNROLLED):
+                row = T.meta_var(group * _UNROLLED + i)
+                for half in T.unroll(2):
+                    for j in T.vectorized(4):
+                        x_part[half * 4 + j] = x_tile[side, row, half * 32 + lane // 4 * 4 + j]
+                    for j in T.vectorized(4):
+                        w_part[half * 4 + j] = w_tile[side, row, warp * 32 + half * 16 + lane % 4 * 4 + j]
+                for r in T.unroll(8):
+                    for c in T.unroll(8):
+                        sums[r * 8 + c] = sums[r * 8 + c] + x_part[r] * w_part[c]
 
     return in_tensor_cores if block.tensor_cores else in_registers
 

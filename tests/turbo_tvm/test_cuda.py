@@ -1,0 +1,311 @@
+"""CUDA targets from end to end: whole models in the SIMT executor, and machine code by nvcc."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import simt
+import torch
+from cli_runner import fail, succeed
+
+import turbo_tvm
+from turbo_tvm import artifact, compiler, config, cuda_compiler, sass
+from turbo_tvm.device_counts import BlockCounts
+from turbo_tvm.errors import ArtifactError, CompileError, TargetError, TurboError
+from turbo_tvm.runtime import gpu
+
+pytestmark = pytest.mark.xdist_group("cuda-models")
+
+# What rounding to 16 bits may make of outputs of about 1.
+TOLERANCES = {"fp32": 1e-5, "fp16": 0.01, "bf16": 0.08}
+LENGTHS = (1, 7, 33, 64, 2)
+
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+
+
+def machine_code(source, architectures, counts):
+    """In place of nvcc: what the SIMT executor takes for machine code is the source."""
+    cubins = {name: simt.MACHINE_CODE + source.encode() for name in architectures}
+    return cuda_compiler.DeviceCode(cubins, (), hashlib.sha256(source.encode()).hexdigest())
+
+
+@pytest.fixture
+def simulated(monkeypatch):
+    """A machine with a GPU, which is the SIMT executor, and a compiler for it."""
+    monkeypatch.setattr(cuda_compiler, "compile_source", machine_code)
+    monkeypatch.setattr(cuda_compiler, "check_architectures", lambda names: None)
+    with simt.device() as device:
+        device.reset()
+        yield device
+
+
+def requests(lengths=LENGTHS, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, 101, n) for n in lengths]
+
+
+def reference(module, sequence):
+    """What PyTorch answers to one sequence."""
+    with torch.no_grad():
+        ids = torch.tensor(sequence)[None]
+        return dict(module(input_ids=ids, attention_mask=torch.ones_like(ids)).items())
+
+
+def agree(module, compiled, tolerance):
+    for spec in compiled.manifest.outputs:
+        for sequence, got in zip(requests(), compiled.run(requests(), output=spec.name), strict=True):
+            want = reference(module, sequence)[spec.name][0].numpy()
+            np.testing.assert_allclose(got, want, rtol=0, atol=tolerance * max(1, np.abs(want).max()))
+
+
+class TestModels:
+    @pytest.mark.parametrize("precision", TOLERANCES)
+    @pytest.mark.parametrize("name", ["bert", "mpnet", "mean", "answers"])
+    def test_agree_with_pytorch(self, simulated, served, name, precision):
+        module = served(name).module
+        compiled = turbo_tvm.compile(module, target="cuda:sm_80", precision=precision)
+        assert compiled.manifest.layout == "packed" and compiled.manifest.target.device == "cuda"
+        agree(module, compiled, TOLERANCES[precision])
+        counts = simulated.counts()
+        assert (counts.mma > 0) == (precision != "fp32")
+
+    def test_what_no_pass_recognises_is_padded(self, simulated, served):
+        module = served("padded").module
+        compiled = turbo_tvm.compile(module, target="cuda:sm_80")
+        assert compiled.manifest.layout == "padded"
+        agree(module, compiled, 1e-5)
+
+    def test_saved_and_loaded(self, simulated, served, tmp_path):
+        compiled = turbo_tvm.compile(served("bert").module, target="cuda:sm_80,sm_90", precision="fp16")
+        compiled.save(tmp_path / "m.turbo")
+        loaded = turbo_tvm.load(tmp_path / "m.turbo")
+        assert loaded.manifest.target.architectures == ("sm_80", "sm_90")
+        for a, b in zip(compiled.run(requests()), loaded.run(requests()), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+    def test_the_profiler_times_every_kernel(self, simulated, served):
+        compiled = turbo_tvm.compile(served("bert").module, target="cuda:sm_80", precision="fp16")
+        report = compiled.profile([3, 20], rounds=2)
+        assert {k.name for k in report.kernels} >= {k.name for k in compiled.manifest.kernels}
+
+    def test_a_budget_of_memory(self, simulated, served):
+        compiled = turbo_tvm.compile(served("bert").module, target="cuda:sm_80")
+        whole = compiled.run(requests())
+        compiled.memory_budget = compiled.peak_bytes([64]) + 64
+        for a, b in zip(whole, compiled.run(requests()), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+class TestGraphs:
+    """TVM's rewrite lifts the kernels; what a graph is here also checks that nothing has moved since it was made."""
+
+    @pytest.fixture
+    def compiled(self, simulated, served):
+        return turbo_tvm.compile(served("bert").module, target="cuda:sm_80", precision="fp16")
+
+    def test_a_shape_that_repeats_is_replayed(self, simulated, compiled):
+        first = compiled.run(requests())
+        for seed in (0, 1, 2):
+            again = compiled.run(requests(seed=seed))
+        assert (simulated.graphs.captures, simulated.graphs.replays) == (1, 2)
+        with pytest.raises(AssertionError):
+            np.testing.assert_array_equal(first[3], again[3])  # other tokens, other answers
+        np.testing.assert_array_equal(first[3], compiled.run(requests())[3])
+
+    def test_memory_that_moves_makes_graphs_anew(self, simulated, compiled):
+        short, long = requests((3, 4)), requests((64,) * 9)
+        wanted = compiled.run(short)
+        compiled.run(short)
+        compiled.run(long)  # the chunk grows, and moves
+        for _ in range(3):
+            np.testing.assert_array_equal(compiled.run(short)[1], wanted[1])
+        assert simulated.graphs.captures == 2
+
+    def test_any_mix_of_shapes(self, simulated, compiled):
+        rng = np.random.default_rng(3)
+        mixes = [tuple(rng.integers(1, 64, rng.integers(1, 6)).tolist()) for _ in range(6)]
+        wanted = [compiled.run(requests(mix)) for mix in mixes]
+        for i in rng.integers(0, len(mixes), 30):
+            for a, b in zip(compiled.run(requests(mixes[i])), wanted[i], strict=True):
+                np.testing.assert_array_equal(a, b)
+        assert simulated.graphs.replays > 10
+
+    def test_they_can_be_switched_off(self, simulated, served, monkeypatch):
+        monkeypatch.setenv("TURBO_TVM_CUDA_GRAPHS", "0")
+        compiled = turbo_tvm.compile(served("bert").module, target="cuda:sm_80")
+        for _ in range(3):
+            compiled.run(requests())
+        assert simulated.graphs.captures == 0
+
+
+@pytest.fixture(scope="module")
+def path(served, tmp_path_factory):
+    """A model for two architectures; its machine code is for the executor."""
+    folder = tmp_path_factory.mktemp("cuda")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda_compiler, "compile_source", machine_code)
+        patch.setattr(cuda_compiler, "check_architectures", lambda names: None)
+        compiled = turbo_tvm.compile(served("bert").module, target="cuda:sm_75,sm_86", precision="fp16")
+    with pytest.raises(TurboError, match=r"this machine has none.*can be saved here"):
+        compiled.run(requests())
+    compiled.save(folder / "m.turbo")
+    return folder / "m.turbo"
+
+
+class TestWithoutAGpu:
+    def test_loading_says_what_is_missing(self, path):
+        with pytest.raises(
+            ArtifactError, match=r"compiled for NVIDIA GPUs \(sm_75, sm_86\), and this machine has none"
+        ):
+            turbo_tvm.load(path)
+
+    def test_a_gpu_of_another_generation(self, path):
+        with (
+            simt.device(),
+            pytest.raises(ArtifactError, match=r"GPU is an sm_80.*code for sm_75, sm_86.*target='cuda:sm_80'"),
+        ):
+            turbo_tvm.load(path)
+
+    def test_every_byte_of_machine_code_is_verified(self, path, tmp_path):
+        data = bytearray(path.read_bytes())
+        at = data.find(simt.MACHINE_CODE) + 1000
+        data[at] ^= 1
+        (tmp_path / "bad.turbo").write_bytes(data)
+        with pytest.raises(ArtifactError, match=r"sm_75\.cubin"):
+            artifact.read(tmp_path / "bad.turbo")
+
+    def test_code_that_is_not_the_manifests(self, path, tmp_path, monkeypatch):
+        """A library whose source has another sum than the manifest's finds no machine code."""
+        monkeypatch.setattr(gpu, "_known", {})
+        opened = artifact.read(path)
+        target = replace(opened.manifest.target, architectures=("sm_80",))
+        manifest = replace(opened.manifest, target=target, device_source="0" * 64, members={})
+        cubins = {"sm_80": opened.cubins["sm_86"]}
+        artifact.write(tmp_path / "m.turbo", manifest, opened.library, opened.weights, None, cubins)
+        with simt.device(), pytest.raises(ArtifactError):
+            turbo_tvm.load(tmp_path / "m.turbo")
+
+    def test_choosing(self, monkeypatch):
+        with simt.device():
+            assert gpu.choose(["sm_80", "sm_75", "sm_90"]) == "sm_80"
+            for names in (["sm_90"], ["sm_86"], ["sm_75"]):
+                with pytest.raises(ArtifactError, match="GPU is an sm_80"):
+                    gpu.choose(names)
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("target", "precision", "message"),
+        [
+            ("cuda", "fp32", "unknown GPU architecture ''"),
+            ("cuda:80", "fp32", "unknown GPU architecture '80'"),
+            ("cuda:sm_80,", "fp32", "unknown GPU architecture ''"),
+            ("cuda:sm_61", "fp32", "before sm_70"),
+            ("cuda:sm_75", "bf16", "'bf16' needs a GPU from sm_80 on"),
+            ("cuda:sm_80", "int8", "precision 'int8' is not supported"),
+            ("cpu", "fp16", "'fp16' is for GPUs"),
+        ],
+    )
+    def test_targets(self, target, precision, message):
+        with pytest.raises(TargetError, match=message):
+            turbo_tvm.compile(None, target=target, precision=precision)
+
+    def test_no_nvcc(self, monkeypatch):
+        for name in ("TURBO_TVM_NVCC", "CUDA_HOME", "CUDA_PATH"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setattr(config.shutil, "which", lambda name: None if "nvcc" in str(name) else "/bin/true")
+        with pytest.raises(CompileError, match=r"nvcc.*was not found.*install the CUDA toolkit.*TURBO_TVM_NVCC"):
+            turbo_tvm.compile(None, target="cuda:sm_80")
+
+    def test_an_nvcc_that_is_not_there(self, monkeypatch):
+        monkeypatch.setenv("TURBO_TVM_NVCC", "/nowhere/nvcc")
+        with pytest.raises(CompileError, match="no program '/nowhere/nvcc', which TURBO_TVM_NVCC names"):
+            compiler.compile(None, target="cuda:sm_80")
+
+    def test_an_nvcc_that_does_not_run(self, monkeypatch, tmp_path):
+        (tmp_path / "nvcc").write_text("#!/bin/sh\necho no licence >&2; exit 3\n")
+        (tmp_path / "nvcc").chmod(0o755)
+        monkeypatch.setenv("TURBO_TVM_NVCC", str(tmp_path / "nvcc"))
+        with pytest.raises(CompileError, match="does not run: no licence"):
+            turbo_tvm.compile(None, target="cuda:sm_80")
+
+    def test_an_architecture_that_nvcc_has_dropped(self, monkeypatch, tmp_path):
+        (tmp_path / "nvcc").write_text("#!/bin/sh\necho sm_75 sm_80 sm_90a\n")
+        (tmp_path / "nvcc").chmod(0o755)
+        monkeypatch.setenv("TURBO_TVM_NVCC", str(tmp_path / "nvcc"))
+        with pytest.raises(TargetError, match=r"cannot compile for 'sm_70'; it knows sm_75, sm_80.*CUDA 12"):
+            turbo_tvm.compile(None, target="cuda:sm_70")
+
+    @needs_nvcc
+    def test_a_source_that_nvcc_refuses(self):
+        with pytest.raises(CompileError, match=r"nvcc failed for sm_80: .*error"):
+            cuda_compiler.compile_source('extern "C" __global__ void f() { nonsense; }', ["sm_80"], {})
+
+
+SOURCE = """
+extern "C" __global__ void __launch_bounds__(64) f_kernel(float* x) {
+  __shared__ float s[64];
+  s[threadIdx.x] = x[threadIdx.x];
+  __syncthreads();
+  x[threadIdx.x] = s[63 - threadIdx.x] + __shfl_xor_sync(0xffffffffu, s[threadIdx.x], 1);
+}
+"""
+
+
+@needs_nvcc
+class TestMachineCode:
+    def test_a_kernel_and_its_report(self):
+        code = cuda_compiler.compile_source(SOURCE, ["sm_80", "sm_90"], {"f": BlockCounts(8, 64, 1)})
+        assert [k.architecture for k in code.kernels] == ["sm_80", "sm_90"]
+        for kernel in code.kernels:
+            assert (kernel.name, kernel.rows, kernel.threads, kernel.barriers) == ("f", 8, 64, 1)
+            assert kernel.static_shared_bytes == 256 + 1024 * (kernel.architecture == "sm_90") or kernel.registers > 0
+            assert kernel.spill_bytes == 0 and 0 < kernel.registers < 64
+        assert all(cubin[:4] == b"\x7fELF" for cubin in code.cubins.values())
+        assert code.source == hashlib.sha256(SOURCE.encode()).hexdigest()
+
+    def test_what_it_consists_of(self):
+        if config.nvdisasm() is None:
+            pytest.skip("needs nvdisasm")
+        code = cuda_compiler.compile_source(SOURCE, ["sm_80"], {})
+        counts = sass.instructions(config.nvdisasm(), code.cubins["sm_80"])["f"]
+        assert (counts["BAR"], counts["SHFL"]) == (1, 1) and counts["LDL"] == 0
+        assert "1 SHFL, 1 BAR" in sass.summary(counts)
+        with pytest.raises(TurboError, match="cannot read the machine code"):
+            sass.instructions(config.nvdisasm(), b"nonsense")
+
+    def test_spills_are_counted(self):
+        body = "".join(f"  float v{i} = x[{i} * n]; " for i in range(300))
+        body += "__syncthreads();" + "".join(f" x[{i}] = v{i} * v{299 - i};" for i in range(300))
+        source = f'extern "C" __global__ void __launch_bounds__(1024) g_kernel(float* x, int n) {{ {body} }}'
+        (kernel,) = cuda_compiler.compile_source(source, ["sm_80"], {}).kernels
+        assert kernel.spill_bytes > 0
+
+    @pytest.mark.parametrize(
+        ("precision", "target"),
+        [("fp16", "cuda:sm_75,sm_80,sm_86,sm_89,sm_90"), ("fp32", "cuda:sm_75,sm_90"), ("bf16", "cuda:sm_80,sm_89")],
+    )
+    def test_no_kernel_of_bert_spills(self, precision, target, tmp_path):
+        from transformers import BertConfig, BertModel
+
+        model = turbo_tvm.compile(
+            BertModel(BertConfig(num_hidden_layers=1)).eval(), target=target, precision=precision, name="layer"
+        )
+        kernels = model.manifest.device_kernels
+        assert len(kernels) == len(model.manifest.target.architectures) * len({k.name for k in kernels})
+        assert {k.name for k in kernels} >= {k.name for k in model.manifest.kernels}
+        assert sum(k.spill_bytes for k in kernels) == 0
+        for kernel in kernels:
+            if kernel.name.startswith(("norm", "embedding")):
+                assert kernel.barriers == 0 and kernel.shuffles > 0
+        model.save(tmp_path / "layer.turbo")
+        text = succeed("inspect", tmp_path / "layer.turbo", "--kernels")
+        assert "no kernel spills registers" in text and f"Kernels on {target[5:10]}" in text
+
+
+def test_inspect_kernels_of_a_cpus_model(tiny_artifact):
+    assert "has no GPU kernels" in fail("inspect", tiny_artifact, "--kernels")
