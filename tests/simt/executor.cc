@@ -24,6 +24,7 @@ constexpr size_t kStack = 96 << 10;  // of a fibre
 constexpr size_t kGuard = 256;       // bytes around every allocation that nothing may touch
 constexpr size_t kSector = 32;       // bytes: the unit of global memory traffic
 constexpr int kBanks = 32;
+constexpr size_t kGranule = 2;       // bytes of shared memory that are watched together: no kernel stores single bytes
 
 enum class State { kReady, kWaiting, kDone };
 enum class Kind { kBarrier, kWarpBarrier, kActiveMask, kShuffle, kVote, kWmma };
@@ -67,7 +68,7 @@ struct Counts {
   uint64_t shared_requests, shared_wavefronts, bank_conflicts, atomics;
 };
 
-// Who touched a byte of shared memory last. Threads are numbered from 1. A phase ends with a barrier of the block, a warp
+// Who touched a piece of shared memory last. Threads are numbered from 1. A phase ends with a barrier of the block, a warp
 // phase with a barrier of the warp.
 struct Shadow {
   int writer = 0;
@@ -137,24 +138,24 @@ void check_shared(uintptr_t address, size_t size, bool write) {
   const Fibre& me = *machine.current;
   const int thread = me.thread + 1, warp = warp_of(me.thread);
   const uint64_t warp_phase = machine.warp_phase[warp];
-  for (size_t i = 0; i < size; ++i) {
-    const size_t offset = address + i - reinterpret_cast<uintptr_t>(machine.shared_begin);
-    Shadow& byte = machine.shadow[offset];
-    if (!write && byte.writer == 0) fail(where(me) + " reads shared memory that nothing has written");
-    const bool written_before = byte.writer == 0 || byte.writer == thread || byte.write_phase < machine.phase ||
-                                (warp_of(byte.writer - 1) == warp && byte.write_warp_phase < warp_phase);
-    const bool read_before = byte.reader == 0 || byte.reader == thread || byte.read_phase < machine.phase ||
-                             (byte.reading_warp == warp && byte.read_warp_phase < warp_phase);
-    if (!written_before) race(offset, write, byte.writer, "writes");
-    if (write && !read_before) race(offset, write, byte.reader, "reads");
+  const size_t first = address - reinterpret_cast<uintptr_t>(machine.shared_begin);
+  for (size_t offset = first / kGranule * kGranule; offset < first + size; offset += kGranule) {
+    Shadow& piece = machine.shadow[offset / kGranule];
+    if (!write && piece.writer == 0) fail(where(me) + " reads shared memory that nothing has written");
+    const bool written_before = piece.writer == 0 || piece.writer == thread || piece.write_phase < machine.phase ||
+                                (warp_of(piece.writer - 1) == warp && piece.write_warp_phase < warp_phase);
+    const bool read_before = piece.reader == 0 || piece.reader == thread || piece.read_phase < machine.phase ||
+                             (piece.reading_warp == warp && piece.read_warp_phase < warp_phase);
+    if (!written_before) race(offset, write, piece.writer, "writes");
+    if (write && !read_before) race(offset, write, piece.reader, "reads");
     if (write) {
-      byte = Shadow{thread, machine.phase, warp_phase};
-    } else if (byte.reader == 0 || byte.read_phase < machine.phase) {
-      byte.reader = thread, byte.reading_warp = warp, byte.read_phase = machine.phase, byte.read_warp_phase = warp_phase;
+      piece = Shadow{thread, machine.phase, warp_phase};
+    } else if (piece.reader == 0 || piece.read_phase < machine.phase) {
+      piece.reader = thread, piece.reading_warp = warp, piece.read_phase = machine.phase, piece.read_warp_phase = warp_phase;
     } else {
-      if (byte.reader != thread) byte.reader = -1;
-      if (byte.reading_warp != warp) byte.reading_warp = -1;
-      byte.read_warp_phase = std::max(byte.read_warp_phase, warp_phase);
+      if (piece.reader != thread) piece.reader = -1;
+      if (piece.reading_warp != warp) piece.reading_warp = -1;
+      piece.read_warp_phase = std::max(piece.read_warp_phase, warp_phase);
     }
   }
 }
@@ -497,7 +498,7 @@ void run_block() {
     f.accesses.clear();
   }
   std::fill(machine.shared_begin, machine.shared_end, static_cast<char>(0xff));
-  machine.shadow.assign(machine.shared_end - machine.shared_begin, Shadow{});
+  machine.shadow.assign((machine.shared_end - machine.shared_begin + kGranule - 1) / kGranule, Shadow{});
   static volatile int next;
   next = 0;
   const int warps = (machine.threads + kWarp - 1) / kWarp;

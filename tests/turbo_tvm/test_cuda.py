@@ -63,8 +63,16 @@ def agree(module, compiled, tolerance):
 
 
 class TestModels:
-    @pytest.mark.parametrize("precision", TOLERANCES)
-    @pytest.mark.parametrize("name", ["bert", "mpnet", "mean", "answers"])
+    @pytest.mark.parametrize(
+        ("name", "precision"),
+        [
+            *(("bert", p) for p in TOLERANCES),
+            ("mpnet", "fp32"),
+            ("mpnet", "bf16"),
+            ("mean", "fp16"),
+            ("answers", "fp16"),
+        ],
+    )
     def test_agree_with_pytorch(self, simulated, served, name, precision):
         module = served(name).module
         compiled = turbo_tvm.compile(module, target="cuda:sm_80", precision=precision)
