@@ -13,8 +13,9 @@ import tvm
 from tvm import ir, relax
 
 import turbo_tvm
-from turbo_tvm import config, cuda_compiler, pipeline, targets
+from turbo_tvm import config, pipeline, targets
 from turbo_tvm.artifact import Artifact
+from turbo_tvm.cuda import machine_code
 from turbo_tvm.errors import ArtifactError, CompileError, TargetError, TurboError, UnsupportedModelError, summary
 from turbo_tvm.frontends.imported import TOLERANCES, Imported
 from turbo_tvm.loader import open_model
@@ -50,7 +51,7 @@ def compile(
     model: a `torch.nn.Module` (a Hugging Face encoder with or without head, or any module whose forward takes
         input_ids and attention_mask), or the path of a model folder with config.json and model.safetensors.
     target: "cpu" for this machine, or "cpu:<name>" for another CPU, such as "cpu:x86-64-v3"; "cuda:sm_80" for an NVIDIA
-        GPU, "cuda:sm_80,sm_90" for several. Needs nvcc, and no GPU.
+        GPU, "cuda:sm_80,sm_90" for several. Needs nvcc or the packages of turbo-tvm[cuda12], and no GPU.
     precision: "fp32"; or "bf16": weights, products and the rows between kernels in bf16, sums, norms and softmax in
         fp32, outputs in fp32, on a CPU with AVX512-BF16 or a GPU from sm_80 on; or "fp16", the same on any GPU.
     name: what the artifact is called; by default the folder's or class's name.
@@ -70,7 +71,7 @@ def compile(
     _check_compiler()
     architectures = targets.architectures(target)
     if architectures:
-        cuda_compiler.check_architectures(architectures)
+        machine_code.choose_compilers(architectures)
     with Progress("compile", progress) as show:
         show("importing the model")
         imported = _import(model, name, max_length, tokenizer)
@@ -79,10 +80,10 @@ def compile(
         optimized = pipeline.optimize(imported.mod, tiles, imported.bounds.max_length, precision)
         show("generating code and packing weights")
         built = _build(optimized, imported, machine, tiles)
-        code = cuda_compiler.DeviceCode()
+        code = machine_code.DeviceCode()
         if architectures:
             show(f"machine code for {', '.join(architectures)}")
-            code = cuda_compiler.compile_source(built.device_source, architectures, built.device_counts)
+            code = machine_code.compile_source(built.device_source, architectures, built.device_counts)
         show("linking")
         manifest = _manifest(imported, optimized, built, targets.describe(target, machine), precision, tiles)
         manifest = replace(manifest, device_kernels=code.kernels, device_source=code.source)

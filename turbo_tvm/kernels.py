@@ -1,7 +1,7 @@
 """Where passes and schedules meet: which schedule implements a composite, and what it costs.
 
 The passes know composites, the schedules know loops; the pipeline hands `CpuKernels`, or `CudaKernels` of
-`cuda_kernels.py`, to `lower_kernels`.
+`cuda/kernels.py`, to `lower_kernels`.
 """
 
 from __future__ import annotations

@@ -16,9 +16,10 @@ import numpy as np
 import tvm
 from tvm import ir, relax, tirx
 
-from turbo_tvm import config, cuda_lowering
-from turbo_tvm.cuda_kernels import CudaKernels
-from turbo_tvm.device_counts import BlockCounts
+from turbo_tvm import config
+from turbo_tvm.cuda import lowering
+from turbo_tvm.cuda.block_counts import BlockCounts
+from turbo_tvm.cuda.kernels import CudaKernels
 from turbo_tvm.kernels import CpuKernels, composites, has_position_bias, inventory
 from turbo_tvm.passes.capture_graphs import capture_graphs
 from turbo_tvm.passes.fuse_attention import fuse_attention
@@ -176,12 +177,12 @@ def build(
     main = relax.transform.DeadCodeElimination(["main"])(main)
     outputs = _output_types(main["main"])
     memory = [MemoryPlan()]
-    lowering = _lowering(tiles.row_tile if planned else None, memory, cuda)
+    relax_pipeline = _lowering(tiles.row_tile if planned else None, memory, cuda)
     counts: dict[str, BlockCounts] = {}
-    tir_pipeline = cuda_lowering.register(counts) if cuda else "default"
+    tir_pipeline = lowering.register(counts) if cuda else "default"
     with config.tvm_keeps_cuda_source() if cuda else nullcontext():
-        executable = tvm.compile(main, target=target, relax_pipeline=lowering, tir_pipeline=tir_pipeline)
-    source = cuda_lowering.source_of(executable.mod) if cuda else ""
+        executable = tvm.compile(main, target=target, relax_pipeline=relax_pipeline, tir_pipeline=tir_pipeline)
+    source = lowering.source_of(executable.mod) if cuda else ""
     return Built(executable, parameters, memory[0], outputs, source, counts)
 
 
@@ -219,7 +220,7 @@ def _lowering(row_tile: int | None, memory: list[MemoryPlan], cuda: bool) -> tvm
             t.FoldConstant(),
             t.FuseOps(),
             t.FuseTIR(),
-            *([cuda_lowering.schedule_others] if cuda else []),
+            *([lowering.schedule_others] if cuda else []),
             t.RewriteDataflowReshape(),
             t.ToNonDataflow(),
             t.RemovePurityChecking(),

@@ -12,7 +12,7 @@ import numpy as np
 import tvm
 import tvm_ffi
 
-from turbo_tvm import cuda_compiler, cuda_lowering
+from turbo_tvm.cuda import lowering, machine_code
 
 
 class NoGpu(Exception):
@@ -56,13 +56,13 @@ def build(kernels: dict[str, Any], gpu: Gpu) -> Any:
     before = tvm_ffi.get_global_func("tvm_callback_cuda_compile", allow_missing=True)
     tvm_ffi.register_global_func(
         "tvm_callback_cuda_compile",
-        lambda source: cuda_compiler.compile_source(source, [gpu.architecture], {}).cubins[gpu.architecture],
+        lambda source: machine_code.compile_source(source, [gpu.architecture], {}).cubins[gpu.architecture],
         override=True,
     )
     try:
         target = tvm.target.Target({"kind": "cuda", "arch": gpu.architecture}, host={"kind": "llvm"})
         module = tvm.IRModule({name: f.with_attr("global_symbol", name) for name, f in kernels.items()})
-        return tvm.compile(module, target=target, tir_pipeline=cuda_lowering.register())
+        return tvm.compile(module, target=target, tir_pipeline=lowering.register())
     finally:
         if before is not None:
             tvm_ffi.register_global_func("tvm_callback_cuda_compile", before, override=True)

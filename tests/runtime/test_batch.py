@@ -206,3 +206,12 @@ def test_one_sequence_is_copied():
     kept = packing.from_sequence(ids, None, BOUNDS, ARANGE)
     ids[0] = 9
     assert kept.token_ids[0] == 1
+
+
+@given(st.lists(st.integers(1, 200), min_size=1, max_size=20))
+def test_query_tiles_of_long_sequences_come_first_where_asked(lengths):
+    cu = packing.boundaries(lengths)
+    plain, sorted_tiles = (packing.query_tiles(cu, 64, longest_first=first) for first in (False, True))
+    assert sorted(map(tuple, plain)) == sorted(map(tuple, sorted_tiles))
+    keys = sorted_tiles[:, 2] - sorted_tiles[:, 1]
+    assert (np.diff(keys) <= 0).all()

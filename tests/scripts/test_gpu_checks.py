@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import simt
+import simulated_gpu
 from gpu_checks import checks
 from gpu_checks.device import NoGpu, find
-
-from turbo_tvm import cuda_compiler
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -21,16 +18,9 @@ pytestmark = pytest.mark.xdist_group("cuda-models")
 
 
 @pytest.fixture
-def gpu(monkeypatch):
+def gpu():
     """The executor as the GPU."""
-
-    def machine_code(source, architectures, counts):
-        cubins = {name: simt.MACHINE_CODE + source.encode() for name in architectures}
-        return cuda_compiler.DeviceCode(cubins, (), hashlib.sha256(source.encode()).hexdigest())
-
-    monkeypatch.setattr(cuda_compiler, "compile_source", machine_code)
-    monkeypatch.setattr(cuda_compiler, "check_architectures", lambda names: None)
-    with simt.device():
+    with simulated_gpu.machine():
         yield find()
 
 

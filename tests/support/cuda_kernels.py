@@ -10,7 +10,7 @@ import numpy as np
 import simt
 import tvm
 
-from turbo_tvm import cuda_lowering
+from turbo_tvm.cuda import lowering
 
 DTYPES = ("float32", "float16", "uint16")  # uint16: the bits of bf16
 LENGTHS = (1, 7, 31, 32, 33, 64, 127, 128, 500, 768, 1024, 3072, 4099)
@@ -46,7 +46,7 @@ class Gpu:
     def build(self, kernels: dict[str, tvm.tirx.PrimFunc], stock: bool = False) -> Any:
         """Kernels by name, in one module: compiling them together is quicker. stock: by TVM's own pipeline."""
         module = tvm.IRModule({name: f.with_attr("global_symbol", name) for name, f in kernels.items()})
-        return tvm.compile(module, target=TARGET, tir_pipeline="default" if stock else cuda_lowering.register())
+        return tvm.compile(module, target=TARGET, tir_pipeline="default" if stock else lowering.register())
 
     def run(self, module: Any, name: str, inputs: Sequence[np.ndarray], out: np.ndarray) -> np.ndarray:
         """What a kernel makes of `out`, whose bytes are all set before: what it must not touch keeps them."""

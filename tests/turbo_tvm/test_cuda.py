@@ -9,12 +9,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import simt
+import simulated_gpu
 import torch
 from cli_runner import fail, succeed
 
 import turbo_tvm
-from turbo_tvm import artifact, compiler, config, cuda_compiler, sass
-from turbo_tvm.device_counts import BlockCounts
+from turbo_tvm import artifact, compiler, config
+from turbo_tvm.cuda import machine_code, nvrtc, sass
+from turbo_tvm.cuda.block_counts import BlockCounts
 from turbo_tvm.errors import ArtifactError, CompileError, TargetError, TurboError
 from turbo_tvm.runtime import gpu
 
@@ -27,19 +29,9 @@ LENGTHS = (1, 7, 33, 64, 2)
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 
 
-def machine_code(source, architectures, counts):
-    """In place of nvcc: what the SIMT executor takes for machine code is the source."""
-    cubins = {name: simt.MACHINE_CODE + source.encode() for name in architectures}
-    return cuda_compiler.DeviceCode(cubins, (), hashlib.sha256(source.encode()).hexdigest())
-
-
 @pytest.fixture
-def simulated(monkeypatch):
-    """A machine with a GPU, which is the SIMT executor, and a compiler for it."""
-    monkeypatch.setattr(cuda_compiler, "compile_source", machine_code)
-    monkeypatch.setattr(cuda_compiler, "check_architectures", lambda names: None)
-    with simt.device() as device:
-        device.reset()
+def simulated():
+    with simulated_gpu.machine() as device:
         yield device
 
 
@@ -154,9 +146,7 @@ class TestGraphs:
 def path(served, tmp_path_factory):
     """A model for two architectures; its machine code is for the executor."""
     folder = tmp_path_factory.mktemp("cuda")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuda_compiler, "compile_source", machine_code)
-        patch.setattr(cuda_compiler, "check_architectures", lambda names: None)
+    with simulated_gpu.compiler():
         compiled = turbo_tvm.compile(served("bert").module, target="cuda:sm_75,sm_86", precision="fp16")
     with pytest.raises(TurboError, match=r"this machine has none.*can be saved here"):
         compiled.run(requests())
@@ -222,11 +212,27 @@ class TestErrors:
         with pytest.raises(TargetError, match=message):
             turbo_tvm.compile(None, target=target, precision=precision)
 
-    def test_no_nvcc(self, monkeypatch):
-        for name in ("TURBO_TVM_NVCC", "CUDA_HOME", "CUDA_PATH"):
-            monkeypatch.delenv(name, raising=False)
-        monkeypatch.setattr(config.shutil, "which", lambda name: None if "nvcc" in str(name) else "/bin/true")
-        with pytest.raises(CompileError, match=r"nvcc.*was not found.*install the CUDA toolkit.*TURBO_TVM_NVCC"):
+    @pytest.fixture
+    def toolkit(self, monkeypatch, tmp_path):
+        """`toolkit(script)`: an nvcc that is that script, or none, and no packages."""
+
+        def make(script: str | None) -> None:
+            for name in ("CUDA_HOME", "CUDA_PATH"):
+                monkeypatch.delenv(name, raising=False)
+            monkeypatch.setattr(nvrtc, "find", lambda: None)
+            if script is None:
+                monkeypatch.delenv("TURBO_TVM_NVCC", raising=False)
+                monkeypatch.setattr(config.shutil, "which", lambda name: None if "nvcc" in str(name) else "/bin/true")
+            else:
+                (tmp_path / "nvcc").write_text(f"#!/bin/sh\n{script}\n")
+                (tmp_path / "nvcc").chmod(0o755)
+                monkeypatch.setenv("TURBO_TVM_NVCC", str(tmp_path / "nvcc"))
+
+        return make
+
+    def test_no_compiler(self, toolkit):
+        toolkit(None)
+        with pytest.raises(CompileError, match=r"no compiler .*install the CUDA toolkit.*TURBO_TVM_NVCC.*\[cuda12\]"):
             turbo_tvm.compile(None, target="cuda:sm_80")
 
     def test_an_nvcc_that_is_not_there(self, monkeypatch):
@@ -234,24 +240,20 @@ class TestErrors:
         with pytest.raises(CompileError, match="no program '/nowhere/nvcc', which TURBO_TVM_NVCC names"):
             compiler.compile(None, target="cuda:sm_80")
 
-    def test_an_nvcc_that_does_not_run(self, monkeypatch, tmp_path):
-        (tmp_path / "nvcc").write_text("#!/bin/sh\necho no licence >&2; exit 3\n")
-        (tmp_path / "nvcc").chmod(0o755)
-        monkeypatch.setenv("TURBO_TVM_NVCC", str(tmp_path / "nvcc"))
+    def test_an_nvcc_that_does_not_run(self, toolkit):
+        toolkit("echo no licence >&2; exit 3")
         with pytest.raises(CompileError, match="does not run: no licence"):
             turbo_tvm.compile(None, target="cuda:sm_80")
 
-    def test_an_architecture_that_nvcc_has_dropped(self, monkeypatch, tmp_path):
-        (tmp_path / "nvcc").write_text("#!/bin/sh\necho sm_75 sm_80 sm_90a\n")
-        (tmp_path / "nvcc").chmod(0o755)
-        monkeypatch.setenv("TURBO_TVM_NVCC", str(tmp_path / "nvcc"))
-        with pytest.raises(TargetError, match=r"cannot compile for 'sm_70'; it knows sm_75, sm_80.*CUDA 12"):
+    def test_an_architecture_that_nvcc_has_dropped(self, toolkit):
+        toolkit("echo sm_75 sm_80 sm_90a")
+        with pytest.raises(TargetError, match=r"code for 'sm_70', only for sm_75, sm_80; for older GPUs.*\[cuda12\]"):
             turbo_tvm.compile(None, target="cuda:sm_70")
 
     @needs_nvcc
     def test_a_source_that_nvcc_refuses(self):
         with pytest.raises(CompileError, match=r"nvcc failed for sm_80: .*error"):
-            cuda_compiler.compile_source('extern "C" __global__ void f() { nonsense; }', ["sm_80"], {})
+            machine_code.compile_source('extern "C" __global__ void f() { nonsense; }', ["sm_80"], {})
 
 
 SOURCE = """
@@ -267,7 +269,7 @@ extern "C" __global__ void __launch_bounds__(64) f_kernel(float* x) {
 @needs_nvcc
 class TestMachineCode:
     def test_a_kernel_and_its_report(self):
-        code = cuda_compiler.compile_source(SOURCE, ["sm_80", "sm_90"], {"f": BlockCounts(8, 64, 1)})
+        code = machine_code.compile_source(SOURCE, ["sm_80", "sm_90"], {"f": BlockCounts(8, 64, 1)})
         assert [k.architecture for k in code.kernels] == ["sm_80", "sm_90"]
         for kernel in code.kernels:
             assert (kernel.name, kernel.rows, kernel.threads, kernel.barriers) == ("f", 8, 64, 1)
@@ -279,7 +281,7 @@ class TestMachineCode:
     def test_what_it_consists_of(self):
         if config.nvdisasm() is None:
             pytest.skip("needs nvdisasm")
-        code = cuda_compiler.compile_source(SOURCE, ["sm_80"], {})
+        code = machine_code.compile_source(SOURCE, ["sm_80"], {})
         counts = sass.instructions(config.nvdisasm(), code.cubins["sm_80"])["f"]
         assert (counts["BAR"], counts["SHFL"]) == (1, 1) and counts["LDL"] == 0
         assert "1 SHFL, 1 BAR" in sass.summary(counts)
@@ -290,8 +292,25 @@ class TestMachineCode:
         body = "".join(f"  float v{i} = x[{i} * n]; " for i in range(300))
         body += "__syncthreads();" + "".join(f" x[{i}] = v{i} * v{299 - i};" for i in range(300))
         source = f'extern "C" __global__ void __launch_bounds__(1024) g_kernel(float* x, int n) {{ {body} }}'
-        (kernel,) = cuda_compiler.compile_source(source, ["sm_80"], {}).kernels
+        (kernel,) = machine_code.compile_source(source, ["sm_80"], {}).kernels
         assert kernel.spill_bytes > 0
+
+    @pytest.mark.skipif(nvrtc.find() is None, reason="needs the packages of turbo-tvm[cuda12]")
+    def test_by_the_compiler_in_packages(self, monkeypatch):
+        monkeypatch.setattr(config, "nvcc", lambda: None)
+        code = machine_code.compile_source(SOURCE, ["sm_70", "sm_80"], {"f": BlockCounts(8, 64, 1)})
+        assert [(k.architecture, k.static_shared_bytes, k.spill_bytes) for k in code.kernels] == [
+            ("sm_70", 256, 0),
+            ("sm_80", 256, 0),
+        ]
+        with pytest.raises(CompileError, match=r"(?s)nvrtc failed for sm_70: .*nonsense"):
+            machine_code.compile_source('extern "C" __global__ void f() { nonsense; }', ["sm_70"], {})
+
+    @pytest.mark.skipif(nvrtc.find() is None, reason="needs the packages of turbo-tvm[cuda12]")
+    def test_who_compiles_for_what(self):
+        chosen = machine_code.choose_compilers(["sm_70", "sm_90"])
+        assert type(chosen["sm_90"]).__name__ == "Nvcc"
+        assert "sm_70" in chosen["sm_90"].architectures() or type(chosen["sm_70"]).__name__ == "Nvrtc"
 
     @pytest.mark.parametrize(
         ("precision", "target"),

@@ -93,8 +93,9 @@ def inspect_command(
 
 def _kernels(manifest: Manifest, cubins: Mapping[str, bytes]) -> None:
     """What each kernel takes of a GPU, with what its machine code consists of where there is a disassembler."""
-    from turbo_tvm import config, sass
+    from turbo_tvm import config
     from turbo_tvm.cli.gpu_tables import show
+    from turbo_tvm.cuda import sass
 
     found, note = config.nvdisasm(), ""
     codes = None

@@ -11,7 +11,7 @@ import tvm
 from cuda_kernels import LENGTHS, TARGET, stored
 from tvm import relax
 
-from turbo_tvm import cuda_lowering
+from turbo_tvm.cuda import lowering
 from turbo_tvm.schedules.cuda.normalization import norm
 from turbo_tvm.schedules.cuda.softmax import softmax
 from turbo_tvm.schedules.rows import RowFormat
@@ -31,7 +31,7 @@ def stock(operator: str, n: int, dtype: str) -> dict[str, tvm.tirx.PrimFunc]:
         else:
             builder.emit_func_output(builder.emit(relax.op.nn.layer_norm(value, gamma, beta, axes=[-1])))
     t = relax.transform
-    steps = [t.LegalizeOps(), t.AnnotateTIROpPattern(), t.FuseOps(), t.FuseTIR(), cuda_lowering.schedule_others]
+    steps = [t.LegalizeOps(), t.AnnotateTIROpPattern(), t.FuseOps(), t.FuseTIR(), lowering.schedule_others]
     with TARGET:
         mod = tvm.transform.Sequential(steps)(builder.get())
     return {var.name_hint: f for var, f in mod.functions_items() if isinstance(f, tvm.tirx.PrimFunc)}

@@ -1,4 +1,4 @@
-"""From CUDA C to machine code, ahead of time: nvcc, once per architecture.
+"""From CUDA C to machine code, ahead of time: by nvcc, or by the compiler in Python packages, for each architecture.
 
 TVM without a GPU keeps the source, and the serving machine compiles it when it loads the model, with whatever compiler
 it has and with fast-math on. Here an artifact carries machine code for every architecture that it was compiled for,
@@ -10,20 +10,21 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 
 from turbo_tvm import config
-from turbo_tvm.device_counts import BlockCounts
+from turbo_tvm.cuda import nvrtc
+from turbo_tvm.cuda.block_counts import BlockCounts
+from turbo_tvm.cuda.nvcc import Nvcc
+from turbo_tvm.cuda.nvrtc import Nvrtc
 from turbo_tvm.errors import CompileError, TargetError
 from turbo_tvm.runtime.manifest import DeviceKernelSpec
 
-_FLAGS = ["-O3", "-std=c++17", "-cubin", "-Xptxas"]
+_PACKAGES = "take the compiler that comes in Python packages: pip install 'turbo-tvm[cuda12]'"
 # ptxas trades registers for occupancy by itself, and sometimes spills a few; where it does, it is asked to use fewer.
 _TRIES = ("-v", "-v,--register-usage-level=3")
 _ENTRY = re.compile(r"Compiling entry function '(\w+)' for 'sm_(\w+)'")
@@ -43,18 +44,15 @@ class DeviceCode:
 def compile_source(source: str, architectures: Sequence[str], counts: Mapping[str, BlockCounts]) -> DeviceCode:
     """Compile a CUDA source for each architecture. counts: what is known of its kernels.
 
-    Raises CompileError if nvcc is missing or fails, TargetError for an architecture that it does not know.
+    Raises CompileError if there is no compiler or it fails, TargetError for an architecture that none knows.
     """
-    nvcc = config.nvcc()
-    check_architectures(architectures)
+    compilers = choose_compilers(architectures)
     with tempfile.TemporaryDirectory(prefix="turbo_tvm_") as directory:
-        path = Path(directory) / "kernels.cu"
-        path.write_text(source)
 
         def run(architecture: str) -> tuple[bytes, list[DeviceKernelSpec]]:
             tries = []
             for options in _TRIES:
-                cubin, report = _nvcc(nvcc, path, architecture, options)
+                cubin, report = compilers[architecture].compile(source, architecture, Path(directory), options)
                 tries.append((cubin, _resources(report, architecture, counts)))
                 if not _spilled(tries[-1][1]):
                     break
@@ -67,36 +65,32 @@ def compile_source(source: str, architectures: Sequence[str], counts: Mapping[st
     return DeviceCode(cubins, kernels, hashlib.sha256(source.encode()).hexdigest())
 
 
-def check_architectures(architectures: Sequence[str]) -> None:
-    """TargetError for an architecture that nvcc cannot compile for."""
-    known = known_architectures(config.nvcc())
+def choose_compilers(architectures: Sequence[str]) -> dict[str, Nvcc | Nvrtc]:
+    """Who compiles for which architecture: nvcc if it can.
+
+    Raises CompileError if there is no compiler, TargetError for an architecture that none of them knows.
+    """
+    path = config.nvcc()
+    found: list[Nvcc | Nvrtc] = [Nvcc(path)] if path else []
+    found += [packages] if (packages := nvrtc.find()) is not None else []
+    if not found:
+        raise CompileError(
+            "no compiler for NVIDIA GPUs was found. A model is compiled with one, and runs without: "
+            f"install the CUDA toolkit, 12.0 or later, its nvcc on PATH or named in TURBO_TVM_NVCC, or {_PACKAGES}"
+        )
+    chosen = {}
     for name in architectures:
-        if name not in known:
-            old = " (CUDA 13 dropped sm_70: use the nvcc of a CUDA 12 toolkit)" if name < known[0] else ""
-            raise TargetError(f"nvcc cannot compile for {name!r}; it knows {', '.join(known)}{old}")
-
-
-@lru_cache(maxsize=4)
-def known_architectures(nvcc: str) -> tuple[str, ...]:
-    """What a compiler can make machine code for, oldest first."""
-    done = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise CompileError(f"{nvcc} does not run: {(done.stderr or done.stdout).strip()[:500]}")
-    names = {name for name in done.stdout.split() if re.fullmatch(r"sm_\d+", name)}
-    return tuple(sorted(names, key=lambda name: int(name[3:])))
+        compiler = next((compiler for compiler in found if name in compiler.architectures()), None)
+        if compiler is None:
+            known = sorted({a for compiler in found for a in compiler.architectures()}, key=lambda a: int(a[3:]))
+            advice = f"; for older GPUs, {_PACKAGES}" if len(found) == 1 and path and name < known[0] else ""
+            raise TargetError(f"no compiler here makes code for {name!r}, only for {', '.join(known)}{advice}")
+        chosen[name] = compiler
+    return chosen
 
 
 def _spilled(kernels: list[DeviceKernelSpec]) -> int:
     return sum(kernel.spill_bytes for kernel in kernels)
-
-
-def _nvcc(nvcc: str, source: Path, architecture: str, options: str) -> tuple[bytes, str]:
-    cubin = source.with_name(f"{architecture}.cubin")
-    command = [nvcc, *_FLAGS, options, f"-arch={architecture}", "-o", str(cubin), str(source)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise CompileError(f"nvcc failed for {architecture}: {done.stderr.strip()[:2000]}")
-    return cubin.read_bytes(), done.stderr
 
 
 def _resources(report: str, architecture: str, counts: Mapping[str, BlockCounts]) -> list[DeviceKernelSpec]:
@@ -106,7 +100,7 @@ def _resources(report: str, architecture: str, counts: Mapping[str, BlockCounts]
         entry = _ENTRY.match("Compiling entry function" + part)
         spill, used = _SPILL.search(part), _USED.search(part)
         if entry is None or spill is None or used is None:
-            raise CompileError(f"nvcc's report on {architecture} is not understood: {part[:300]}")
+            raise CompileError(f"the assembler's report on {architecture} is not understood: {part[:300]}")
         name = entry[1].removesuffix("_kernel")
         specs.append(
             DeviceKernelSpec(

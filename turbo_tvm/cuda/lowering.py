@@ -16,8 +16,8 @@ from tvm import ir, s_tir, tirx
 from tvm.s_tir import dlight
 from tvm.tirx import compilation_pipeline
 
-from turbo_tvm import device_counts
-from turbo_tvm.device_counts import BlockCounts
+from turbo_tvm.cuda import block_counts
+from turbo_tvm.cuda.block_counts import BlockCounts
 from turbo_tvm.errors import CompileError
 from turbo_tvm.schedules.cuda.script import SYNCHRONIZED
 
@@ -60,7 +60,7 @@ def _pipeline(counts: dict[str, BlockCounts]) -> tvm.transform.Pass:
 
     @tvm.transform.module_pass(opt_level=0, name="turbo_tvm.count")
     def count(mod: ir.IRModule, _ctx) -> ir.IRModule:
-        counts.update({var.name_hint: device_counts.count(func) for var, func in mod.functions_items()})
+        counts.update({var.name_hint: block_counts.count(func) for var, func in mod.functions_items()})
         return mod
 
     return tvm.transform.Sequential(
