@@ -20,6 +20,7 @@ from turbo_tvm.errors import TurboError
 from turbo_tvm.runtime import batch as packing
 from turbo_tvm.runtime.batch import Batch
 from turbo_tvm.runtime.buffers import Buffers
+from turbo_tvm.runtime.cpu_features import machine_name
 from turbo_tvm.runtime.devices import Device, Gpu, Host
 from turbo_tvm.runtime.graph_replay import GraphReplay
 from turbo_tvm.runtime.manifest import Manifest, OutputSpec
@@ -65,6 +66,13 @@ class Executor:
                 return self._packed(batch, output) if self.manifest.layout == "packed" else self._padded(batch, output)
             except MemoryError as error:
                 raise TurboError(f"there is not enough memory for this batch: {error}") from error
+
+    @property
+    def machine(self) -> str:
+        """What runs the kernels."""
+        if self.manifest.target.device == "cuda":
+            return str(self.device.handle.device_name)
+        return machine_name(self.threads)
 
     def symbols(self, lengths: Sequence[int]) -> dict[str, int]:
         """What the memory of a batch of these lengths depends on."""
@@ -190,6 +198,7 @@ class ForeignExecutor:
     """Stands in for the executor of a model that was compiled for another machine: it can be saved, not run."""
 
     threads = 0
+    machine = ""
 
     def __init__(self, reason: str):
         self._reason = reason

@@ -193,7 +193,7 @@ class Manifest:
     pools_first: an output is made from a sequence's first token. buffers, parameters: in call order. steps: the kernels
     that a run calls, in order. device_kernels: what they take of each GPU; device_source: the sha256 of the source that
     their machine code was made from. declined: what was not fused, and why. source_parameters: the parameter count of
-    the model before packing. costs: what batches cost, by machine (`cpu_features.machine_name`). members: every member
+    the model before packing. costs: what batches cost, by machine (`CompiledModel.machine`). members: every member
     of the file but the manifest itself; filled when the artifact is saved.
     """
 

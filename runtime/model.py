@@ -17,7 +17,6 @@ from turbo_tvm.runtime import cost_measurement, cost_model, profiler
 from turbo_tvm.runtime.batch import Batch
 from turbo_tvm.runtime.cost_model import PackedCost, PaddedCost
 from turbo_tvm.runtime.cost_spec import CostSpec
-from turbo_tvm.runtime.cpu_features import machine_name
 from turbo_tvm.runtime.executor import Executor, ForeignExecutor, Results
 from turbo_tvm.runtime.manifest import Manifest
 from turbo_tvm.runtime.memory_report import MemoryReport, memory_report
@@ -55,6 +54,11 @@ class CompiledModel:
         return self._executor.threads
 
     @property
+    def machine(self) -> str:
+        """What runs it, as costs are kept by: this CPU with so many threads, or the GPU."""
+        return self._executor.machine
+
+    @property
     def fingerprint(self) -> str:
         """A name for what the model answers: of its file, by the sums of what it holds; else of this object alone."""
         members = self.manifest.members
@@ -63,7 +67,7 @@ class CompiledModel:
     @property
     def cost(self) -> PackedCost | PaddedCost | None:
         """`cost(lengths) -> seconds` that a batch takes on this machine; None until `measure_cost`, or a file, says."""
-        spec = self.manifest.costs.get(machine_name(self.threads))
+        spec = self.manifest.costs.get(self.machine)
         return None if spec is None else cost_model.cost_of(spec)
 
     @property
@@ -235,7 +239,7 @@ class CompiledModel:
             run, self._longest_in_memory(), self.max_batch_tokens, budget_s=budget_s, say=say
         )
         spec = cost_model.fit(points, held_out)
-        costs = {**self.manifest.costs, machine_name(self.threads): spec}
+        costs = {**self.manifest.costs, self.machine: spec}
         self._artifact = replace(self._artifact, manifest=replace(self.manifest, costs=costs))
         return spec
 

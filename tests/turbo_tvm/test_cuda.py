@@ -334,5 +334,18 @@ class TestMachineCode:
         assert "no kernel spills registers" in text and f"Kernels on {target[5:10]}" in text
 
 
+@needs_nvcc
+def test_the_command_says_what_next(tiny_folder, tmp_path):
+    out = succeed("compile", tiny_folder, "-o", tmp_path / "m.turbo", "--target", "cuda:sm_80", "--precision", "fp16")
+    assert "cuda:sm_80 (x86-64), fp16\n" in out and "next: turbo-tvm inspect" in out and "--kernels" in out
+    assert "GPUs" in succeed("inspect", tmp_path / "m.turbo")
+
+
+def test_a_cost_is_kept_by_the_gpus_name(simulated, served):
+    compiled = turbo_tvm.compile(served("bert").module, target="cuda:sm_80", precision="fp16")
+    compiled.measure_cost(budget_s=0.2)
+    assert list(compiled.manifest.costs) == ["SIMT executor"] and compiled.cost([3, 4]) > 0
+
+
 def test_inspect_kernels_of_a_cpus_model(tiny_artifact):
     assert "has no GPU kernels" in fail("inspect", tiny_artifact, "--kernels")

@@ -20,10 +20,18 @@ if TYPE_CHECKING:
     "-o", "--output", metavar="FILE", type=click.Path(path_type=Path), required=True, help="Artifact to write."
 )
 @click.option(
-    "--target", metavar="NAME", default="cpu", show_default=True, help="'cpu' is this machine; 'cpu:x86-64-v3' another."
+    "--target",
+    metavar="NAME",
+    default="cpu",
+    show_default=True,
+    help="'cpu' is this machine; 'cpu:x86-64-v3' another; 'cuda:sm_80' a GPU, 'cuda:sm_80,sm_90' several.",
 )
 @click.option(
-    "--precision", metavar="NAME", default="fp32", show_default=True, help="Arithmetic: fp32, or bf16 (AVX512-BF16)."
+    "--precision",
+    metavar="NAME",
+    default="fp32",
+    show_default=True,
+    help="Arithmetic: fp32, bf16 (AVX512-BF16, or GPUs from sm_80 on) or fp16 (GPUs).",
 )
 @click.option(
     "--max-length", metavar="N", type=click.IntRange(1), help="Longest sequence in tokens.  [default: the model's]"
@@ -52,12 +60,14 @@ def compile_command(
     MODEL is a folder with config.json, model.safetensors and, for text input, a tokenizer, as Hugging Face and
     sentence-transformers write them. The file serves every batch size and length up to --max-length.
 
-    Compiling needs PyTorch, transformers and a C++ compiler; running the file needs none of them.
+    Compiling needs PyTorch, transformers and a C++ compiler, and for GPUs nvcc or the packages of turbo-tvm[cuda12],
+    but no GPU; running the file needs none of them.
 
     \b
     Examples:
       turbo-tvm compile path/to/minilm -o minilm.turbo
       turbo-tvm compile path/to/bert -o bert.turbo --max-length 128
+      turbo-tvm compile path/to/bert -o bert-gpu.turbo --target cuda:sm_80,sm_90 --precision fp16
       turbo-tvm compile path/to/bert -o bert.turbo --precision bf16
       turbo-tvm compile path/to/bert -o bert.turbo --target cpu:x86-64-v3
     """
@@ -96,7 +106,7 @@ def _summary(output: Path, manifest: Manifest) -> str:
     lines = [
         f"{output}  {size(output.stat().st_size)}",
         f"  model      {manifest.name} ({manifest.model_type}), {manifest.source_parameters / 1e6:.1f} M parameters",
-        f"  target     {manifest.target.name} ({manifest.target.mcpu}), {manifest.precision}",
+        f"  target     {manifest.target.name} ({manifest.target.mcpu}), {manifest.precision}{_spills(manifest)}",
         f"  layout     {manifest.layout}{why_padded(manifest)}",
         f"  code       {kernels}",
         f"next: {_next_command(output, manifest)}",
@@ -104,6 +114,13 @@ def _summary(output: Path, manifest: Manifest) -> str:
     return "\n".join(lines)
 
 
+def _spills(manifest: Manifest) -> str:
+    spilled = sum(kernel.spill_bytes > 0 for kernel in manifest.device_kernels)
+    return f"; {spilled} GPU kernels spill registers" if spilled else ""
+
+
 def _next_command(output: Path, manifest: Manifest) -> str:
+    if manifest.target.architectures:  # this machine may have no such GPU
+        return f"turbo-tvm inspect {shlex.quote(str(output))} --kernels"
     request = '--text "any text"' if "tokenizer.json" in manifest.members else "--ids 1,2,3"
     return f"turbo-tvm run {shlex.quote(str(output))} {request}"

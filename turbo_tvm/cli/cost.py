@@ -50,18 +50,17 @@ def cost_command(file: Path, seconds: float, threads: int | None, remeasure: boo
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(spec)))
     else:
-        _show(spec, model.threads, model.manifest.bounds.max_length)
+        _show(spec, model.machine, model.manifest.bounds.max_length)
 
 
-def _show(spec: CostSpec, threads: int, max_length: int) -> None:
+def _show(spec: CostSpec, machine: str, max_length: int) -> None:
     from turbo_tvm.cli.console import add_row, console, table
     from turbo_tvm.runtime.cost_model import cost_of
-    from turbo_tvm.runtime.cpu_features import machine_name
 
     cost = cost_of(spec)
     rows = table("Milliseconds per batch", ["tokens each>", *(f"batch {k}>" for k in _BATCHES)], "")
     rows.caption = (
-        f"{machine_name(threads)}: {spec.kind} cost, from {spec.points} measured batches; off by {spec.error:.1%} on "
+        f"{machine}: {spec.kind} cost, from {spec.points} measured batches; off by {spec.error:.1%} on "
         "average on batches that it was not fitted to"
     )
     for n in [n for n in _LENGTHS if n < max_length] + [max_length] * (max_length not in _LENGTHS):
