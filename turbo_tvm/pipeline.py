@@ -20,7 +20,8 @@ from turbo_tvm import config
 from turbo_tvm.cuda import lowering
 from turbo_tvm.cuda.block_counts import BlockCounts
 from turbo_tvm.cuda.kernels import CudaKernels
-from turbo_tvm.kernels import CpuKernels, composites, has_position_bias, inventory
+from turbo_tvm.kernel_names import has_position_bias
+from turbo_tvm.kernels import CpuKernels, composites, inventory
 from turbo_tvm.passes.capture_graphs import capture_graphs
 from turbo_tvm.passes.fuse_attention import fuse_attention
 from turbo_tvm.passes.fuse_embedding import fuse_embedding

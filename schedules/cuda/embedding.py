@@ -10,10 +10,11 @@ from __future__ import annotations
 import tvm
 from tvm.script import tirx as T
 
-from turbo_tvm.schedules.cuda import reduction
+from turbo_tvm.schedules.cuda import reduction, strips
 from turbo_tvm.schedules.cuda.normalization import normalize_macro
-from turbo_tvm.schedules.cuda.reduction import RowForm, Team
+from turbo_tvm.schedules.cuda.reduction import RowForm
 from turbo_tvm.schedules.cuda.script import kernel_attrs
+from turbo_tvm.schedules.cuda.strips import Team
 from turbo_tvm.schedules.embedding import MAX_TABLES
 from turbo_tvm.schedules.rows import RowFormat
 from turbo_tvm.schedules.script import without_parameters
@@ -39,9 +40,9 @@ def embedding(
     out_rows = out or RowFormat(hidden)
     formats = (out_rows, RowFormat(hidden, table_type))
     form = form or reduction.row_form(hidden, reduction.vector_width(hidden, *formats))
-    gather, add = (reduction.gather_rows_macro(form, table_type, added=added) for added in (False, True))
+    gather, add = (strips.gather_rows_macro(form, table_type, added=added) for added in (False, True))
     normalize = normalize_macro(form, eps=norm_eps or 0.0, kind="layer", out=out_rows, vectors=vectors)
-    each_chunk, store_chunk = reduction.each_chunk_macro(form), reduction.store_chunk_macro(form, out_rows.dtype)
+    each_chunk, store_chunk = strips.each_chunk_macro(form), strips.store_chunk_macro(form, out_rows.dtype)
 
     def of_chunk(strip, chunk):
         return lambda row, j: strip[row, chunk * form.vector + j]

@@ -20,10 +20,11 @@ import tvm
 from tvm.ir import Expr
 from tvm.script import tirx as T
 
-from turbo_tvm.schedules.cuda import reduction
+from turbo_tvm.schedules.cuda import reduction, strips
 from turbo_tvm.schedules.cuda.numbers import to_float
-from turbo_tvm.schedules.cuda.reduction import RowForm, Team, add
+from turbo_tvm.schedules.cuda.reduction import RowForm, add
 from turbo_tvm.schedules.cuda.script import kernel_attrs
+from turbo_tvm.schedules.cuda.strips import Team
 from turbo_tvm.schedules.rows import RowFormat
 from turbo_tvm.schedules.script import without_parameters
 
@@ -41,12 +42,12 @@ def normalize_macro(form: RowForm, *, eps: float, kind: str, out: RowFormat, vec
     if rows fit registers. gamma and beta are not looked at by kinds that have none.
     """
     n, rows, segments, centred = form.n, form.rows, form.segments, kind == "layer"
-    load_columns, each_chunk = reduction.load_columns_macro(form, vectors), reduction.each_chunk_macro(form)
-    store_chunk = reduction.store_chunk_macro(form, out.dtype)
+    load_columns, each_chunk = strips.load_columns_macro(form, vectors), strips.each_chunk_macro(form)
+    store_chunk = strips.store_chunk_macro(form, out.dtype)
     reduce_mean = reduction.all_reduce_macro(form, add, rows)
     reduce_sums = reduction.all_reduce_macro(form, add, 2 * rows)
-    strip_sum, strip_squares = reduction.strip_reduce_macro(form, add), reduction.strip_reduce_macro(form, add, rows)
-    strip_map = reduction.strip_map_macro(form)
+    strip_sum, strip_squares = strips.strip_reduce_macro(form, add), strips.strip_reduce_macro(form, add, rows)
+    strip_map = strips.strip_map_macro(form)
 
     def plain(strip: tvm.tirx.Buffer):
         return lambda row, i: strip[row, i]
@@ -159,9 +160,9 @@ def norm(
     x_rows, extra_rows, out_rows = x or RowFormat(n), extra or RowFormat(n), out or RowFormat(n)
     formats = (x_rows, out_rows, *((extra_rows,) if residual else ()))
     form = form or reduction.row_form(n, reduction.vector_width(n, *formats), registers=REGISTERS)
-    load_x = reduction.load_rows_macro(form, x_rows.dtype)
-    load_extra = reduction.load_rows_macro(form, extra_rows.dtype, added=True)
-    add_vector = reduction.add_vector_macro(form, vectors)
+    load_x = strips.load_rows_macro(form, x_rows.dtype)
+    load_extra = strips.load_rows_macro(form, extra_rows.dtype, added=True)
+    add_vector = strips.add_vector_macro(form, vectors)
     normalize = normalize_macro(form, eps=eps, kind=kind, out=out_rows, vectors=vectors)
 
     @T.inline

@@ -18,9 +18,10 @@ import tvm
 from tvm.ir import Expr
 from tvm.script import tirx as T
 
-from turbo_tvm.schedules.cuda import reduction
-from turbo_tvm.schedules.cuda.reduction import RowForm, Team, add, largest
+from turbo_tvm.schedules.cuda import reduction, strips
+from turbo_tvm.schedules.cuda.reduction import RowForm, add, largest
 from turbo_tvm.schedules.cuda.script import kernel_attrs
+from turbo_tvm.schedules.cuda.strips import Team
 from turbo_tvm.schedules.rows import RowFormat
 
 _LOG2_E = math.log2(math.e)
@@ -36,11 +37,11 @@ def softmax(
     x_rows, out_rows = x or RowFormat(n), out or RowFormat(n)
     form = form or reduction.row_form(n, reduction.vector_width(n, x_rows, out_rows))
     rows, segments = form.rows, form.segments
-    load_rows = reduction.load_rows_macro(form, x_rows.dtype, neutral=-math.inf)
-    each_chunk, store_chunk = reduction.each_chunk_macro(form), reduction.store_chunk_macro(form, out_rows.dtype)
+    load_rows = strips.load_rows_macro(form, x_rows.dtype, neutral=-math.inf)
+    each_chunk, store_chunk = strips.each_chunk_macro(form), strips.store_chunk_macro(form, out_rows.dtype)
     reduce_max = reduction.all_reduce_macro(form, largest, rows)
     reduce_sum = reduction.all_reduce_macro(form, add, rows)
-    strip_max, strip_sum = (reduction.strip_reduce_macro(form, f) for f in (largest, add))
+    strip_max, strip_sum = (strips.strip_reduce_macro(form, f) for f in (largest, add))
 
     def at(strip: tvm.tirx.Buffer):
         return lambda row, i: strip[row, i]

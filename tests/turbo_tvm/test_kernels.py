@@ -14,7 +14,8 @@ from tvm.script import relax as R
 
 from turbo_tvm import pipeline
 from turbo_tvm.frontends.torch_module import import_module
-from turbo_tvm.kernels import CpuKernels, inventory, kernel_name
+from turbo_tvm.kernel_names import kernel_name
+from turbo_tvm.kernels import CpuKernels, inventory
 from turbo_tvm.passes.composite import Composite
 from turbo_tvm.schedules.tiles import AMX, BASELINE, CpuTiles
 

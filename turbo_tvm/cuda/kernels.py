@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from tvm import relax, tirx
 
+from turbo_tvm.kernel_names import kernel_name, last_dim, true_columns
 from turbo_tvm.kernels import (
     Recipe,
     WeightKernels,
     attention_options,
     build_kernel,
     embedding_options,
-    kernel_name,
-    last_dim,
     linear_options,
     overwritable,
     row_formats,
-    true_columns,
 )
 from turbo_tvm.passes.composite import Composite
 from turbo_tvm.schedules.cuda import attention, embedding, linear, normalization, pooling, rows
