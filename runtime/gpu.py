@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from turbo_tvm.errors import ArtifactError
@@ -22,14 +23,15 @@ def choose(architectures: Iterable[str]) -> str:
 
     Raises ArtifactError if there is no GPU, or none of the architectures fits it.
     """
+    names = sorted(architectures, key=lambda name: int(name[3:]))
+    missing = _load_runtime()
     import tvm
 
-    names = sorted(architectures, key=lambda name: int(name[3:]))
     device = tvm.cuda(0)
     if not device.exist:
         raise ArtifactError(
-            f"this model was compiled for NVIDIA GPUs ({', '.join(names)}), and this machine has none that can be "
-            "used: load it where one is, or compile the model for this CPU"
+            f"this model was compiled for NVIDIA GPUs ({', '.join(names)}), and this machine has none that can be used"
+            f"{missing}: load it where one is, or compile the model for this CPU"
         )
     major, minor = (int(part) for part in str(device.compute_version).split("."))
     fitting = [name for name in names if int(name[3:]) // 10 == major and int(name[3:]) % 10 <= minor]
@@ -39,6 +41,23 @@ def choose(architectures: Iterable[str]) -> str:
             f"the model with target='cuda:sm_{major}{minor}'"
         )
     return fitting[-1]
+
+
+def _load_runtime() -> str:
+    """Load TVM's CUDA runtime, which a process that was not made to compile lacks; why it cannot be, if so."""
+    import tvm_ffi
+    from tvm_ffi.libinfo import load_lib_ctypes
+
+    if tvm_ffi.get_global_func("device_api.cuda", allow_missing=True) is not None:
+        return ""
+    import tvm
+
+    folder = Path(tvm.__file__).parent / "lib"
+    try:
+        load_lib_ctypes("tvm", "tvm_runtime_cuda", "RTLD_LOCAL", extra_lib_paths=[folder])
+    except (OSError, RuntimeError) as error:  # mostly that there is no driver: libcuda.so.1
+        return f" ({error})"
+    return ""
 
 
 def provide(source_sum: str, code: bytes) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import subprocess
+import sys
+from ctypes.util import find_library
 from dataclasses import replace
 
 import numpy as np
@@ -59,7 +62,6 @@ class TestModels:
         ("name", "precision"),
         [
             *(("bert", p) for p in TOLERANCES),
-            ("mpnet", "fp32"),
             ("mpnet", "bf16"),
             ("mean", "fp16"),
             ("answers", "fp16"),
@@ -160,6 +162,13 @@ class TestWithoutAGpu:
             ArtifactError, match=r"compiled for NVIDIA GPUs \(sm_75, sm_86\), and this machine has none"
         ):
             turbo_tvm.load(path)
+
+    @pytest.mark.skipif(find_library("cuda") is not None, reason="there is a driver")
+    def test_a_process_that_only_runs_models_looks_for_tvms_cuda_runtime(self, path):
+        """It has TVM without its back ends; here the search ends at the driver."""
+        code = f"import turbo_tvm\ntry: turbo_tvm.load({str(path)!r})\nexcept turbo_tvm.TurboError as e: print(e)"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+        assert "this machine has none that can be used (" in done.stdout and "libcuda.so" in done.stdout, done.stderr
 
     def test_a_gpu_of_another_generation(self, path):
         with (
