@@ -45,6 +45,9 @@ class Device(Protocol):
     def input(self, dtype: str) -> Input:
         """Memory for an input."""
 
+    def wait(self) -> None:
+        """Until all kernels that were launched are done."""
+
 
 class Host:
     """This machine's memory: tensors are views of arrays."""
@@ -71,6 +74,9 @@ class Host:
     def input(self, dtype: str) -> HostInput:
         """Memory for an input."""
         return HostInput(dtype)
+
+    def wait(self) -> None:
+        """Kernels are done when they return."""
 
 
 class Gpu:
@@ -104,6 +110,10 @@ class Gpu:
     def input(self, dtype: str) -> GpuInput:
         """Memory for an input."""
         return GpuInput(dtype, self)
+
+    def wait(self) -> None:
+        """Until TVM's stream is empty."""
+        self.handle.sync()
 
 
 class _Kept:

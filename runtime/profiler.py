@@ -81,6 +81,7 @@ class _Probe:
         self.activations: Counter[str] = Counter()
         self.shapes: list[tuple[int, ...]] = []
         self._manifest = executor.manifest
+        self._wait = executor.device.wait
         self._plain = self._function = executor.function
         self._vm = executor.another_vm()
         self._with_hook = self._vm["main"]
@@ -92,6 +93,7 @@ class _Probe:
     def __call__(self, *args: Any) -> Any:
         start = time.perf_counter()
         out = self._function(*args)
+        self._wait()
         self._vm_s += time.perf_counter() - start
         return out
 
@@ -140,6 +142,7 @@ class _Probe:
             return _RUN
         start = time.perf_counter()
         func(*args)
+        self._wait()
         self._kernel_s[name] += time.perf_counter() - start
         return _SKIP
 

@@ -94,6 +94,13 @@ class TestModels:
         report = compiled.profile([3, 20], rounds=2)
         assert {k.name for k in report.kernels} >= {k.name for k in compiled.manifest.kernels}
 
+    def test_the_command_that_profiles(self, simulated, served, tmp_path):
+        turbo_tvm.compile(served("bert").module, target="cuda:sm_80", precision="fp16").save(tmp_path / "m.turbo")
+        out = succeed("profile", tmp_path / "m.turbo", "--lengths", "3,9", "--rounds", "2")
+        assert "attention" in out and "linear" in out
+        line = ("profile", tmp_path / "m.turbo", "--lengths", "3", "--plot", tmp_path / "roof.png")
+        assert "limits, which are measured of CPUs only" in fail(*line)
+
     def test_a_budget_of_memory(self, simulated, served):
         compiled = turbo_tvm.compile(served("bert").module, target="cuda:sm_80")
         whole = compiled.run(requests())

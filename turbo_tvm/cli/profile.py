@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from turbo_tvm.cli.options import debug_option, lengths_callback
+from turbo_tvm.cli.options import Failure, debug_option, lengths_callback
 from turbo_tvm.cli.pictures import check_plot
 
 if TYPE_CHECKING:
@@ -43,7 +43,8 @@ def profile_command(
     memory rate, and the fraction of what this machine can do; then the time between kernels and in Python.
 
     The limits are measured once, in two seconds, and kept in the user's cache directory. A kernel's floor is the larger
-    of FLOPs / peak and bytes / bandwidth; "limit" is floor / time.
+    of FLOPs / peak and bytes / bandwidth; "limit" is floor / time. On a GPU there are times only, of one kernel at a
+    time.
 
     \b
     Examples:
@@ -60,6 +61,8 @@ def profile_command(
     import turbo_tvm
 
     model = turbo_tvm.load(file, threads=count)
+    if plot is not None and model.manifest.target.device == "cuda":
+        raise Failure("a roofline needs the machine's limits, which are measured of CPUs only: leave --plot out")
     report = _profile(model, lengths, rounds, count, remeasure)
     if as_json:
         click.echo(json.dumps(plain(report), indent=1))
@@ -79,7 +82,8 @@ def _profile(model: CompiledModel, lengths: list[int], rounds: int, threads: int
 
     check_lengths(lengths, model.manifest.bounds)  # before seconds of measuring
     with Progress("profile") as step:
-        limits = _limits(threads, remeasure, step)
+        on_gpu = model.manifest.target.device == "cuda"  # its limits are not measured
+        limits = None if on_gpu else _limits(threads, remeasure, step)
         step(f"running {rounds} rounds")
         return model.profile(lengths, rounds=rounds, limits=limits)
 
