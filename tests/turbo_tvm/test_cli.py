@@ -109,7 +109,7 @@ class TestCompile:
         assert "error: precision 'fp3'" in fail("compile", tiny_folder, "-o", tmp_path / "a", "--precision", "fp3")
 
     def test_help_names_the_precisions(self):
-        assert "fp32, or bf16" in " ".join(succeed("compile", "--help").split())
+        assert "fp32, bf16 (AVX512-BF16, or GPUs" in " ".join(succeed("compile", "--help").split())
 
     def test_bf16_for_a_cpu_without_it(self, tiny_folder, tmp_path):
         options = "--precision", "bf16", "--target", "cpu:x86-64-v3"
