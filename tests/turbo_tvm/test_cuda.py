@@ -18,10 +18,12 @@ from cli_runner import fail, succeed
 
 import turbo_tvm
 from turbo_tvm import artifact, compiler, config
+from turbo_tvm.artifact import Artifact
 from turbo_tvm.cuda import machine_code, nvrtc, sass
 from turbo_tvm.cuda.block_counts import BlockCounts
 from turbo_tvm.errors import ArtifactError, CompileError, TargetError, TurboError
 from turbo_tvm.runtime import gpu
+from turbo_tvm.runtime.manifest import DeviceKernelSpec
 
 pytestmark = pytest.mark.xdist_group("cuda-models")
 
@@ -355,6 +357,14 @@ def test_the_command_says_what_next(tiny_folder, tmp_path):
     out = succeed("compile", tiny_folder, "-o", tmp_path / "m.turbo", "--target", "cuda:sm_80", "--precision", "fp16")
     assert "cuda:sm_80 (x86-64), fp16\n" in out and "next: turbo-tvm inspect" in out and "--kernels" in out
     assert "GPUs" in succeed("inspect", tmp_path / "m.turbo")
+
+
+def test_code_that_the_disassembler_refuses_is_left_out(path, monkeypatch):
+    monkeypatch.setattr(config, "nvdisasm", lambda: "/bin/false")
+    machine = replace(artifact.read(path).manifest, device_kernels=(DeviceKernelSpec("k", "sm_75", 32, 0, 0),))
+    monkeypatch.setattr(artifact, "read", lambda _: Artifact(machine, b"", {}, None, path, {"sm_75": b"code"}))
+    out = succeed("inspect", path, "--kernels")
+    assert "sm_75: nvdisasm cannot read the machine code" in out and "no kernel spills registers" in out
 
 
 def test_a_cost_is_kept_by_the_gpus_name(simulated, served):

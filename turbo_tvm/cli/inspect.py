@@ -96,17 +96,22 @@ def _kernels(manifest: Manifest, cubins: Mapping[str, bytes]) -> None:
     from turbo_tvm import config
     from turbo_tvm.cli.gpu_tables import show
     from turbo_tvm.cuda import sass
+    from turbo_tvm.errors import TurboError
 
-    found, note = config.nvdisasm(), ""
-    codes = None
+    found, notes = config.nvdisasm(), []
+    codes: dict[str, dict[str, str]] = {}
     if found is None:
-        note = "for what the machine code consists of, NVIDIA's disassembler is needed: pip install 'turbo-tvm[cuda]'"
-    else:
-        codes = {
-            name: {kernel: sass.summary(counts) for kernel, counts in sass.instructions(found, cubin).items()}
-            for name, cubin in cubins.items()
-        }
-    show(manifest, codes, note)
+        notes.append(
+            "for what machine code consists of, NVIDIA's disassembler is needed: pip install 'turbo-tvm[cuda]'"
+        )
+    for name, cubin in cubins.items() if found is not None else ():
+        try:
+            counts = sass.instructions(found, cubin)
+        except TurboError as error:  # a disassembler knows no GPU that its toolkit has dropped
+            notes.append(f"{name}: {error}")
+        else:
+            codes[name] = {kernel: sass.summary(count) for kernel, count in counts.items()}
+    show(manifest, codes, "\n".join(notes))
 
 
 def _memory(
