@@ -104,7 +104,9 @@ def _kernels(manifest: Manifest, cubins: Mapping[str, bytes]) -> None:
         notes.append(
             "for what machine code consists of, NVIDIA's disassembler is needed: pip install 'turbo-tvm[cuda]'"
         )
-    for name, cubin in cubins.items() if found is not None else ():
+    for name, cubin in cubins.items():
+        if found is None:
+            break
         try:
             counts = sass.instructions(found, cubin)
         except TurboError as error:  # a disassembler knows no GPU that its toolkit has dropped
