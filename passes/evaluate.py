@@ -13,7 +13,7 @@ import numpy as np
 import tvm
 from tvm import relax, tirx
 
-from turbo_tvm.passes.rewriter import Rewriter, is_tensor, substitute
+from turbo_tvm.passes.rewriter import Rewriter, is_tensor, shape_of, substitute
 
 
 def cut(rewriter: Rewriter, expr: relax.Expr) -> tuple[list[relax.Var], list[tuple[relax.Var, relax.Expr]]]:
@@ -33,8 +33,12 @@ def _tensors(expr: relax.Expr) -> list[relax.Var]:
 
 
 def concrete(rewriter: Rewriter, expr: relax.Expr, dims: Mapping[tirx.Var, int]) -> relax.Function:
-    """`expr` as a function of the parameters it depends on, with symbolic dimensions fixed."""
+    """`expr` as a function of the parameters it depends on, with symbolic dimensions fixed.
+
+    What depends on a dimension alone gets the first input that has it as a last parameter.
+    """
     params, bindings = cut(rewriter, expr)
+    params = [*params, *_carriers(rewriter, params, dims)]
     builder = relax.BlockBuilder()
     with builder.function("part", params):
         with builder.dataflow():
@@ -46,6 +50,18 @@ def concrete(rewriter: Rewriter, expr: relax.Expr, dims: Mapping[tirx.Var, int])
     func = builder.finalize()["part"]
     present = {v: n for v, n in dims.items() if any(v.same_as(f) for f in relax.analysis.defined_symbolic_vars(func))}
     return func.bind_symbolic_vars(present) if present else func
+
+
+def _carriers(
+    rewriter: Rewriter, params: list[relax.Var], dims: Mapping[tirx.Var, int]
+) -> list[relax.Var]:
+    """Inputs that have the dimensions that no parameter has."""
+    missing = [d for d in dims if not any(_has(p, d) for p in params)]
+    return [p for p in rewriter.func.params if any(_has(p, d) for d in missing)][:1]
+
+
+def _has(param: relax.Var, dim: tirx.Var) -> bool:
+    return any(not isinstance(d, int) and d.same_as(dim) for d in shape_of(param))
 
 
 def evaluate(
@@ -62,6 +78,7 @@ def evaluate(
     if any(value is None for value in values):
         return None
     func = concrete(rewriter, expr, dims)
+    values += [np.zeros([int(d) for d in shape_of(p)], str(p.ty.dtype)) for p in func.params[len(values) :]]
     if relax.analysis.free_symbolic_vars(func):
         return None
     mod = tvm.IRModule({"part": func.with_attr("global_symbol", "part")})

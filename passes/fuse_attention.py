@@ -109,7 +109,7 @@ class _FuseAttention(Rewriter):
         product = self._unpermuted(out, [0, 2, 1, 3], "matmul")
         if product is None:
             return None
-        softmax = self.call_of(product.args[0], "nn.softmax")
+        softmax = self._softmax(product.args[0])
         if softmax is None or int(softmax.attrs.axis) not in (-1, 3):
             return None
         v = self._permuted(product.args[1], [0, 2, 1, 3])
@@ -118,10 +118,21 @@ class _FuseAttention(Rewriter):
             return None
         q_scaled, q_scale = self._unscaled(scores.args[0])
         q = self._permuted(q_scaled, [0, 2, 1, 3])
-        k = self._permuted(scores.args[1], [0, 2, 3, 1])
+        k_scaled, k_scale = self._unscaled(scores.args[1])
+        k = self._permuted(k_scaled, [0, 2, 3, 1])
         if q is None or k is None or v is None:
             return None
-        return _Attention(q, k, v, tuple(biases), scale * q_scale)
+        return _Attention(q, k, v, tuple(biases), scale * q_scale * k_scale)
+
+    def _softmax(self, x: relax.Expr) -> relax.Call | None:
+        """A softmax; where(isnan(softmax), 0, softmax), which guards rows without any key, is one for all others."""
+        guard = self.call_of(x, "where")
+        if guard is not None:
+            condition, zero, x = guard.args
+            nan = self.call_of(condition, "isnan")
+            if nan is None or not nan.args[0].same_as(x) or scalar(zero) != 0.0:
+                return None
+        return self.call_of(x, "nn.softmax")
 
     def _permuted(self, x: relax.Expr, axes: list[int]) -> relax.Expr | None:
         permute = self.call_of(x, "permute_dims")

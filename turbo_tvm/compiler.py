@@ -131,10 +131,10 @@ def _import(model: Any, name: str | None, max_length: int | None, tokenizer: str
 
 
 def _import_path(path: Path, name: str | None, max_length: int | None, tokenizer: str | None) -> Imported:
-    if path.suffix == ".onnx":
-        raise UnsupportedModelError(f"{path}: ONNX files are not supported by this version; pass the PyTorch model")
     if not path.exists():
         raise UnsupportedModelError(f"there is no model at {path}")
+    if path.suffix == ".onnx":
+        return _import_onnx(path, name, max_length, tokenizer)
     if not path.is_dir():
         raise UnsupportedModelError(
             f"{path} is a file; a model folder with config.json and model.safetensors is needed"
@@ -145,6 +145,16 @@ def _import_path(path: Path, name: str | None, max_length: int | None, tokenizer
 
     module, own_tokenizer, own_length = load_folder(path)
     return import_module(module, name or path.resolve().name, max_length or own_length, tokenizer or own_tokenizer)
+
+
+def _import_onnx(path: Path, name: str | None, max_length: int | None, tokenizer: str | None) -> Imported:
+    try:
+        import onnx  # noqa: F401
+    except ImportError as error:
+        raise CompileError(f"compiling ONNX files needs onnx ({error}): pip install 'turbo-tvm[onnx]'") from error
+    from turbo_tvm.frontends.onnx_model import import_file
+
+    return import_file(path, name, max_length, tokenizer)
 
 
 def _need_torch() -> None:

@@ -23,6 +23,7 @@ from turbo_tvm.cuda.kernels import CudaKernels
 from turbo_tvm.kernel_names import has_position_bias
 from turbo_tvm.kernels import CpuKernels, composites, inventory
 from turbo_tvm.passes.capture_graphs import capture_graphs
+from turbo_tvm.passes.compose_operators import compose_operators
 from turbo_tvm.passes.fuse_attention import fuse_attention
 from turbo_tvm.passes.fuse_embedding import fuse_embedding
 from turbo_tvm.passes.fuse_linear import fuse_linear
@@ -99,6 +100,7 @@ def packed(tiles: Tiles, max_length: int, precision: str) -> list[Pass]:
     return [
         # Recognise: what mixes tokens, while the mask is still there to say how.
         normalize,
+        compose_operators,
         lambda mod: fuse_attention(mod, max_length),
         fuse_pooling,
         # Pack: one matrix row per token; raises Declined if anything else mixes tokens.
@@ -122,6 +124,7 @@ def padded(tiles: Tiles, precision: str) -> list[Pass]:
     cpu = isinstance(tiles, CpuTiles)
     return [
         normalize,
+        compose_operators,
         fuse_linear,
         lambda mod: fuse_norm(mod, in_products=cpu),
         lambda mod: tile_rows(mod, tiles.row_tile),

@@ -12,6 +12,8 @@ from tvm import ir
 
 from turbo_tvm.runtime.manifest import Bounds, PositionRule
 
+DEFAULT_MAX_LENGTH = 512  # tokens, of models that name no limit
+
 # Of an output's largest value: well above rounding, well below another answer.
 TOLERANCES = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.02}
 
