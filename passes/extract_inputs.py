@@ -95,7 +95,7 @@ class _ExtractInputs(Rewriter):
         if not is_call(call, "strided_slice") or "position_ids" not in self._added:
             return None
         table, dims = call.args[0], shape_of(call.args[0])
-        out = shape_of(call)
+        out = shape_of(self.current)
         if not self._is_weight(table) or not all(isinstance(d, int) for d in dims) or len(dims) not in (2, 3):
             return None
         if isinstance(out[-2], int) or out[-1] != dims[-1] or (len(dims) == 3 and dims[0] != 1):

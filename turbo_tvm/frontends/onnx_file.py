@@ -14,6 +14,8 @@ OPSETS = range(11, 24)
 
 _AGAIN = "export the model again"
 
+_RUNTIME_OPERATORS = {"LayerNormalization": 17, "SimplifiedLayerNormalization": 99}  # and when ONNX has them itself
+
 
 def load_file(path: Path) -> onnx.ModelProto:
     """The model with its weights, external ones too, and with its functions inlined.
@@ -37,8 +39,19 @@ def load_file(path: Path) -> onnx.ModelProto:
         raise UnsupportedModelError(f"{path}: the weights beside it cannot be read: {summary(error)}") from error
     if model.functions:
         model = inliner.inline_local_functions(model)
+    _name_domains(model)
     _check_graph(path, model)
     return model
+
+
+def _name_domains(model: onnx.ModelProto) -> None:
+    """ONNX Runtime writes some of its operators without their domain."""
+    opset = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
+    ours = [n for n in model.graph.node if not n.domain and opset < _RUNTIME_OPERATORS.get(n.op_type, 0)]
+    for node in ours:
+        node.domain = "com.microsoft"
+    if ours and all(o.domain != "com.microsoft" for o in model.opset_import):
+        model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
 
 
 def _check_header(path: Path, model: onnx.ModelProto) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,10 +20,12 @@ from tvm import ir, relax, tirx
 from tvm.relax.frontend.onnx import onnx_frontend as stock
 
 from turbo_tvm.errors import UnsupportedModelError, summary
-from turbo_tvm.frontends import onnx_operators as own
+from turbo_tvm.frontends import onnx_fused, onnx_operators
+from turbo_tvm.frontends.onnx_fixed import Loosen
 from turbo_tvm.frontends.onnx_values import Values, is_known
 from turbo_tvm.passes.rewriter import shape_of
 
+_OWN = onnx_operators.OPERATORS | onnx_fused.OPERATORS
 _WEIGHT_ELEMENTS = 2  # smaller floating-point constants are part of the code, not weights
 
 
@@ -31,14 +33,22 @@ class OnnxGraph:
     """Imports the graph of a checked model.
 
     inputs: `main`'s parameters by the graph's names for them, int64 (batch, length); they are cast to what the graph
-    declares. dims: the symbolic dimensions.
+    declares. dims: the symbolic dimensions. fixed: the numbers that the graph has in their place, None where it has
+    none (`onnx_fixed.py`).
     """
 
-    def __init__(self, model: onnx.ModelProto, inputs: Mapping[str, relax.Var], dims: Sequence[tirx.Var]):
+    def __init__(
+        self,
+        model: onnx.ModelProto,
+        inputs: Mapping[str, relax.Var],
+        dims: Sequence[tirx.Var],
+        fixed: Sequence[int | None] = (),
+    ):
         self.graph = model.graph
         self.opset = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
         self.inputs = inputs
         self.values = Values(dims, self.opset)
+        self.loosen = Loosen(dims, fixed)
         self.builder = relax.BlockBuilder()
         self.known: dict[str, np.ndarray] = {}
         self.nodes: dict[str, relax.Expr] = {}
@@ -130,7 +140,13 @@ class OnnxGraph:
         if not is_known(value):
             return value
         if value.dtype != object:
-            return relax.const(value, str(value.dtype))
+            constant = relax.const(value, str(value.dtype))
+            axes, stops = self.loosen.cut(value.shape)
+            if not axes:
+                return constant
+            self.sliced += [value.shape[axis] for axis in axes]
+            starts = [0] * len(axes)
+            return self.emit(relax.op.strided_slice(constant, axes, starts, stops, assume_inbound=True))
         flat = self.emit(relax.op.shape_to_tensor(relax.ShapeExpr([_int64(x) for x in value.reshape(-1)])))
         return flat if value.ndim == 1 else self.emit(relax.op.reshape(flat, value.shape))
 
@@ -168,7 +184,7 @@ class OnnxGraph:
                 found = self.values.evaluate(node, inputs, attrs)
                 if found is not None:
                     return found
-            rule = own.OPERATORS.get((node.domain if node.domain != "ai.onnx" else "", node.op_type))
+            rule = _OWN.get((node.domain if node.domain != "ai.onnx" else "", node.op_type))
             if rule is not None:
                 found = rule(self, inputs, attrs)
                 if found is not None:
@@ -191,6 +207,8 @@ class OnnxGraph:
             raise refused(node, "there is no conversion of this operator")
         attrs["tvm_custom"] = {"name": node.name, "num_outputs": len(node.output)}
         operands = stock.onnx_input([None if x is None else self.expression(x) for x in inputs])
+        if node.op_type in ("Add", "Sub", "Mul", "Div"):
+            operands = stock.onnx_input(self._cut_weights(operands))
         params = [self.nodes, {name: (var, tvm.runtime.tensor(a)) for name, (var, a) in self._small(operands)}]
         with contextlib.redirect_stdout(io.StringIO()):
             made = self.emit(converter.get_converter(self.opset)(self.builder, operands, attrs, params))
@@ -201,6 +219,23 @@ class OnnxGraph:
         if not shape_of(made) and made.ty.ndim != 0:
             raise refused(node, "the shape of its result is not known before it runs")
         return [made]
+
+    def _cut_weights(self, operands: Sequence[relax.Expr]) -> list[relax.Expr]:
+        """Weights that hold a row per token of a fixed length, cut to the length of what they are combined with."""
+        return [self._cut_weight(x, other) for x, other in zip(operands, reversed(operands), strict=True)]
+
+    def _cut_weight(self, x: relax.Expr, other: relax.Expr) -> relax.Expr:
+        dims, others = shape_of(x), shape_of(other)
+        axes = [
+            axis
+            for axis in self.loosen.cut(dims)[0]
+            if self.is_weight(x) and len(dims) - axis <= len(others) and not isinstance(others[axis - len(dims)], int)
+        ]
+        if not axes:
+            return x
+        self.sliced += [dims[axis] for axis in axes]
+        stops = [others[axis - len(dims)] for axis in axes]
+        return self.emit(relax.op.strided_slice(x, axes, [0] * len(axes), stops, assume_inbound=True))
 
     def _small(self, operands: Sequence[Any]) -> list[tuple[str, tuple[relax.Var, np.ndarray]]]:
         """The weights among a node's operands: a converter may ask for their values."""
@@ -238,5 +273,3 @@ def _part(dims: list[Any], attrs: Mapping[str, Any]) -> list[Any]:
 def _int64(x: Any) -> Any:
     return tirx.const(int(x), "int64") if isinstance(x, int) else x
 
-
-Operator = Callable[[OnnxGraph, list[Any], Mapping[str, Any]], "Sequence[Any] | None"]

@@ -43,14 +43,15 @@ def import_file(path: Path, name: str | None = None, max_length: int | None = No
     roles = _roles(path, model)
     batch, length = tirx.Var("batch", "int64"), tirx.Var("length", "int64")
     variables = {role: relax.Var(role, relax.TensorType((batch, length), "int64")) for role in roles}
-    graph = OnnxGraph(model, {given: variables[role] for role, given in roles.items()}, (batch, length))
+    fixed = _fixed_dims(path, model, roles)
+    graph = OnnxGraph(model, {given: variables[role] for role, given in roles.items()}, (batch, length), fixed)
     mod, weights = graph.run()
     mod, positions = extract_inputs(normalize(mod))
     positions = _given_positions(mod, roles) if positions is None else positions
     rows = _table_rows(mod)
     if "input_ids" not in rows:
         raise UnsupportedModelError(f"{path}: no table of token embeddings is looked up with {roles['input_ids']!r}")
-    limit = _max_length(positions, graph.sliced, max_length)
+    limit = _max_length(positions, [*graph.sliced, *(n for n in fixed[1:] if n)], max_length)
     types = (rows["token_type_ids"] if "token_type_ids" in roles else 1) if "token_type_ids" in rows else 0
     bounds = Bounds(limit, rows["input_ids"], types)
     rule = PositionRule() if positions is None else PositionRule(positions.kind, positions.offset, positions.pad_id)  # type: ignore[arg-type]
@@ -64,7 +65,7 @@ def import_file(path: Path, name: str | None = None, max_length: int | None = No
         positions=rule,
         parameter_count=sum(w.numpy().size for w in weights),
         tokenizer=tokenizer,
-        sample=_sample(path, model, roles, bounds, rule),
+        sample=_sample(path, model, roles, fixed, bounds, rule),
     )
 
 
@@ -122,14 +123,34 @@ def _max_length(positions: Positions | None, sliced: list[int], asked: int | Non
     return asked or limit or DEFAULT_MAX_LENGTH
 
 
-def _sample(path: Path, model: onnx.ModelProto, roles: Mapping[str, str], bounds: Bounds, rule: PositionRule) -> Sample:
-    """Two sequences of different length and what the file answers."""
-    length = min(7, bounds.max_length)
+def _fixed_dims(path: Path, model: onnx.ModelProto, roles: Mapping[str, str]) -> tuple[int | None, int | None]:
+    """Batch and length where the file fixes them."""
+    shapes = {i.name: [d.dim_value or None for d in i.type.tensor_type.shape.dim] for i in model.graph.input}
+    found: list[int | None] = []
+    for axis in range(2):
+        numbers = {shapes[name][axis] for name in roles.values()} - {None}
+        if len(numbers) > 1:
+            raise UnsupportedModelError(f"{path}: its inputs have different dimensions: {shapes}")
+        found.append(next(iter(numbers), None))
+    return found[0], found[1]
+
+
+def _sample(
+    path: Path,
+    model: onnx.ModelProto,
+    roles: Mapping[str, str],
+    fixed: tuple[int | None, int | None],
+    bounds: Bounds,
+    rule: PositionRule,
+) -> Sample:
+    """Sequences of different length and what the file answers."""
+    batch, length = fixed[0] or 2, fixed[1] or min(7, bounds.max_length)
     rng = np.random.default_rng(0)
-    ids = rng.integers(min(5, bounds.vocab_size - 1), bounds.vocab_size, (2, length))
-    mask = np.arange(length)[None, :] < np.array([[length], [max(1, length - 3)]])
-    given = feeds(model, roles, ids, mask.astype(np.int64), rule)
-    return Sample(ids, mask.astype(np.int64), reference(path, model)(given))
+    ids = rng.integers(min(5, bounds.vocab_size - 1), bounds.vocab_size, (batch, length))
+    ends = np.maximum(1, length - 3 * np.arange(0 if batch > 1 else 1, batch + (batch == 1)))
+    mask = (np.arange(length)[None, :] < ends[:, None]).astype(np.int64)
+    given = feeds(model, roles, ids, mask, rule)
+    return Sample(ids, mask, reference(path, model)(given))
 
 
 def feeds(model: onnx.ModelProto, roles: Mapping[str, str], ids: np.ndarray, mask: np.ndarray, rule: PositionRule) -> dict[str, np.ndarray]:

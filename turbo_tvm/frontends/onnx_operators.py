@@ -26,7 +26,8 @@ def _reshape(graph: OnnxGraph, inputs: list[Any], attrs: Attributes) -> Results:
     x, shape = graph.expression(inputs[0]), inputs[1]
     if not is_known(shape):
         return None
-    source, target = shape_of(x), list(shape.reshape(-1))
+    source = shape_of(x)
+    target = graph.loosen.reshape(source, list(shape.reshape(-1)))
     wanted = [source[i] if _is(d, 0) and not attrs.get("allowzero", 0) else d for i, d in enumerate(target)]
     if any(_is(d, -1) for d in wanted):
         rest = [d for d in wanted if not _is(d, -1)]
@@ -45,7 +46,7 @@ def _expand(graph: OnnxGraph, inputs: list[Any], attrs: Attributes) -> Results:
     x, shape = graph.expression(inputs[0]), inputs[1]
     if not is_known(shape):
         return None
-    return [relax.op.broadcast_to(x, _dims(broadcast(graph.values, shape_of(x), list(shape))))]
+    return [relax.op.broadcast_to(x, _dims(broadcast(graph.values, shape_of(x), graph.loosen.shape(list(shape)))))]
 
 
 def _constant_of_shape(graph: OnnxGraph, inputs: list[Any], attrs: Attributes) -> Results:
@@ -54,13 +55,13 @@ def _constant_of_shape(graph: OnnxGraph, inputs: list[Any], attrs: Attributes) -
     from onnx import numpy_helper
 
     value = numpy_helper.to_array(attrs["value"]) if "value" in attrs else np.zeros(1, np.float32)
-    return [relax.op.full(_dims(list(inputs[0])), relax.const(value.reshape(())), str(value.dtype))]
+    return [relax.op.full(_dims(graph.loosen.shape(list(inputs[0]))), relax.const(value.reshape(())), str(value.dtype))]
 
 
 def _range(graph: OnnxGraph, inputs: list[Any], attrs: Attributes) -> Results:
     if not all(is_known(x) for x in inputs):
         return None
-    start, stop, step = (x.reshape(-1)[0] for x in inputs)
+    start, stop, step = graph.loosen.shape([x.reshape(-1)[0] for x in inputs])
     if any(isinstance(x, float | np.floating) for x in (start, stop, step)):
         return None
     return [relax.op.arange(*_dims([start, stop, step]), "int64")]
@@ -108,20 +109,17 @@ def _gather(graph: OnnxGraph, inputs: list[Any], attrs: Attributes) -> Results:
     data, ids, axis = graph.expression(inputs[0]), inputs[1], attrs.get("axis", 0)
     if is_known(ids):
         extent = shape_of(data)[axis]
+        if ids.size > 1:
+            return None if ids.dtype == object or ids.min() < 0 else [_take(data, graph.expression(ids), axis)]
         if ids.dtype == object or (ids.min(initial=0) < 0 and not isinstance(extent, int)):
             return None
         index = np.where(ids < 0, ids + (extent if isinstance(extent, int) else 0), ids)
-        return [relax.op.take(data, relax.const(index, "int64"), axis=axis, mode="clip")]
-    if axis != 0 or not graph.is_weight(data):
-        return None
-    return [relax.op.take(data, ids, axis=0, mode="clip")]
+        return [_take(data, relax.const(index, "int64"), axis)]
+    return [_take(data, ids, 0)] if axis == 0 and graph.is_weight(data) else None
 
 
-def _layer_normalization(graph: OnnxGraph, inputs: list[Any], attrs: Attributes) -> Results:
-    if len([x for x in inputs if x is not None]) != 3 or attrs.get("axis", -1) not in (-1, len(shape_of(inputs[0])) - 1):
-        return None
-    x, gamma, beta = (graph.expression(i) for i in inputs)
-    return [relax.op.nn.layer_norm(x, gamma, beta, axes=[-1], epsilon=attrs.get("epsilon", 1e-5))]
+def _take(data: relax.Expr, ids: relax.Expr, axis: int) -> relax.Expr:
+    return relax.op.take(data, ids, axis=axis, mode="clip")
 
 
 def _is(value: Any, number: int) -> bool:
@@ -144,5 +142,4 @@ OPERATORS: dict[tuple[str, str], Callable[[OnnxGraph, list[Any], Attributes], Re
     ("", "Range"): _range,
     ("", "Slice"): _slice,
     ("", "Gather"): _gather,
-    ("", "LayerNormalization"): _layer_normalization,
 }

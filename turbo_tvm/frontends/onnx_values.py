@@ -91,8 +91,8 @@ class Values:
 
     def quotient(self, whole: Sequence[Any], parts: Sequence[Any]) -> int | Expr:
         """The product of `whole` over that of `parts`, where it is known to be an integer."""
-        number, symbols = _factors(whole)
-        divisor, divisors = _factors(parts)
+        number, symbols = factors(whole)
+        divisor, divisors = factors(parts)
         for symbol in divisors:
             index = next((i for i, s in enumerate(symbols) if s.same_as(symbol)), None)
             if index is None:
@@ -112,7 +112,7 @@ def _product(values: Sequence[Any]) -> Any:
     return reduce(lambda a, b: a * b, values, 1)
 
 
-def _factors(values: Sequence[Any]) -> tuple[int, list[Expr]]:
+def factors(values: Sequence[Any]) -> tuple[int, list[Expr]]:
     """A product as a number and symbolic factors."""
     number, symbols, pending = 1, [], list(values)
     while pending:
