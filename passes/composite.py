@@ -9,7 +9,9 @@ Vocabulary (T = packed rows `(tiles, row_tile, columns)`; before padding is remo
     attention(q, k, v, bounds..., [position_bias])   heads, head_dim, scale, columns [[width, offset] x 3], max_length
     pool(x, bounds)                                  mode "first" | "mean"
     linear(x, weight, bias, [residual], [gamma, beta])   activation, residual, norm_eps
-    norm(x, [residual], gamma, beta)                 eps, residual
+    norm(x, [residual], gamma, [beta])               eps, residual, kind "rms" (then without beta)
+    gate(x)                                          activation, columns, second: activation(one half) * other half
+    rotary(x, position_ids, table)                   columns, head_dim, spans [[first column, heads], ...]
     normalize(x)                                     eps: rows divided by their Euclidean length
     embedding(ids..., tables..., [gamma, beta])      tables, norm_eps
     toeplitz(bias)                                   from (1, heads, L, L), over j - i only, to (heads, 2L - 1)

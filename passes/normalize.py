@@ -5,6 +5,7 @@
     take(table, ids, mode="fast")                          --> take(table, ids, mode="clip")
     reshape(take(table, reshape(ids, (n,))), (b, s, h))    --> take(table, ids)
     0.5 * x * (1 + tanh(0.79788 * (x + 0.044715 * x^3)))   --> gelu_tanh(x)
+    x * sigmoid(x)                                         --> silu(x)
 
 Leaves everything else as it is.
 """
@@ -26,7 +27,7 @@ def normalize(mod: ir.IRModule) -> ir.IRModule:
 
 class _Normalize(Rewriter):
     def rules(self):
-        return self._permute, self._no_change, self._take, self._embedding, self._reshape, self._gelu_tanh
+        return self._permute, self._no_change, self._take, self._embedding, self._reshape, self._gelu_tanh, self._silu
 
     def _permute(self, call: relax.Call) -> relax.Expr | None:
         if not is_call(call, "permute_dims"):
@@ -115,6 +116,15 @@ class _Normalize(Rewriter):
             if power is not None and same.same_as(x) and power.args[0].same_as(x) and scalar(power.args[1]) == 3.0:
                 return True
         return False
+
+    def _silu(self, call: relax.Call) -> relax.Expr | None:
+        if not is_call(call, "multiply"):
+            return None
+        for x, gate in (call.args, reversed(call.args)):
+            sigmoid = self.call_of(gate, "sigmoid")
+            if sigmoid is not None and sigmoid.args[0].same_as(x):
+                return relax.op.nn.silu(x)
+        return None
 
 
 def _axes(permute: relax.Call) -> list[int]:

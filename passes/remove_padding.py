@@ -267,7 +267,31 @@ def _squeeze(call: relax.Call, args: list[relax.Expr], rank: int) -> relax.Expr 
     return relax.op.squeeze(args[0], axis=[-1]) if len(axes) == 1 and _axis_is_last(axes[0], rank) else None
 
 
+def _mean(call: relax.Call, args: list[relax.Expr], rank: int) -> relax.Expr | None:
+    axes = list(call.attrs.axis or [])
+    if len(axes) != 1 or not _axis_is_last(axes[0], rank) or not call.attrs.keepdims:
+        return None
+    return relax.op.mean(args[0], axis=-1, keepdims=True)
+
+
+def _rms_norm(call: relax.Call, args: list[relax.Expr], rank: int) -> relax.Expr | None:
+    axes = list(call.attrs.axes)
+    if len(axes) != 1 or not _axis_is_last(axes[0], rank):
+        return None
+    return relax.op.nn.rms_norm(*args, axes=[-1], epsilon=call.attrs.epsilon)
+
+
+def _strided_slice(call: relax.Call, args: list[relax.Expr], rank: int) -> relax.Expr | None:
+    x, axes, *bounds = args
+    if len(axes.fields) != 1 or not _axis_is_last(axes.fields[0].value, rank):
+        return None
+    return relax.op.strided_slice(x, [rank - 1], *([int(b.fields[0].value)] for b in bounds))
+
+
 _LAST_AXIS: dict[str, Rule] = {
+    "mean": _mean,
+    "nn.rms_norm": _rms_norm,
+    "strided_slice": _strided_slice,
     "nn.layer_norm": _layer_norm,
     "nn.softmax": _softmax,
     "matmul": _matmul,
