@@ -6,7 +6,8 @@ none: its sequence bounds are data. A call prints, parses and compares structura
 
 Vocabulary (T = packed rows `(tiles, row_tile, columns)`; before padding is removed, `(batch, length, columns)`):
 
-    attention(q, k, v, bounds..., [position_bias])   heads, head_dim, scale, columns [[width, offset] x 3], max_length
+    attention(q, k, v, bounds..., [position_bias])   heads, head_dim, scale, columns [[width, offset] x 3], max_length;
+                                                     kv_heads: of k and v, if fewer; window: keys at most so far away
     pool(x, bounds)                                  mode "first" | "mean"
     linear(x, weight, bias, [residual], [gamma, beta])   activation, residual, norm_eps
     norm(x, [residual], gamma, [beta])               eps, residual, kind "rms" (then without beta)
@@ -65,6 +66,17 @@ def match(expr: relax.Expr | None, name: str | None = None) -> Composite | None:
         return None
     *tensors, attributes = expr.args[1].fields
     return Composite(symbol[len(PREFIX) :], tuple(tensors), json.loads(attributes.value))
+
+
+def joined_spans(spans: Sequence[Sequence[int]], head_dim: int) -> list[list[int]]:
+    """Spans of heads, [first column, heads] each, where one that follows another directly is part of it."""
+    joined: list[list[int]] = []
+    for first, heads in sorted(spans):
+        if joined and joined[-1][0] + joined[-1][1] * head_dim == first:
+            joined[-1][1] += heads
+        else:
+            joined.append([first, heads])
+    return joined
 
 
 def read_by_operators(func: relax.Function) -> set[relax.Var]:

@@ -48,6 +48,19 @@ def concrete(rewriter: Rewriter, expr: relax.Expr, dims: Mapping[tirx.Var, int])
     return func.bind_symbolic_vars(present) if present else func
 
 
+def specialized(
+    rewriter: Rewriter, expr: relax.Expr, dims: Mapping[tirx.Var, int], values: Mapping[relax.Var, relax.Expr]
+) -> relax.Expr:
+    """Emit `expr` once more with symbolic dimensions fixed, and `values` in the place of inputs."""
+    func = concrete(rewriter, expr, dims)
+    by_name = {p.name: p for p in rewriter.func.params} | {p.name: value for p, value in values.items()}
+    new: dict[relax.Var, relax.Expr] = {p: by_name[p.name] for p in func.params}
+    for block in func.body.blocks:
+        for binding in block.bindings:
+            new[binding.var] = rewriter.emit(substitute(binding.value, new))
+    return substitute(func.body.body, new)
+
+
 def evaluate(
     rewriter: Rewriter,
     expr: relax.Expr,

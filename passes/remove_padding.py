@@ -165,7 +165,8 @@ class _RemovePadding:
         args = [substitute(t, self.new) for t in fused.tensors if not self._is_mask(t)]
         if fused.name == "attention":
             *operands, position_bias = *args[:3], args[3:]
-            out = relax.TensorType(tuple(shape_of(args[0])), "float32")
+            columns = fused.attrs["heads"] * fused.attrs["head_dim"]
+            out = relax.TensorType((*shape_of(args[0])[:2], columns), "float32")
             return composite.make(
                 "attention", [*operands, self.query_tiles, *position_bias], out, **fused.attrs
             ), "token"
@@ -175,6 +176,8 @@ class _RemovePadding:
             return composite.make("pool", [args[0], self.cu_seqlens], out, **fused.attrs), "sequence"
         if fused.name == "normalize":
             return composite.make("normalize", args, args[0].ty, **fused.attrs), "sequence"
+        if fused.name == "rotary":
+            return composite.make("rotary", args, args[0].ty, **fused.attrs), "token"
         raise Declined(f"turbo.{fused.name} has no packed form")
 
     def _is_mask(self, expr: relax.Expr) -> bool:
