@@ -238,6 +238,8 @@ def _describe(name: str, fused: Composite, out: relax.TensorType, counts: bool, 
         per_token, text = 2.0 * k * columns, f"{k} -> {columns}"
     elif fused.name == "attention":
         per_pair = 4.0 * fused.attrs["heads"] * fused.attrs["head_dim"]
+        if "window" in fused.attrs:
+            per_token, per_pair = per_pair * (2 * fused.attrs["window"] + 1), 0.0
         text = f"{fused.attrs['heads']} heads x {fused.attrs['head_dim']}"
     elif fused.name == "embedding":
         per_token, text = (
