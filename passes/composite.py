@@ -15,7 +15,6 @@ Vocabulary (T = packed rows `(tiles, row_tile, columns)`; before padding is remo
     rotary(x, position_ids, table)                   columns, head_dim, spans [[first column, heads], ...]
     normalize(x)                                     eps: rows divided by their Euclidean length
     embedding(ids..., tables..., [gamma, beta])      tables, norm_eps
-    toeplitz(bias)                                   from (1, heads, L, L), over j - i only, to (heads, 2L - 1)
     pack_weight(w), pack_bias(b)                     the kernels' weight layout; pairs: in bf16
     cast_rows(x), cast_weight(w)                     in 16 bits; shape: of a weight
     tile_rows(x), untile_rows(x)                     (rows, columns) to T and back, for graphs that stay padded

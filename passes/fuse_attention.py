@@ -7,9 +7,8 @@
 The operands are columns of rows (see `head_operands.py`); those that are turned by position are turned by a
 `turbo.rotary` in front. Heads of keys and values may be fewer than those of queries.
 
-The bias is evaluated (see `evaluate.py`): where the mask is 1 it must be zero, or a function of j - i alone; where the
-mask is 0, at most -1e4 below that. Then it is the key mask, plus a relative position bias that becomes one weight of
-`2 * max_length - 1` columns per head (a causal mask is such a bias as well). Anything else is left alone: per-pair
+The bias is measured (see `measure_bias.py`): it is the key mask, plus a window, which becomes an attribute, or a relative
+position bias, which becomes one weight of `2 * max_length - 1` columns per head. Anything else is left alone: per-pair
 masks, biases of absolute positions or of token ids.
 """
 
@@ -18,22 +17,19 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numpy as np
 from tvm import ir, relax, tirx
 
 from turbo_tvm.passes import composite
-from turbo_tvm.passes.evaluate import evaluate, specialized
 from turbo_tvm.passes.head_operands import HeadOperand, HeadOperands
+from turbo_tvm.passes.measure_bias import Bias, BiasMeasurement
 from turbo_tvm.passes.normalize import same_shape
 from turbo_tvm.passes.rewriter import Rewriter, is_call, scalar, shape_of
-
-MASKED = -1e4  # exp of it is zero in fp32
 
 
 def fuse_attention(mod: ir.IRModule, max_length: int) -> ir.IRModule:
     """Replace every recognised attention by a `turbo.attention` composite.
 
-    max_length: the longest sequence, in tokens; a position bias is tabulated up to it.
+    max_length: the longest sequence, in tokens; tables over positions and distances reach up to it.
     """
     return _FuseAttention(mod, max_length).run()
 
@@ -54,7 +50,7 @@ class _FuseAttention(Rewriter):
         super().__init__(mod)
         self.max_length = max_length
         self.inputs = {p.name: p for p in self.func.params[: int(self.func.attrs["num_input"])]}
-        self._position_biases: dict[tuple, relax.Expr | bool] = {}
+        self._biases: dict[tuple, Bias | None] = {}
         self._operands: HeadOperands | None = None
 
     def rules(self):
@@ -75,21 +71,22 @@ class _FuseAttention(Rewriter):
         if not same_shape(list(call.args[1].values), [batch, length, heads * head_dim]):
             return None
         operands = self._heads(found, (batch, length))
-        bias = self._bias(found.biases, (batch, length), heads) if operands is not None else False
-        if operands is None or bias is False:
+        bias = self._bias(found.biases, (batch, length), heads) if operands is not None else None
+        if operands is None or bias is None:
             return None
-        mask = self.inputs["attention_mask"]
-        grouped = {"kv_heads": operands[1].heads} if operands[1].heads < heads else {}
+        tables = [] if bias.table is None else [bias.table]
+        variant = {"window": bias.window} if bias.window is not None else {}
+        variant |= {"kv_heads": operands[1].heads} if operands[1].heads < heads else {}
         return composite.make(
             "attention",
-            [*self._turned(operands), mask, *([] if bias is True else [bias])],
+            [*self._turned(operands), self.inputs["attention_mask"], *tables],
             relax.TensorType((batch, length, heads * head_dim), "float32"),
             heads=heads,
             head_dim=head_dim,
             scale=found.scale,
             columns=[[x.width, x.first_column] for x in operands],
             max_length=self.max_length,
-            **grouped,
+            **variant,
         )
 
     def _heads(self, found: _Attention, tokens: tuple) -> list[HeadOperand] | None:
@@ -191,69 +188,10 @@ class _FuseAttention(Rewriter):
             x = add.args[0]
         return self.call_of(self._unscaled(x)[0], "matmul") is not None
 
-    def _bias(self, biases: tuple[relax.Expr, ...], tokens: tuple, heads: int) -> relax.Expr | bool:
-        """True: the biases are the key mask (or absent). An expression: its position table. False: not recognised."""
-        key = tuple(biases)
-        if key not in self._position_biases:
-            self._position_biases[key] = self._analyse(biases, tokens, heads)
-        return self._position_biases[key]
-
-    def _analyse(self, biases: tuple[relax.Expr, ...], tokens: tuple, heads: int) -> relax.Expr | bool:
-        # Without any mask every row of the padded batch attends to the padding too: not what packing computes.
-        if not biases or any(not isinstance(d, tirx.Var) for d in tokens):
-            return False
-        total = biases[0]
-        for other in biases[1:]:
-            total = self.emit(relax.op.add(total, other))
-        # At the longest length: a window, or blocks of tokens, leave no trace at shorter ones.
-        long, short = self.max_length, (self.max_length + 3) // 4
-        small, large = (self._measure(total, tokens, heads, length) for length in (short, long))
-        if small is None or large is None:
-            return False
-        middle = slice(long - short, long + short - 1)
-        if not np.array_equal(small, large[:, middle]):
-            return False
-        return True if not large.any() else self._position_table(total, tokens, heads)
-
-    def _measure(self, bias: relax.Expr, tokens: tuple, heads: int, length: int) -> np.ndarray | None:
-        """The bias as a table (heads, 2 * length - 1) over j - i, or None if it is anything else."""
-        full = np.ones((3, length), "int64")
-        ragged = np.arange(length)[None, :] < np.array([[length], [length // 2], [1]])
-        values = [v for mask in (full, ragged.astype("int64")) if (v := self._run(bias, tokens, mask)) is not None]
-        shape = (3, heads, length, length)
-        if len(values) != 2 or any(not _broadcasts(v.shape, shape) for v in values):
-            return None
-        unmasked, masked = values
-        keep = ragged[:, None, None, :]
-        if not np.where(keep, masked == unmasked, masked - unmasked <= MASKED).all():
-            return None
-        if not (unmasked == unmasked[:1]).all():
-            return None
-        bias = np.broadcast_to(unmasked[0], shape[1:])
-        by_distance = (bias[:, 1:, 1:] == bias[:, :-1, :-1]).all()
-        return np.concatenate([bias[:, :0:-1, 0], bias[:, 0, :]], axis=-1) if by_distance else None
-
-    def _run(self, bias: relax.Expr, tokens: tuple, mask: np.ndarray) -> np.ndarray | None:
-        rng = np.random.default_rng(0)
-
-        def value_of(param: relax.Var) -> np.ndarray | None:
-            if param.same_as(self.inputs["attention_mask"]):
-                return mask.astype(str(param.ty.dtype))
-            if any(param.same_as(p) for p in self.inputs.values()):
-                return None
-            return rng.standard_normal([int(d) for d in shape_of(param)]).astype(str(param.ty.dtype))
-
-        return evaluate(self, bias, dict(zip(tokens, mask.shape, strict=True)), value_of)
-
-    def _position_table(self, bias: relax.Expr, tokens: tuple, heads: int) -> relax.Expr:
-        """Emit the bias at batch 1 and the longest length, as an expression over weights, and its table."""
-        length = self.max_length
-        mask = self.inputs["attention_mask"]
-        ones = relax.const(np.ones((1, length), str(mask.ty.dtype)))
-        whole = specialized(self, bias, dict(zip(tokens, (1, length), strict=True)), {mask: ones})
-        table = relax.TensorType((heads, 2 * length - 1), "float32")
-        return self.emit(composite.make("toeplitz", [whole], table))
-
-
-def _broadcasts(shape: tuple, wanted: tuple) -> bool:
-    return len(shape) == len(wanted) and all(d in (1, w) for d, w in zip(shape, wanted, strict=True))
+    def _bias(self, biases: tuple[relax.Expr, ...], tokens: tuple, heads: int) -> Bias | None:
+        """What the biases are beside the key mask; None if they are not recognised."""
+        if (biases, heads) not in self._biases:
+            mask = self.inputs["attention_mask"]
+            measurement = BiasMeasurement(self, tokens, self.max_length, mask)
+            self._biases[biases, heads] = measurement.analyse(biases, heads)
+        return self._biases[biases, heads]

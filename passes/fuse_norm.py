@@ -87,7 +87,10 @@ class _FuseNorm(Rewriter):
 
     def _gained(self, call: relax.Call) -> tuple[relax.Expr, relax.Expr, float, int] | None:
         """(x, gamma, eps, readers of x) of an RMS norm."""
-        if is_call(call, "nn.rms_norm") and [int(a) for a in call.attrs.axes] in ([-1], [len(shape_of(call.args[0])) - 1]):
+        if is_call(call, "nn.rms_norm") and [int(a) for a in call.attrs.axes] in (
+            [-1],
+            [len(shape_of(call.args[0])) - 1],
+        ):
             return *call.args, float(call.attrs.epsilon), 1
         if not is_call(call, "multiply"):
             return None

@@ -19,7 +19,9 @@ from turbo_tvm.passes import composite
 from turbo_tvm.passes.rewriter import Rewriter, dims_of, shape_of
 
 BF16 = "uint16"
-_STORED = frozenset(["linear", "attention", "norm", "normalize", "embedding", "gate", "rotary"])  # kernels that can write bf16
+_STORED = frozenset(
+    ["linear", "attention", "norm", "normalize", "embedding", "gate", "rotary"]
+)  # kernels that can write bf16
 
 
 def lower_precision(mod: ir.IRModule, storage: str = BF16, pairs: bool = True, vectors: bool = False) -> ir.IRModule:

@@ -54,12 +54,14 @@ def rotary(
             for lane in T.vectorized(lanes):
                 result[tile, row, low + lane] = bf16.stored(
                     result,
-                    pair[0, lane] * table[position, angle + lane] - pair[1, lane] * table[position, angle + half + lane],
+                    pair[0, lane] * table[position, angle + lane]
+                    - pair[1, lane] * table[position, angle + half + lane],
                 )
             for lane in T.vectorized(lanes):
                 result[tile, row, low + half + lane] = bf16.stored(
                     result,
-                    pair[1, lane] * table[position, angle + lane] + pair[0, lane] * table[position, angle + half + lane],
+                    pair[1, lane] * table[position, angle + lane]
+                    + pair[0, lane] * table[position, angle + half + lane],
                 )
 
     @T.inline
@@ -109,9 +111,7 @@ def rotary(
     return kernel
 
 
-def kept_columns(
-    columns: int, head_dim: int, dims: int, spans: tuple[tuple[int, int], ...]
-) -> list[tuple[int, int]]:
+def kept_columns(columns: int, head_dim: int, dims: int, spans: tuple[tuple[int, int], ...]) -> list[tuple[int, int]]:
     """(first column, columns) of what does not turn."""
     turned = [False] * columns
     for first, heads in spans:

@@ -38,7 +38,6 @@ from turbo_tvm.schedules import (
     linear_amx,
     normalization,
     pooling,
-    position_bias,
     rotary,
     rows,
     weights,
@@ -65,10 +64,6 @@ class WeightKernels:
 
     def _cast_weight(self, fused: Composite, out: relax.TensorType) -> Recipe:
         return weights.cast_weight, {"shape": tuple(fused.attrs["shape"]), "dtype": str(out.dtype)}
-
-    def _toeplitz(self, fused: Composite, out: relax.TensorType) -> Recipe:
-        heads, width = dims_of(out)
-        return position_bias.toeplitz, {"heads": int(heads), "length": (int(width) + 1) // 2}
 
 
 class CpuKernels(WeightKernels):

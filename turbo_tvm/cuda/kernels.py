@@ -20,7 +20,7 @@ from turbo_tvm.passes.composite import Composite
 from turbo_tvm.schedules.cuda import attention, embedding, gate, linear, normalization, pooling, rotary, rows
 from turbo_tvm.schedules.cuda.tiles import CudaTiles
 
-_ON_HOST = ("pack_weight", "pack_bias", "cast_weight", "toeplitz")
+_ON_HOST = ("pack_weight", "pack_bias", "cast_weight")
 _TILED = ("linear", "attention")  # schedules that take tiles
 
 
