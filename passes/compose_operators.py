@@ -88,7 +88,7 @@ class _ComposeOperators(Rewriter):
     # GELU
 
     def _gelu(self, call: relax.Call) -> relax.Expr | None:
-        if not is_call(call, "multiply"):
+        if not (is_call(call, "multiply") or is_call(call, "divide")):
             return None
         factors, constant = self._factors(call)
         if len(factors) != 2 or not math.isclose(constant, 0.5, rel_tol=1e-5):
@@ -109,7 +109,7 @@ class _ComposeOperators(Rewriter):
         constant, factors, pending = 1.0, [], [expr]
         while pending:
             x = pending.pop()
-            value, product, ratio = scalar(x), self._product(x), self.call_of(x, "divide")
+            value, product, ratio = scalar(x), self._call_to(x, "multiply"), self._call_to(x, "divide")
             divisor = scalar(ratio.args[1]) if ratio is not None else None
             if value is not None:
                 constant *= value
@@ -122,8 +122,8 @@ class _ComposeOperators(Rewriter):
                 factors.append(x)
         return factors, constant
 
-    def _product(self, expr: relax.Expr) -> relax.Call | None:
-        return expr if is_call(expr, "multiply") else self.call_of(expr, "multiply")
+    def _call_to(self, expr: relax.Expr, op: str) -> relax.Call | None:
+        return expr if is_call(expr, op) else self.call_of(expr, op)
 
     def _is_scaled(self, expr: relax.Expr, x: relax.Expr, factor: float) -> bool:
         """Whether `expr` is x times that number; x may itself be scaled."""

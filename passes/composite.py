@@ -6,13 +6,15 @@ none: its sequence bounds are data. A call prints, parses and compares structura
 
 Vocabulary (T = packed rows `(tiles, row_tile, columns)`; before padding is removed, `(batch, length, columns)`):
 
-    attention(q, k, v, bounds..., [position_bias])   heads, head_dim, scale, columns [[width, offset] x 3], max_length
+    attention(q, k, v, bounds..., [position_bias])   heads, head_dim, scale, columns [[width, offset] x 3], max_length;
+                                                     kv_heads: of k and v, if fewer; window: keys at most so far away
     pool(x, bounds)                                  mode "first" | "mean"
     linear(x, weight, bias, [residual], [gamma, beta])   activation, residual, norm_eps
-    norm(x, [residual], gamma, beta)                 eps, residual
+    norm(x, [residual], gamma, [beta])               eps, residual, kind "rms" (then without beta)
+    gate(x)                                          activation, columns, second: activation(one half) * other half
+    rotary(x, position_ids, table)                   columns, head_dim, spans [[first column, heads], ...]
     normalize(x)                                     eps: rows divided by their Euclidean length
     embedding(ids..., tables..., [gamma, beta])      tables, norm_eps
-    toeplitz(bias)                                   from (1, heads, L, L), over j - i only, to (heads, 2L - 1)
     pack_weight(w), pack_bias(b)                     the kernels' weight layout; pairs: in bf16
     cast_rows(x), cast_weight(w)                     in 16 bits; shape: of a weight
     tile_rows(x), untile_rows(x)                     (rows, columns) to T and back, for graphs that stay padded
@@ -63,6 +65,17 @@ def match(expr: relax.Expr | None, name: str | None = None) -> Composite | None:
         return None
     *tensors, attributes = expr.args[1].fields
     return Composite(symbol[len(PREFIX) :], tuple(tensors), json.loads(attributes.value))
+
+
+def joined_spans(spans: Sequence[Sequence[int]], head_dim: int) -> list[list[int]]:
+    """Spans of heads, [first column, heads] each, where one that follows another directly is part of it."""
+    joined: list[list[int]] = []
+    for first, heads in sorted(spans):
+        if joined and joined[-1][0] + joined[-1][1] * head_dim == first:
+            joined[-1][1] += heads
+        else:
+            joined.append([first, heads])
+    return joined
 
 
 def read_by_operators(func: relax.Function) -> set[relax.Var]:

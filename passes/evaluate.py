@@ -13,7 +13,7 @@ import numpy as np
 import tvm
 from tvm import relax, tirx
 
-from turbo_tvm.passes.rewriter import Rewriter, is_tensor, shape_of, substitute
+from turbo_tvm.passes.rewriter import Rewriter, is_call, is_tensor, shape_of, substitute
 
 
 def cut(rewriter: Rewriter, expr: relax.Expr) -> tuple[list[relax.Var], list[tuple[relax.Var, relax.Expr]]]:
@@ -32,10 +32,25 @@ def _tensors(expr: relax.Expr) -> list[relax.Var]:
     return [var for var in relax.analysis.free_vars(expr) if is_tensor(var)]
 
 
-def concrete(rewriter: Rewriter, expr: relax.Expr, dims: Mapping[tirx.Var, int]) -> relax.Function:
+def is_arange(value: relax.Expr, length: tirx.Var) -> bool:
+    """Whether `value` is 0, 1, 2, ... length - 1."""
+    if not is_call(value, "arange"):
+        return False
+    start, end, step = value.args
+    return (
+        all(isinstance(v, tirx.IntImm) for v in (start, step))
+        and (int(start), int(step)) == (0, 1)
+        and (end.same_as(length))
+    )
+
+
+def concrete(
+    rewriter: Rewriter, expr: relax.Expr, dims: Mapping[tirx.Var, int], positions: np.ndarray | None = None
+) -> relax.Function:
     """`expr` as a function of the parameters it depends on, with symbolic dimensions fixed.
 
-    What depends on a dimension alone gets the first input that has it as a last parameter.
+    positions: what takes the place of 0, 1, 2, ... of as many elements. What depends on a dimension alone gets the
+    first input that has it as a last parameter.
     """
     params, bindings = cut(rewriter, expr)
     params = [*params, *_carriers(rewriter, params, dims)]
@@ -44,6 +59,8 @@ def concrete(rewriter: Rewriter, expr: relax.Expr, dims: Mapping[tirx.Var, int])
         with builder.dataflow():
             new: dict[relax.Var, relax.Expr] = {}
             for var, value in bindings:
+                if positions is not None and any(is_arange(value, dim) for dim in dims):
+                    value = relax.const(positions.astype(str(var.ty.dtype)))
                 new[var] = builder.emit(substitute(value, new))
             out = builder.emit_output(substitute(expr, new))
         builder.emit_func_output(out)
@@ -52,9 +69,7 @@ def concrete(rewriter: Rewriter, expr: relax.Expr, dims: Mapping[tirx.Var, int])
     return func.bind_symbolic_vars(present) if present else func
 
 
-def _carriers(
-    rewriter: Rewriter, params: list[relax.Var], dims: Mapping[tirx.Var, int]
-) -> list[relax.Var]:
+def _carriers(rewriter: Rewriter, params: list[relax.Var], dims: Mapping[tirx.Var, int]) -> list[relax.Var]:
     """Inputs that have the dimensions that no parameter has."""
     missing = [d for d in dims if not any(_has(p, d) for p in params)]
     return [p for p in rewriter.func.params if any(_has(p, d) for d in missing)][:1]
@@ -64,20 +79,38 @@ def _has(param: relax.Var, dim: tirx.Var) -> bool:
     return any(not isinstance(d, int) and d.same_as(dim) for d in shape_of(param))
 
 
+def specialized(
+    rewriter: Rewriter,
+    expr: relax.Expr,
+    dims: Mapping[tirx.Var, int],
+    values: Mapping[relax.Var, relax.Expr],
+    positions: np.ndarray | None = None,
+) -> relax.Expr:
+    """Emit `expr` once more with symbolic dimensions fixed, and `values` in the place of inputs."""
+    func = concrete(rewriter, expr, dims, positions)
+    by_name = {p.name: p for p in rewriter.func.params} | {p.name: value for p, value in values.items()}
+    new: dict[relax.Var, relax.Expr] = {p: by_name[p.name] for p in func.params}
+    for block in func.body.blocks:
+        for binding in block.bindings:
+            new[binding.var] = rewriter.emit(substitute(binding.value, new))
+    return substitute(func.body.body, new)
+
+
 def evaluate(
     rewriter: Rewriter,
     expr: relax.Expr,
     dims: Mapping[tirx.Var, int],
     value_of: Callable[[relax.Var], np.ndarray | None],
+    positions: np.ndarray | None = None,
 ) -> np.ndarray | None:
-    """The value of `expr` when `value_of` gives its parameters' values.
+    """The value of `expr` when `value_of` gives its parameters' values; positions: as in `concrete`.
 
     None if a parameter has none, or if a symbolic dimension is not among `dims`.
     """
     values = [value_of(param) for param in cut(rewriter, expr)[0]]
     if any(value is None for value in values):
         return None
-    func = concrete(rewriter, expr, dims)
+    func = concrete(rewriter, expr, dims, positions)
     values += [np.zeros([int(d) for d in shape_of(p)], str(p.ty.dtype)) for p in func.params[len(values) :]]
     if relax.analysis.free_symbolic_vars(func):
         return None

@@ -66,7 +66,9 @@ class _ExtractInputs(Rewriter):
         token_ids = self.inputs.get("input_ids")
         if token_ids is None:
             return self.mod
-        added = [relax.Var(name, token_ids.ty) for name in ("token_type_ids", "position_ids") if name not in self.inputs]
+        added = [
+            relax.Var(name, token_ids.ty) for name in ("token_type_ids", "position_ids") if name not in self.inputs
+        ]
         self._added = {var.name: var for var in added}
         count = len(self.inputs)
         params = [*self.func.params[:count], *added, *self.func.params[count:]]

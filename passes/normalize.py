@@ -5,6 +5,7 @@
     take(table, ids, mode="fast")                          --> take(table, ids, mode="clip")
     reshape(take(table, reshape(ids, (n,))), (b, s, h))    --> take(table, ids)
     reshape(permute(reshape(x, (b * h, s, d)), (0, 2, 1)), (b, h, d, s)) --> permute(x, (0, 1, 3, 2))
+    x * sigmoid(x)                                         --> silu(x)
 
 Leaves everything else as it is.
 """
@@ -24,7 +25,15 @@ def normalize(mod: ir.IRModule) -> ir.IRModule:
 
 class _Normalize(Rewriter):
     def rules(self):
-        return self._permute, self._no_change, self._take, self._embedding, self._batched_permute, self._reshape
+        return (
+            self._permute,
+            self._no_change,
+            self._take,
+            self._embedding,
+            self._batched_permute,
+            self._reshape,
+            self._silu,
+        )
 
     def _permute(self, call: relax.Call) -> relax.Expr | None:
         if not is_call(call, "permute_dims"):
@@ -88,6 +97,15 @@ class _Normalize(Rewriter):
             return None
         source, shape = inner.args[0], call.args[1]
         return source if same_shape(shape_of(source), list(shape.values)) else relax.op.reshape(source, shape)
+
+    def _silu(self, call: relax.Call) -> relax.Expr | None:
+        if not is_call(call, "multiply"):
+            return None
+        for x, gate in (call.args, reversed(call.args)):
+            sigmoid = self.call_of(gate, "sigmoid")
+            if sigmoid is not None and sigmoid.args[0].same_as(x):
+                return relax.op.nn.silu(x)
+        return None
 
 
 def _axes(permute: relax.Call) -> list[int]:

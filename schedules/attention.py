@@ -15,6 +15,9 @@ Strategy, for a task = (head, query tile)
 4. out[query, d] = sum of P[key, query] V[key, d] in register tiles of 8 queries (4 on narrow machines) by
    `col_tile` columns, then by halves of it where head_dim leaves a rest. Queries past the end are skipped.
 
+With a window a task visits only the keys that some query of it sees, and those at the rim get -1e37 before their scores
+are summed; everything else is the same, with the window's keys for the sequence. Its scratch is as small as that.
+
 Tasks run head-major: a thread owns whole heads, which balances ragged batches, and the rows of the next sequence
 follow those of this one, so steps 1 and 2 prefetch them. Without it short sequences wait for memory: the rows of a
 head lie a full activation row apart, on other pages, where no hardware prefetcher follows. The parallel loop
@@ -65,6 +68,8 @@ def attention(
     q: tuple[int, int],
     k: tuple[int, int],
     v: tuple[int, int],
+    kv_heads: int | None = None,
+    window: int | None = None,
     position_bias: bool = False,
     x: RowFormat | None = None,
     out: RowFormat | None = None,
@@ -74,7 +79,8 @@ def attention(
     q, k, v: `(t, R, width)`, each given as (width, first column of head 0); they may be one buffer. query_tiles: int32
     `(nq, 3)`; sequences have 1 .. max_length rows. out: fp32 `(t, R, heads * head_dim)`
     unless the format says else.
-    position_bias: fp32 `(heads, 2 * max_length - 1)`, added for query i, key j at column j - i + max_length - 1.
+    kv_heads: heads of k and v, if fewer: heads / kv_heads neighbouring heads of q share one. window: query i sees key j
+    where |i - j| <= window. position_bias: fp32 `(heads, 2 * max_length - 1)`, added for query i, key j at column j - i + max_length - 1.
     x: the dtype of q, k and v, by default fp32; bf16 makes it products of bf16 numbers, and head_dim, widths and first
     columns are then even.
     """
@@ -85,23 +91,29 @@ def attention(
     in_pairs = in_type == bf16.STORAGE
     step, pair_type = (2, bf16.PAIR) if in_pairs else (1, "float32")
     accumulate = bf16_accumulate_macro(lanes) if in_pairs else fp32_accumulate_macro()
+    group = heads // (kv_heads or heads)
+    most_keys = max_length if window is None else min(max_length, queries + 2 * window)
     load_queries = load_queries_macro(lanes, queries, head_dim // step, pair_type)
     load_bias = load_bias_macro(queries, max_length, scale)
     pair_values = pair_values_macro(lanes, head_dim)
-    narrow_scores = scores_macro(lanes, _NARROW_KEYS, _NARROW_KEYS, position_bias, accumulate)
-    wide_scores = scores_macro(queries, tiles.tile_rows, _LEFTOVER_KEYS, position_bias, accumulate)
+    narrow_scores = scores_macro(lanes, _NARROW_KEYS, _NARROW_KEYS, position_bias, accumulate, window)
+    wide_scores = scores_macro(queries, tiles.tile_rows, _LEFTOVER_KEYS, position_bias, accumulate, window)
     narrow_softmax = softmax_macro(lanes, scale * math.log2(math.e), in_pairs)
     wide_softmax = softmax_macro(queries, scale * math.log2(math.e), in_pairs)
     weigh = weigh_macro(8 if tiles.tile_rows >= 8 else 4, lanes, tiles.col_tile, head_dim, in_pairs, accumulate)
-    scratch_keys = max_length + _NARROW_KEYS  # a leftover tile ends less than its height past the last key
-    diagonal_size = max_length + queries if position_bias else 1
-    scratch_pairs = (max_length + 1) // 2 if in_pairs else 1
+    scratch_keys = most_keys + _NARROW_KEYS  # a leftover tile ends less than its height past the last key
+    diagonal_size = most_keys + queries if position_bias else 1
+    scratch_pairs = (most_keys + 1) // 2 if in_pairs else 1
     value_columns = -(-head_dim // lanes) * lanes if in_pairs else 1
 
     def of_head(buffer: tvm.tirx.Buffer, head: Expr, column: int = 0) -> Rows:
         """The head's rows; in pairs if that is how the buffer looks at them."""
         per = 2 if str(buffer.dtype) == bf16.PAIR else 1
         return Rows(buffer, column // per + head * (head_dim // per), head_dim // per)
+
+    def seen(begin: Expr, end: Expr, first: Expr, last: Expr) -> tuple[Expr, Expr]:
+        """The keys that a task visits."""
+        return (begin, end) if window is None else (T.max(begin, first - window), T.min(end, last + window))
 
     @T.inline
     def attend(q_rows, k_rows, v_rows, o_rows, bias, values, head, fresh, first, last, begin, end):
@@ -167,17 +179,16 @@ def attention(
                         head: T.let = task // nq
                         attend(
                             of_head(q_seen, head, q_column),
-                            of_head(k_seen, head, k_column),
-                            of_head(v_in, head, v_column),
+                            of_head(k_seen, head // group, k_column),
+                            of_head(v_in, head // group, v_column),
                             of_head(result, head),
                             bias,
                             values,
                             head,
-                            T.bitwise_or(first == begin, i == 0),
+                            T.bitwise_or(first == begin, i == 0) if window is None else True,
                             first,
                             last,
-                            begin,
-                            end,
+                            *seen(begin, end, first, last),
                         )
 
     return kernel if position_bias else without_parameters(kernel, ["bias"])

@@ -26,6 +26,7 @@ from turbo_tvm.passes.capture_graphs import capture_graphs
 from turbo_tvm.passes.compose_operators import compose_operators
 from turbo_tvm.passes.fuse_attention import fuse_attention
 from turbo_tvm.passes.fuse_embedding import fuse_embedding
+from turbo_tvm.passes.fuse_gate import fuse_gate
 from turbo_tvm.passes.fuse_linear import fuse_linear
 from turbo_tvm.passes.fuse_norm import fuse_norm
 from turbo_tvm.passes.fuse_pooling import fuse_pooling
@@ -107,6 +108,7 @@ def packed(tiles: Tiles, max_length: int, precision: str) -> list[Pass]:
         lambda mod: remove_padding(mod, tiles.row_tile),
         # Fuse what is left, row by row.
         fuse_linear,
+        fuse_gate,
         merge_qkv,
         lambda mod: fuse_norm(mod, in_products=cpu),
         fuse_embedding,

@@ -161,7 +161,6 @@ VARIANTS = [
     (Composite("pack_bias", (tensor(8),), {"n": 8}), relax.TensorType((8,), "float32")),
     (Composite("tile_rows", (tensor(-1, 16),), {}), rows(16)),
     (Composite("untile_rows", (tensor(-1, 4, 16),), {}), relax.TensorType((tirx.Var("s", "int64"), 16), "float32")),
-    (Composite("toeplitz", (tensor(1, 2, 24, 24),), {}), relax.TensorType((2, 47), "float32")),
 ]
 
 

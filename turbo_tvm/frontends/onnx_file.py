@@ -73,7 +73,9 @@ def _check_external_data(path: Path, model: onnx.ModelProto) -> None:
         given = {entry.key: entry.value for entry in tensor.external_data}
         place = path.parent / given.get("location", "")
         if not place.resolve().is_relative_to(path.parent.resolve()):
-            raise UnsupportedModelError(f"{path}: the weight {tensor.name!r} lies outside of the file's folder: {place}")
+            raise UnsupportedModelError(
+                f"{path}: the weight {tensor.name!r} lies outside of the file's folder: {place}"
+            )
         if not place.is_file():
             raise UnsupportedModelError(
                 f"{path}: its weights lie in {place.name}, which is not beside it: copy that file to {path.parent} too"

@@ -45,9 +45,7 @@ class Loosen:
         symbols = factors(source)[1]
         present = [any(s.same_as(d) for s in symbols) for d in (self.batch, self.length)]
         given = factors([d for d in target if not isinstance(d, int | np.integer)])[1]
-        for dim, size, needed in zip(
-            (self.batch, self.length), (self.batch_size, self.sequence), present, strict=True
-        ):
+        for dim, size, needed in zip((self.batch, self.length), (self.batch_size, self.sequence), present, strict=True):
             if size and needed and not any(g.same_as(dim) for g in given):
                 _place(loose, dim, size)
         return loose

@@ -1,7 +1,7 @@
 """Fused ONNX operators, in terms of Relax: those of ONNX Runtime's optimisers, and attention and norms of opset 23.
 
-Of ONNX Runtime: `com.microsoft` SkipLayerNormalization, EmbedLayerNormalization, BiasGelu, FastGelu, QuickGelu, Attention
-and so on, as its documentation of contrib operators defines them. Functions are as in `onnx_operators.py`.
+Of ONNX Runtime: `com.microsoft` SkipLayerNormalization, EmbedLayerNormalization, BiasGelu, Attention and so on, as its
+documentation of contrib operators defines them. Functions are as in `onnx_operators.py`.
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ def _attend(
 ) -> relax.Expr:
     """softmax(q k^T * scale + biases) v of (batch, length, heads * columns), in the same layout."""
     heads = int(attrs["num_heads"])
-    batch, length, width = shape_of(q)
+    batch, length = shape_of(q)[:2]
     split = [graph.emit(relax.op.reshape(x, (*shape_of(x)[:2], heads, shape_of(x)[2] // heads))) for x in (q, k, v)]
     scale = float(attrs.get("scale", 0.0)) or None
     out = graph.emit(_core(graph, split, [*biases, _causal(graph, length) if causal else None], scale))

@@ -112,7 +112,9 @@ class OnnxGraph:
             return
         if array.dtype != np.float32:
             array = array.astype(np.float32)
-        clean = "".join(c if c.isalnum() or c == "_" else "_" for c in name.removeprefix("onnx::").removeprefix("model."))
+        clean = "".join(
+            c if c.isalnum() or c == "_" else "_" for c in name.removeprefix("onnx::").removeprefix("model.")
+        )
         clean = clean if clean[:1].isalpha() or clean.startswith("_") else f"w_{clean}"
         while clean in self.weights or any(clean == p.name for p in self.inputs.values()):
             clean += "_"
@@ -272,4 +274,3 @@ def _part(dims: list[Any], attrs: Mapping[str, Any]) -> list[Any]:
 
 def _int64(x: Any) -> Any:
     return tirx.const(int(x), "int64") if isinstance(x, int) else x
-

@@ -30,7 +30,9 @@ _INPUTS = {
 }
 
 
-def import_file(path: Path, name: str | None = None, max_length: int | None = None, tokenizer: str | None = None) -> Imported:
+def import_file(
+    path: Path, name: str | None = None, max_length: int | None = None, tokenizer: str | None = None
+) -> Imported:
     """Import an encoder from an ONNX file of opset 11 to 23.
 
     Its inputs are token ids, attention mask and, where it has them, token types and positions, all (batch, length), of
@@ -94,7 +96,9 @@ def _roles(path: Path, model: onnx.ModelProto) -> dict[str, str]:
 
 def _given_positions(mod: ir.IRModule, roles: Mapping[str, str]) -> Positions | None:
     """Positions that the caller of the file supplies: they are counted from 0."""
-    return Positions("arange", 0, None, _table_rows(mod).get("position_ids", 1 << 30)) if "position_ids" in roles else None
+    return (
+        Positions("arange", 0, None, _table_rows(mod).get("position_ids", 1 << 30)) if "position_ids" in roles else None
+    )
 
 
 def _table_rows(mod: ir.IRModule) -> dict[str, int]:
@@ -153,10 +157,17 @@ def _sample(
     return Sample(ids, mask, reference(path, model)(given))
 
 
-def feeds(model: onnx.ModelProto, roles: Mapping[str, str], ids: np.ndarray, mask: np.ndarray, rule: PositionRule) -> dict[str, np.ndarray]:
+def feeds(
+    model: onnx.ModelProto, roles: Mapping[str, str], ids: np.ndarray, mask: np.ndarray, rule: PositionRule
+) -> dict[str, np.ndarray]:
     """The file's inputs for a padded batch, in its types."""
     positions = [ragged_positions(rule, row, np.array([0, len(row)], np.int32)) for row in ids.astype(np.int32)]
-    values = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids), "position_ids": np.stack(positions)}
+    values = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "token_type_ids": np.zeros_like(ids),
+        "position_ids": np.stack(positions),
+    }
     types = {i.name: helper.tensor_dtype_to_np_dtype(i.type.tensor_type.elem_type) for i in model.graph.input}
     return {name: values[role].astype(types[name]) for role, name in roles.items()}
 

@@ -21,6 +21,8 @@ from tvm.sym.analyzer import Analyzer
 
 MAX_ELEMENTS = 1 << 20  # larger results are left to the compiled code
 
+Binary = Callable[[Any, Any], Any]
+
 _RANDOM = ("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial")
 
 
@@ -81,7 +83,7 @@ class Values:
         x = self._analyzer.simplify(x)
         return int(x.value) if isinstance(x, tirx.IntImm) else x
 
-    def compare(self, holds: Callable[[Any, Any], Any], opposite: Callable[[Any, Any], Any], a: Any, b: Any) -> bool | None:
+    def compare(self, holds: Binary, opposite: Binary, a: Any, b: Any) -> bool | None:
         """Whether it holds for all dimensions; None if that depends."""
         if isinstance(a, int) and isinstance(b, int):
             return bool(holds(a, b))

@@ -10,6 +10,7 @@ from torch import nn
 from tvm import ir, relax
 from tvm.relax.frontend.torch import from_exported_program
 
+from turbo_tvm.frontends.torch_operators import CONVERTERS
 from turbo_tvm.passes.rewriter import builder_without_main, substitute
 
 _KEPT_WHOLE = ("scaled_dot_product_attention", "linear", "layer_norm", "gelu", "matmul", "softmax")
@@ -24,7 +25,11 @@ def to_relax(
     """
     program = _export(module, example, max_length)
     mod = from_exported_program(
-        program, keep_params_as_input=True, unwrap_unit_return_tuple=True, run_ep_decomposition=False
+        program,
+        keep_params_as_input=True,
+        unwrap_unit_return_tuple=True,
+        run_ep_decomposition=False,
+        custom_convert_map=dict(CONVERTERS),
     )
     mod, params = relax.frontend.detach_params(mod)
     return _name_inputs(mod, names), list(params["main"])
