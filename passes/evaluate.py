@@ -111,9 +111,9 @@ def evaluate(
     if any(value is None for value in values):
         return None
     func = concrete(rewriter, expr, dims, positions)
-    values += [np.zeros([int(d) for d in shape_of(p)], str(p.ty.dtype)) for p in func.params[len(values) :]]
-    if relax.analysis.free_symbolic_vars(func):
+    if relax.analysis.free_symbolic_vars(func) or any(not isinstance(d, int) for p in func.params for d in shape_of(p)):
         return None
+    values += [np.zeros([int(d) for d in shape_of(p)], str(p.ty.dtype)) for p in func.params[len(values) :]]
     mod = tvm.IRModule({"part": func.with_attr("global_symbol", "part")})
     machine = relax.VirtualMachine(tvm.compile(mod, target="llvm"), tvm.cpu())
     return machine["part"](*[tvm.runtime.tensor(value) for value in values]).numpy()
