@@ -60,7 +60,9 @@ class _ComposeOperators(Rewriter):
     def _source(self, centred: relax.Expr) -> relax.Expr | None:
         """The x of x - mean(x)."""
         call = self.call_of(centred, "subtract")
-        mean = self._row_mean(call.args[1]) if call is not None else None
+        if call is None:
+            return None
+        mean = self._row_mean(call.args[1])
         return call.args[0] if mean is not None and mean.same_as(call.args[0]) else None
 
     def _row_mean(self, expr: relax.Expr) -> relax.Expr | None:

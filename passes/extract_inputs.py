@@ -1,9 +1,12 @@
 """Make inputs of the ids that a graph computes itself: positions, and token types that are always 0.
 
+Look-ups of the mask at every place become the mask.
+
     take(table, slice(arange(512), 0, length))                     --> take(table, position_ids)   "arange"
     take(table, cumsum(ids != pad) * (ids != pad) + pad)           --> take(table, position_ids)   "count_non_pad"
     slice(table, 0, length)                                        --> take(table, position_ids)   "arange"
     take(table, zeros((batch, length)))                            --> take(table, token_type_ids)
+    gather_nd(mask, (i, j) for all i, j)                           --> reshape(mask, (batch, 1, 1, length))
 
 Packed rows know nothing of where they stand in their sequence, so the runtime supplies it. What the ids are is
 measured on samples (see `evaluate.py`). Ids that follow no known rule are left alone.
@@ -59,7 +62,7 @@ class _ExtractInputs(Rewriter):
         self._added: dict[str, relax.Var] = {}
 
     def rules(self):
-        return self._look_up, self._sliced_table
+        return self._look_up, self._sliced_table, self._looked_up_mask
 
     def run(self) -> ir.IRModule:
         """As every rewriter does, with the inputs that were added."""
@@ -108,6 +111,27 @@ class _ExtractInputs(Rewriter):
         flat = table if len(dims) == 2 else self.emit(relax.op.reshape(table, dims[1:]))
         return relax.op.take(flat, self._added["position_ids"], axis=0, mode="clip")
 
+    def _looked_up_mask(self, call: relax.Call) -> relax.Expr | None:
+        """A look-up that gives the mask of every key of every sequence."""
+        mask, tokens = self.inputs.get("attention_mask"), shape_of(self.inputs["input_ids"])
+        dims = shape_of(self.current)
+        if mask is None or not (is_call(call, "gather_nd") or is_call(call, "take")):
+            return None
+        keys = [i for i, d in enumerate(dims) if not isinstance(d, int) and d.same_as(tokens[1])]
+        if len(keys) != 1 or [p.name for p in cut(self, call)[0]] != [mask.name]:
+            return None
+        target = [tokens[0] if i == 0 else tokens[1] if i == keys[0] else 1 for i in range(len(dims))]
+        rng = np.random.default_rng(0)
+        for shape in ((3, 7), (2, 5)):
+            values = rng.integers(0, 2, shape)
+            found, whole = (self._evaluate(x, {"attention_mask": values}, shape) for x in (call, call.args[0]))
+            wanted = [shape[0] if i == 0 else shape[1] if i == keys[0] else 1 for i in range(len(dims))]
+            if found is None or whole is None or list(found.shape) != wanted or whole.size != found.size:
+                return None
+            if not np.array_equal(found, whole.reshape(wanted)):
+                return None
+        return relax.op.reshape(call.args[0], target)
+
     def _is_weight(self, expr: relax.Expr) -> bool:
         params, _ = cut(self, expr) if isinstance(expr, relax.Var) else ([], [])
         return isinstance(expr, relax.Var) and bool(params) and all(p in self.weights for p in params)
@@ -115,8 +139,9 @@ class _ExtractInputs(Rewriter):
     def _input_for(self, ids: relax.Expr, rows: int) -> relax.Expr | None:
         """The input that holds these ids."""
         pads = self._compared(ids)
-        samples = [(tokens, self._measure(ids, tokens)) for tokens in self._samples(pads)]
-        if any(value is None or value.shape[0] not in (1, len(tokens)) for tokens, value in samples):
+        measured = [(tokens, self._measure(ids, tokens)) for tokens in self._samples(pads)]
+        samples = [(t, v) for t, v in measured if v is not None and v.shape[0] in (1, len(t))]
+        if len(samples) < len(measured):
             return None
         if "token_type_ids" in self._added and all(not value.any() for _, value in samples):
             return self._added["token_type_ids"]
@@ -160,14 +185,17 @@ class _ExtractInputs(Rewriter):
 
     def _measure(self, ids: relax.Expr, tokens: np.ndarray) -> np.ndarray | None:
         mask = np.arange(tokens.shape[1])[None, :] < np.array(_LENGTHS)[:, None]
-        given = {"input_ids": tokens, "attention_mask": mask}
+        return self._evaluate(ids, {"input_ids": tokens, "attention_mask": mask}, tokens.shape)
+
+    def _evaluate(self, expr: relax.Expr, given: dict[str, np.ndarray], shape: tuple[int, int]) -> np.ndarray | None:
+        """The value for these inputs, of (batch, length); None if it needs others."""
         dims = [d for d in shape_of(self.inputs["input_ids"]) if isinstance(d, tirx.Var)]
 
         def value_of(param: relax.Var) -> np.ndarray | None:
             value = given.get(param.name) if param in self.inputs.values() else None
             return None if value is None else value.astype(str(param.ty.dtype))
 
-        return evaluate(self, ids, dict(zip(dims, tokens.shape, strict=False)), value_of)
+        return evaluate(self, expr, dict(zip(dims, shape, strict=False)), value_of)
 
 
 def _with_params(func: relax.Function, params: list[relax.Var], inputs: int) -> relax.Function:

@@ -49,7 +49,8 @@ def compile(
     """Compile a transformer encoder for requests of any batch size and length.
 
     model: a `torch.nn.Module` (a Hugging Face encoder with or without head, or any module whose forward takes
-        input_ids and attention_mask), or the path of a model folder with config.json and model.safetensors.
+        input_ids and attention_mask), or the path of a model folder with config.json and model.safetensors, or of an
+        ONNX file.
     target: "cpu" for this machine, or "cpu:<name>" for another CPU, such as "cpu:x86-64-v3"; "cuda:sm_80" for an NVIDIA
         GPU, "cuda:sm_80,sm_90" for several. Needs nvcc or the packages of turbo-tvm[cuda12], and no GPU.
     precision: "fp32"; or "bf16": weights, products and the rows between kernels in bf16, sums, norms and softmax in
@@ -137,7 +138,7 @@ def _import_path(path: Path, name: str | None, max_length: int | None, tokenizer
         return _import_onnx(path, name, max_length, tokenizer)
     if not path.is_dir():
         raise UnsupportedModelError(
-            f"{path} is a file; a model folder with config.json and model.safetensors is needed"
+            f"{path} is a file; an ONNX file (.onnx) or a model folder with config.json and model.safetensors is needed"
         )
     _need_torch()
     from turbo_tvm.frontends.model_folder import load_folder

@@ -31,12 +31,17 @@ class Sample:
 
     def differences(self, answers: Mapping[str, Any]) -> dict[str, float]:
         """How far each output is from the model's own, relative to its largest value; padding does not count."""
+        return {
+            name: float(np.abs(got - wanted).max() / max(np.abs(wanted).max(), 1e-6))
+            for name, (got, wanted) in self.pairs(answers).items()
+        }
+
+    def pairs(self, answers: Mapping[str, Any]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Each output as answered and as the model's own, for real tokens."""
         found = {}
         for name, wanted in self.outputs.items():
             got, real = np.asarray(answers[name]), self.mask.astype(bool)
-            if wanted.shape[:2] == real.shape:
-                got, wanted = got[real], wanted[real]
-            found[name] = float(np.abs(got - wanted).max() / max(np.abs(wanted).max(), 1e-6))
+            found[name] = (got[real], wanted[real]) if wanted.shape[:2] == real.shape else (got, wanted)
         return found
 
 

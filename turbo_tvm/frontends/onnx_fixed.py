@@ -37,6 +37,21 @@ class Loosen:
             loose[0] = self.batch
         return loose
 
+    def all_tokens(self, ids: np.ndarray, dims: Sequence[Any]) -> list[Any] | None:
+        """The shape of a look-up of every token in its place, in data with a row per token; None if it is another."""
+        symbols = factors(dims[:1])[1]
+        tokens = all(any(s.same_as(d) for s in symbols) for d in (self.batch, self.length))
+        if not self.batch_size or not self.sequence or self.sequence == 1 or not tokens:
+            return None
+        count = self.batch_size * self.sequence
+        if ids.size != count or not np.array_equal(ids.reshape(-1), np.arange(count)):
+            return None
+        axis = list(ids.shape).index(self.sequence) if self.sequence in ids.shape else 0
+        if axis == 0 or any(d != 1 for i, d in enumerate(ids.shape) if i not in (0, axis)):
+            return None
+        shape = [self.batch if i == 0 else self.length if i == axis else 1 for i in range(ids.ndim)]
+        return [*shape, *dims[1:]]
+
     def reshape(self, source: Sequence[Any], target: Sequence[Any]) -> list[Any]:
         """A target with the symbols that the source has: batch and length first come, first served."""
         loose = list(target)

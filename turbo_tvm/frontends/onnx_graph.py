@@ -188,9 +188,9 @@ class OnnxGraph:
                     return found
             rule = _OWN.get((node.domain if node.domain != "ai.onnx" else "", node.op_type))
             if rule is not None:
-                found = rule(self, inputs, attrs)
-                if found is not None:
-                    return [self.emit(x) if isinstance(x, relax.Expr) else x for x in found]
+                made = rule(self, inputs, attrs)
+                if made is not None:
+                    return [self.emit(x) if isinstance(x, relax.Expr) else x for x in made]
             return self._stock(node, inputs, attrs)
         except UnsupportedModelError:
             raise

@@ -109,6 +109,9 @@ def _gather(graph: OnnxGraph, inputs: list[Any], attrs: Attributes) -> Results:
     data, ids, axis = graph.expression(inputs[0]), inputs[1], attrs.get("axis", 0)
     if is_known(ids):
         extent = shape_of(data)[axis]
+        whole = graph.loosen.all_tokens(ids, shape_of(data)) if axis == 0 else None
+        if whole is not None:
+            return [relax.op.reshape(data, whole)]
         if ids.size > 1:
             return None if ids.dtype == object or ids.min() < 0 else [_take(data, graph.expression(ids), axis)]
         if ids.dtype == object or (ids.min(initial=0) < 0 and not isinstance(extent, int)):
@@ -116,6 +119,23 @@ def _gather(graph: OnnxGraph, inputs: list[Any], attrs: Attributes) -> Results:
         index = np.where(ids < 0, ids + (extent if isinstance(extent, int) else 0), ids)
         return [_take(data, relax.const(index, "int64"), axis)]
     return [_take(data, ids, 0)] if axis == 0 and graph.is_weight(data) else None
+
+
+def _gather_nd(graph: OnnxGraph, inputs: list[Any], attrs: Attributes) -> Results:
+    """Of a fixed batch, everything in its place; anything else is TVM's."""
+    data, ids = graph.expression(inputs[0]), inputs[1]
+    dims = shape_of(data)
+    if not is_known(ids) or ids.dtype == object or len(dims) != 2 or ids.shape[-1] != 2 or attrs.get("batch_dims", 0):
+        return None
+    place = ids[..., 0] * (graph.loosen.sequence or 0) + ids[..., 1]
+    whole = graph.loosen.all_tokens(place, [graph.values.simplify(dims[0] * dims[1])])
+    return None if whole is None else [relax.op.reshape(data, whole)]
+
+
+def _dropout(graph: OnnxGraph, inputs: list[Any], attrs: Attributes) -> Results:
+    """Nothing is dropped where nothing is trained."""
+    training = len(inputs) > 2 and inputs[2] is not None and not (is_known(inputs[2]) and not inputs[2].any())
+    return None if training else [inputs[0]]
 
 
 def _take(data: relax.Expr, ids: relax.Expr, axis: int) -> relax.Expr:
@@ -141,5 +161,7 @@ OPERATORS: dict[tuple[str, str], Callable[[OnnxGraph, list[Any], Attributes], Re
     ("", "ConstantOfShape"): _constant_of_shape,
     ("", "Range"): _range,
     ("", "Slice"): _slice,
+    ("", "Dropout"): _dropout,
     ("", "Gather"): _gather,
+    ("", "GatherND"): _gather_nd,
 }
