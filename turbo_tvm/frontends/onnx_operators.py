@@ -138,6 +138,14 @@ def _dropout(graph: OnnxGraph, inputs: list[Any], attrs: Attributes) -> Results:
     return None if training else [inputs[0]]
 
 
+def _softmax(graph: OnnxGraph, inputs: list[Any], attrs: Attributes) -> Results:
+    """Before opset 13 it is one of a matrix with all later axes in its columns: no other if there is one."""
+    x = graph.expression(inputs[0])
+    rank = len(shape_of(x))
+    last = attrs.get("axis", -1 if graph.opset >= 13 else 1) % rank == rank - 1
+    return [relax.op.nn.softmax(x, axis=-1)] if last else None
+
+
 def _take(data: relax.Expr, ids: relax.Expr, axis: int) -> relax.Expr:
     return relax.op.take(data, ids, axis=axis, mode="clip")
 
@@ -162,6 +170,7 @@ OPERATORS: dict[tuple[str, str], Callable[[OnnxGraph, list[Any], Attributes], Re
     ("", "Range"): _range,
     ("", "Slice"): _slice,
     ("", "Dropout"): _dropout,
+    ("", "Softmax"): _softmax,
     ("", "Gather"): _gather,
     ("", "GatherND"): _gather_nd,
 }
