@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from tvm import ir, relax, tirx
 
-from turbo_tvm.errors import UnsupportedModelError
+from turbo_tvm.errors import UnsupportedModelError, summary
 from turbo_tvm.frontends.imported import DEFAULT_MAX_LENGTH, Imported, Sample
 from turbo_tvm.frontends.onnx_file import load_file
 from turbo_tvm.frontends.onnx_graph import OnnxGraph
@@ -30,6 +30,15 @@ def import_file(
 
     Raises UnsupportedModelError with the reason.
     """
+    try:
+        return _import(path, name, max_length, tokenizer)
+    except UnsupportedModelError:
+        raise
+    except Exception as error:  # whatever ONNX and TVM raise for a file that passed the checks
+        raise UnsupportedModelError(f"{path} cannot be imported: {summary(error)}") from error
+
+
+def _import(path: Path, name: str | None, max_length: int | None, tokenizer: str | None) -> Imported:
     model = load_file(path)
     inputs = read_inputs(path, model)
     batch, length = tirx.Var("batch", "int64"), tirx.Var("length", "int64")
