@@ -362,8 +362,8 @@ def markdown(record: dict[str, Any]) -> str:
         "",
         f"Six layers of width 384, random weights, fp32. Difference: the largest absolute one to PyTorch, each request "
         f"alone there, over mixed batches of every length from 1 to 64 and some up to 256 tokens (images: three). Time: "
-        f"{REQUESTS} requests of 2 to {LONGEST} tokens (four images); rivals are PyTorch and ONNX Runtime, padded, one "
-        "by one and sorted in groups of 4 and 8, and the ratio is the median of the rounds' ratios of the best one's "
+        f"{REQUESTS} requests of 2 to {LONGEST} tokens (four images); rivals are PyTorch and ONNX Runtime, padded, "
+        "one by one and sorted in groups of 4 and 8, and the ratio is the median of the rounds' ratios of the best one's "
         "time to ours. A family that is padded compiles and is right, without the speed.",
         "",
         "| family | route | layout | kernels (calls) | difference | compile | time | best rival |",
