@@ -327,7 +327,7 @@ def _times(compiled: Any, rivals: dict[str, Any], requests: _Requests, threads: 
     for name, call in rivals.items():
         if requests.image:
             stacked = np.stack(asked)
-            entries.append(Entry(name, strategies.PADDED, lambda call=call: call(stacked, None)))
+            entries.append(Entry(name, strategies.PADDED, lambda call=call, stacked=stacked: call(stacked, None)))
             continue
         for strategy in strategies.STRATEGIES:
             made = strategies.rectangles(strategy, asked)
@@ -360,11 +360,11 @@ def markdown(record: dict[str, Any]) -> str:
         f"Written by `{record['command']}`; samples in [models.json](models.json). {m['cpu']}, {m['threads']} threads, "
         f"PyTorch {m['packages']['torch']}, ONNX Runtime {m['packages']['onnxruntime']}, revision {m['revision']}.",
         "",
-        f"Six layers of width 384, random weights, fp32. Difference: the largest absolute one to PyTorch, each request "
-        f"alone there, over mixed batches of every length from 1 to 64 and some up to 256 tokens (images: three). Time: "
+        "Six layers of width 384, random weights, fp32. Difference: the largest absolute one to PyTorch, each request "
+        "alone there, over mixed batches of every length from 1 to 64 and some up to 256 tokens (images: three). Time: "
         f"{REQUESTS} requests of 2 to {LONGEST} tokens (four images); rivals are PyTorch and ONNX Runtime, padded, "
-        "one by one and sorted in groups of 4 and 8, and the ratio is the median of the rounds' ratios of the best one's "
-        "time to ours. A family that is padded compiles and is right, without the speed.",
+        "one by one and sorted in groups of 4 and 8, and the ratio is the median of the rounds' ratios of the best "
+        "one's time to ours. A family that is padded compiles and is right, without the speed.",
         "",
         "| family | route | layout | kernels (calls) | difference | compile | time | best rival |",
         "|---|---|---|---|---|---|---|---|",
