@@ -77,10 +77,10 @@ def attention(
     """`(q, k, v, query_tiles, [position_bias,] out)`: out = softmax(scale Q K^T [+ bias]) V per sequence and head.
 
     q, k, v: `(t, R, width)`, each given as (width, first column of head 0); they may be one buffer. query_tiles: int32
-    `(nq, 3)`; sequences have 1 .. max_length rows. out: fp32 `(t, R, heads * head_dim)`
-    unless the format says else.
+    `(nq, 3)`; sequences have 1 .. max_length rows. out: fp32 `(t, R, heads * head_dim)` unless the format says else.
     kv_heads: heads of k and v, if fewer: heads / kv_heads neighbouring heads of q share one. window: query i sees key j
-    where |i - j| <= window. position_bias: fp32 `(heads, 2 * max_length - 1)`, added for query i, key j at column j - i + max_length - 1.
+    where |i - j| <= window. position_bias: fp32 `(heads, 2 * max_length - 1)`, added for query i, key j at column
+    j - i + max_length - 1.
     x: the dtype of q, k and v, by default fp32; bf16 makes it products of bf16 numbers, and head_dim, widths and first
     columns are then even.
     """

@@ -56,7 +56,8 @@ class Heads:
     def kernel(self, tiles: CpuTiles) -> tvm.tirx.PrimFunc:
         h, more = self.hidden, self.wider
         total, starts = sum(self.widths), np.cumsum([0, *self.widths]).tolist()
-        operands = [(total + more if self.merged else w + more, self.merged * s) for w, s in zip(self.widths, starts)]
+        operands = [(total, start) for start in starts[:3]] if self.merged else [(width, 0) for width in self.widths]
+        operands = [(width + more, first) for width, first in operands]
         return attention(
             tiles,
             heads=self.heads,

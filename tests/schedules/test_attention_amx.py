@@ -50,7 +50,6 @@ class Heads:
     def hidden(self) -> int:
         return self.heads * self.head_dim
 
-
     @property
     def widths(self) -> list[int]:
         """Columns of Q, K and V."""
@@ -61,7 +60,8 @@ class Heads:
 def kernel_of(shape: Heads, **options) -> tvm.tirx.PrimFunc:
     h, more = shape.hidden, shape.wider
     total, starts = sum(shape.widths), np.cumsum([0, *shape.widths]).tolist()
-    operands = [(total + more if shape.merged else w + more, shape.merged * s) for w, s in zip(shape.widths, starts)]
+    operands = [(total, start) for start in starts[:3]] if shape.merged else [(width, 0) for width in shape.widths]
+    operands = [(width + more, first) for width, first in operands]
     return attention_amx.attention(
         tiles.AMX,
         heads=shape.heads,

@@ -32,7 +32,9 @@ def check(run_kernel, stored, loaded, target, n, activation, second, dtypes, wid
     active, linear = halves[::-1] if second else halves
     wanted = ACTIVATIONS[activation](active) * linear
     error = 5e-7 if out.dtype == "float32" else 1e-4  # of an activation, see vector_math
-    bound = error * np.maximum(1, np.abs(active)) * np.abs(linear) + HALF_ULP * (out.dtype != "float32") * np.abs(wanted)
+    bound = error * np.maximum(1, np.abs(active)) * np.abs(linear) + HALF_ULP * (out.dtype != "float32") * np.abs(
+        wanted
+    )
     assert (np.abs(got - wanted) - bound * 1.01 - 1e-7).max() <= 0
 
 

@@ -17,7 +17,18 @@ pytestmark = pytest.mark.xdist_group("cuda-attention")
 
 
 def kernel(
-    heads, head_dim, dtype, longest, *, bias=False, out=None, scale=None, merged=True, wider=0, kv_heads=None, window=None
+    heads,
+    head_dim,
+    dtype,
+    longest,
+    *,
+    bias=False,
+    out=None,
+    scale=None,
+    merged=True,
+    wider=0,
+    kv_heads=None,
+    window=None,
 ):
     inner = heads * head_dim
     widths = [inner, *[(kv_heads or heads) * head_dim] * 2]

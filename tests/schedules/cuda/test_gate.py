@@ -19,7 +19,9 @@ def test_matches_float64(gpu, dtype):
         name: {"x": RowFormat(2 * n + wider, dtype), "out": RowFormat(n + wider, dtype)}
         for name, (n, wider, _) in shapes.items()
     }
-    kernels = {name: gate(columns=n, activation="silu", second=s, **formats[name]) for name, (n, _, s) in shapes.items()}
+    kernels = {
+        name: gate(columns=n, activation="silu", second=s, **formats[name]) for name, (n, _, s) in shapes.items()
+    }
     module = gpu.build(kernels)
     for name, (n, wider, second) in shapes.items():
         x = stored(3 * np.random.default_rng(0).normal(size=(19, 1, 2 * n + wider)), dtype)
