@@ -76,8 +76,9 @@ class _FuseGate(Rewriter):
                 return None
             rows, index = split.args[0], int(value.index)
         elif is_call(value, "strided_slice"):
-            axes, begin, _, strides = (t.fields for t in value.args[1:])
-            if len(shape_of(expr)) != 3 or [int(a.value) % 3 for a in axes] != [2] or int(strides[0].value) != 1:
+            axes, begin, _, *strides = (t.fields for t in value.args[1:])
+            steps = [int(s.value) for s in strides[0]] if strides else [1]
+            if len(shape_of(expr)) != 3 or [int(a.value) % 3 for a in axes] != [2] or steps != [1]:
                 return None
             rows = value.args[0]
             index = int(begin[0].value) // max(1, shape_of(expr)[-1])
