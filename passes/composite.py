@@ -70,7 +70,7 @@ def match(expr: relax.Expr | None, name: str | None = None) -> Composite | None:
 def joined_spans(spans: Sequence[Sequence[int]], head_dim: int) -> list[list[int]]:
     """Spans of heads, [first column, heads] each, where one that follows another directly is part of it."""
     joined: list[list[int]] = []
-    for first, heads in sorted(spans):
+    for first, heads in sorted(list(span) for span in spans):
         if joined and joined[-1][0] + joined[-1][1] * head_dim == first:
             joined[-1][1] += heads
         else:

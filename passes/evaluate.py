@@ -60,7 +60,7 @@ def concrete(
             new: dict[relax.Var, relax.Expr] = {}
             for var, value in bindings:
                 if positions is not None and any(is_arange(value, dim) for dim in dims):
-                    value = relax.const(positions.astype(str(var.ty.dtype)))
+                    value = relax.const(positions, str(var.ty.dtype))  # which makes int32 of int64, unasked
                 new[var] = builder.emit(substitute(value, new))
             out = builder.emit_output(substitute(expr, new))
         builder.emit_func_output(out)

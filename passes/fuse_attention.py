@@ -7,9 +7,9 @@
 The operands are columns of rows (see `head_operands.py`); those that are turned by position are turned by a
 `turbo.rotary` in front. Heads of keys and values may be fewer than those of queries.
 
-The bias is measured (see `measure_bias.py`): it is the key mask, plus a window, which becomes an attribute, or a relative
-position bias, which becomes one weight of `2 * max_length - 1` columns per head. Anything else is left alone: per-pair
-masks, biases of absolute positions or of token ids.
+The bias is measured (see `measure_bias.py`): it is the key mask, plus a window, which becomes an attribute, or a
+relative position bias, which becomes one weight of `2 * max_length - 1` columns per head. Anything else is left alone:
+per-pair masks, biases of absolute positions or of token ids.
 """
 
 from __future__ import annotations

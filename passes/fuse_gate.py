@@ -60,9 +60,10 @@ class _FuseGate(Rewriter):
         for active, other in (call.args, reversed(call.args)):
             value = self.definition(active)
             name = next((name for op, name in ACTIVATIONS.items() if is_call(value, op)), None)
-            first = self._half(value.args[0]) if name is not None else None
-            second = self._half(other) if first is not None else None
-            if first is not None and second is not None and first[0].same_as(second[0]) and first[1] != second[1]:
+            first, second = (self._half(value.args[0]) if name is not None else None), self._half(other)
+            if name is None or first is None or second is None:
+                continue
+            if first[0].same_as(second[0]) and first[1] != second[1]:
                 return self._gate(first[0], shape_of(other)[-1], name, second=first[1] == 1)
         return None
 
@@ -75,8 +76,9 @@ class _FuseGate(Rewriter):
                 return None
             rows, index = split.args[0], int(value.index)
         elif is_call(value, "strided_slice"):
-            axes, begin, _, strides = (t.fields for t in value.args[1:])
-            if len(shape_of(expr)) != 3 or [int(a.value) % 3 for a in axes] != [2] or int(strides[0].value) != 1:
+            axes, begin, _, *strides = (t.fields for t in value.args[1:])
+            steps = [int(s.value) for s in strides[0]] if strides else [1]
+            if len(shape_of(expr)) != 3 or [int(a.value) % 3 for a in axes] != [2] or steps != [1]:
                 return None
             rows = value.args[0]
             index = int(begin[0].value) // max(1, shape_of(expr)[-1])

@@ -7,8 +7,8 @@
     x / sqrt(mean(x^2) + eps) * gamma                 --> turbo.norm(x, [r], gamma) kind "rms"
 
 RMS norm is found in the spellings of PyTorch and ONNX: a power or a product, rsqrt, or sqrt and a quotient, in any
-order. A sum or product that has other readers is computed on its own and normalised by a `turbo.norm`. So is every product
-where whole rows do not meet in one kernel (`in_products`).
+order. A sum or product that has other readers is computed on its own and normalised by a `turbo.norm`. So is every
+product where whole rows do not meet in one kernel (`in_products`).
 """
 
 from __future__ import annotations

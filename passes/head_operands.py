@@ -1,7 +1,7 @@
 """Where the heads of an attention come from: which columns of which rows, and how they were turned by position.
 
-    reshape, permute, split, squeeze, slices, repeat, broadcast of `rows` (b, s, width)      --> rows, first column, heads
-    a * cos(position_ids) + rotate_half(a) * sin(position_ids), a of the same kind           --> the same, and a table
+    reshape, permute, split, squeeze, slices, repeat, broadcast of `rows` (b, s, width)    --> rows, first column, heads
+    a * cos(position_ids) + rotate_half(a) * sin(position_ids), a of the same kind         --> the same, and a table
 
 There are many ways to cut rows into heads, and to share heads of keys among those of queries. So numbers are sent
 through whatever moves elements without changing them, and what comes out says where each came from.
@@ -157,8 +157,9 @@ class HeadOperands:
 
     def _rotation(self, turned: relax.Expr) -> tuple[relax.Expr, relax.Expr] | None:
         """(a, table) where `turned` is a * cos + rotate_half(a) * sin."""
-        products = [self.rewriter.call_of(term, "multiply") for term in self.rewriter.definition(turned).args]
-        if any(p is None for p in products) or self.position_ids is None:
+        found = [self.rewriter.call_of(term, "multiply") for term in self.rewriter.definition(turned).args]
+        products = [product for product in found if product is not None]
+        if len(products) < 2:
             return None
         for first, second in (products, products[::-1]):
             for a, cosine in (first.args, reversed(first.args)):
@@ -209,17 +210,18 @@ class HeadOperands:
 
         None if they depend on anything else than a token's position id, or if their second half is another.
         """
-        if not self._depends_on_positions(angles):
+        if self.position_ids is None or not self._depends_on_positions(angles):
             return None
-        ids = np.random.default_rng(0).integers(0, self.max_length, (_BATCH, _LENGTH))
-        some, others = (self._measured(angles, i) for i in (ids, ids.reshape(1, -1)))
-        if some is None or others is None or not np.allclose(some.reshape(others.shape), others):
+        ids = np.random.default_rng(0).integers(0, self.max_length, _LENGTH)
+        places = np.array([range(_LENGTH), [2, 2, 0, 4, 1]])  # each id at several places
+        some = self._measured(angles, ids[places])
+        if some is None or not np.allclose(some, some[0][places]):
             return None
         half = some.shape[-1] // 2
         if not np.array_equal(some[..., :half], some[..., half:]):
             return None
         every = np.arange(self.max_length).reshape(1, -1)
-        constant = {self.position_ids: relax.const(every.astype(str(self.position_ids.ty.dtype)))}
+        constant = {self.position_ids: relax.const(every, str(self.position_ids.ty.dtype))}
         whole = specialized(self.rewriter, angles, dict(zip(self.tokens, every.shape, strict=True)), constant)
         emit = self.rewriter.emit
         flat = emit(relax.op.reshape(whole, (self.max_length, 2 * half)))

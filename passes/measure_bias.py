@@ -1,14 +1,14 @@
 """What the bias of an attention says, measured: a key mask, a window around each query, or a table over distances.
 
-A bias is evaluated (see `evaluate.py`) with all keys real and with some masked. Where the mask is 1 it must be zero, or a
-function of j - i alone; where the mask is 0, at most -1e4 below that. A function of j - i that is zero up to a
+A bias is evaluated (see `evaluate.py`) with all keys real and with some masked. Where the mask is 1 it must be zero, or
+a function of j - i alone; where the mask is 0, at most -1e4 below that. A function of j - i that is zero up to a
 distance, and at most -1e4 beyond, is a window. Any other becomes a table of `2 * max_length - 1` columns per head (a
 causal mask is such a function as well).
 
 A bias of two positions has max_length^2 values. Where it is computed from `arange` by operators that look at one pair
 of positions at a time, a sample of positions is put in its place, chosen so that every distance occurs; a few hundred
-of them stand for 8,192. What is assumed then: that a function of positions that agrees on all pairs of the sample, among
-them random ones, is a function of their distance. Other spellings are evaluated whole, up to 1,024 positions.
+of them stand for 8,192. What is assumed then: that a function of positions which agrees on all pairs of the sample,
+among them random ones, is a function of their distance. Other spellings are evaluated whole, up to 1,024 positions.
 """
 
 from __future__ import annotations
@@ -28,19 +28,22 @@ _MOST_PLAIN = 512  # positions that are not worth a sample
 _RANDOM = 64  # positions of a sample beyond those that make up all distances
 
 # Operators that compute an element from the elements at the same place, or move elements.
+# fmt: off
 _POINTWISE = frozenset(
-    """
-    add subtract multiply divide floor_divide mod power maximum minimum negative abs exp log sqrt rsqrt floor ceil round
-    sign clip astype where less less_equal greater greater_equal equal not_equal logical_and logical_or logical_not
-    logical_xor bitwise_and bitwise_or bitwise_not bitwise_xor expand_dims squeeze reshape broadcast_to permute_dims full
-    full_like ones ones_like zeros zeros_like
-    """.split()
+    [
+        "add", "subtract", "multiply", "divide", "floor_divide", "mod", "power", "maximum", "minimum", "negative",
+        "abs", "exp", "log", "sqrt", "rsqrt", "floor", "ceil", "round", "sign", "clip", "astype", "where", "less",
+        "less_equal", "greater", "greater_equal", "equal", "not_equal", "logical_and", "logical_or", "logical_not",
+        "logical_xor", "bitwise_and", "bitwise_or", "bitwise_not", "bitwise_xor", "expand_dims", "squeeze",
+        "reshape", "broadcast_to", "permute_dims", "full", "full_like", "ones", "ones_like", "zeros", "zeros_like",
+    ]
 )
+# fmt: on
 
 
 @dataclass(frozen=True)
 class Bias:
-    """What is left of a bias beside the key mask: a window, or an expression (heads, 2 * max_length - 1), or neither."""
+    """What a bias is beside the key mask: a window, a table (heads, 2 * max_length - 1) over distances, or nothing."""
 
     window: int | None = None
     table: relax.Expr | None = None
@@ -103,10 +106,12 @@ class BiasMeasurement:
         """The bias as a function of j - i, or None if it is anything else."""
         count = len(positions)
         ragged = np.arange(count)[None, :] < np.array([[count], [count // 2], [1]])
-        values = [self._run(bias, mask, positions) for mask in (np.ones_like(ragged), ragged)]
-        unmasked, masked = values
-        if unmasked is None or masked is None or any(not _broadcasts(v, (3, heads, count, count)) for v in values):
+        both = self._run(
+            bias, np.concatenate([np.ones_like(ragged), ragged]), positions
+        )  # compiling is what takes time
+        if both is None or not _broadcasts(both, (6, heads, count, count)) or len(both) == 1:
             return None
+        unmasked, masked = np.split(both, 2)
         with np.errstate(invalid="ignore"):  # -inf less -inf
             dropped = (masked - unmasked <= MASKED) | ((masked <= MASKED) & (unmasked <= MASKED))
         if not np.where(ragged[:, None, None, :], masked == unmasked, dropped).all():
@@ -137,12 +142,12 @@ class BiasMeasurement:
     def _table(self, bias: relax.Expr, heads: int, positions: np.ndarray, measured: _Measured) -> relax.Expr:
         """Emit the bias at batch 1 and these positions, as an expression over weights, and its table."""
         count, emit = len(positions), self.rewriter.emit
-        ones = relax.const(np.ones((1, count), str(self.mask.ty.dtype)))
+        ones = relax.const(np.ones((1, count)), str(self.mask.ty.dtype))
         dims = dict(zip(self.tokens, (1, count), strict=True))
         whole = specialized(self.rewriter, bias, dims, {self.mask: ones}, _unless_plain(positions))
         all_heads = emit(relax.op.broadcast_to(whole, (1, heads, count, count)))
         flat = emit(relax.op.reshape(all_heads, (heads, count * count)))
-        return emit(relax.op.take(flat, relax.const(measured.pairs.astype("int32")), axis=1))
+        return emit(relax.op.take(flat, relax.const(measured.pairs.astype("int32")), axis=1, mode="clip"))
 
 
 def sample_positions(max_length: int) -> np.ndarray:

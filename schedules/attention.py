@@ -77,10 +77,10 @@ def attention(
     """`(q, k, v, query_tiles, [position_bias,] out)`: out = softmax(scale Q K^T [+ bias]) V per sequence and head.
 
     q, k, v: `(t, R, width)`, each given as (width, first column of head 0); they may be one buffer. query_tiles: int32
-    `(nq, 3)`; sequences have 1 .. max_length rows. out: fp32 `(t, R, heads * head_dim)`
-    unless the format says else.
+    `(nq, 3)`; sequences have 1 .. max_length rows. out: fp32 `(t, R, heads * head_dim)` unless the format says else.
     kv_heads: heads of k and v, if fewer: heads / kv_heads neighbouring heads of q share one. window: query i sees key j
-    where |i - j| <= window. position_bias: fp32 `(heads, 2 * max_length - 1)`, added for query i, key j at column j - i + max_length - 1.
+    where |i - j| <= window. position_bias: fp32 `(heads, 2 * max_length - 1)`, added for query i, key j at column
+    j - i + max_length - 1.
     x: the dtype of q, k and v, by default fp32; bf16 makes it products of bf16 numbers, and head_dim, widths and first
     columns are then even.
     """
@@ -110,10 +110,6 @@ def attention(
         """The head's rows; in pairs if that is how the buffer looks at them."""
         per = 2 if str(buffer.dtype) == bf16.PAIR else 1
         return Rows(buffer, column // per + head * (head_dim // per), head_dim // per)
-
-    def seen(begin: Expr, end: Expr, first: Expr, last: Expr) -> tuple[Expr, Expr]:
-        """The keys that a task visits."""
-        return (begin, end) if window is None else (T.max(begin, first - window), T.min(end, last + window))
 
     @T.inline
     def attend(q_rows, k_rows, v_rows, o_rows, bias, values, head, fresh, first, last, begin, end):
@@ -167,6 +163,7 @@ def attention(
                     q_seen = T.decl_buffer((t, row_tile, q_width // step), pair_type, data=q_in.data)
                     k_seen = T.decl_buffer((t, row_tile, k_width // step), pair_type, data=k_in.data)
                     values = T.sblock_alloc_buffer((scratch_pairs, value_columns), bf16.PAIR)
+                    seen = T.sblock_alloc_buffer((2,), "int64")
                     start: T.let = chunk * (heads * nq) // T.min(heads * nq, _CHUNKS)
                     stop: T.let = (chunk + 1) * (heads * nq) // T.min(heads * nq, _CHUNKS)
                     for i in range(stop - start):
@@ -177,6 +174,11 @@ def attention(
                         end: T.let = T.cast(query_tiles[task % nq, 2], "int64")
                         last: T.let = T.min(end, first + queries)
                         head: T.let = task // nq
+                        # through memory: the bounds of a window, spelt out, busy TVM's simplifier for half a minute
+                        seen[0] = begin if window is None else T.max(begin, first - window)
+                        seen[1] = end if window is None else T.min(end, last + window)
+                        first_key: T.let = seen[0]
+                        end_key: T.let = seen[1]
                         attend(
                             of_head(q_seen, head, q_column),
                             of_head(k_seen, head // group, k_column),
@@ -188,7 +190,8 @@ def attention(
                             T.bitwise_or(first == begin, i == 0) if window is None else True,
                             first,
                             last,
-                            *seen(begin, end, first, last),
+                            first_key,
+                            end_key,
                         )
 
     return kernel if position_bias else without_parameters(kernel, ["bias"])

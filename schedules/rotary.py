@@ -100,7 +100,7 @@ def rotary(
             with T.sblock("row"):
                 T.reads()
                 T.writes()
-                pair = T.sblock_alloc_buffer((2, lanes), "float32", scope="local")
+                pair = T.sblock_alloc_buffer((2, lanes), "float32")  # "global" and small: on the stack
                 tile: T.let = task // rows
                 row: T.let = task % rows
                 position: T.let = T.cast(position_ids[tile, row], "int64")

@@ -56,8 +56,8 @@ def attention(
     q, k, v: each given as (width, first column of head 0); they may be one buffer, and are stored alike. query_tiles:
     int32 `(nq, 3)`. out: fp32 `(m, 1, heads * head_dim)` unless the format says else. kv_heads: heads of k and v, if
     fewer: heads / kv_heads neighbouring heads of q share one. window: query i sees key j where |i - j| <= window.
-    position_bias: fp32 `(heads, 2 * max_length - 1)`, added for query i, key j at column j - i + max_length - 1. x: the dtype of q, k and
-    v, by default fp32. Raises ValueError for heads of more than 128 columns.
+    position_bias: fp32 `(heads, 2 * max_length - 1)`, added for query i, key j at column j - i + max_length - 1. x: the
+    dtype of q, k and v, by default fp32. Raises ValueError for heads of more than 128 columns.
     """
     if head_dim > MAX_HEAD_DIM:
         raise ValueError(f"heads of {head_dim} columns: a GPU kernel holds at most {MAX_HEAD_DIM}")

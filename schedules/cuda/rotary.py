@@ -59,19 +59,22 @@ def rotary(
             for j in T.vectorized(vector):
                 result[row, 0, column + j] = raw[j]
 
+    def turned(held, table, position, angle, part):
+        """One coordinate of each of the pairs."""
+        sign = T.float32(1 if part else -1)
+        return lambda j: (
+            held[part, j] * table[position, angle + j] + sign * held[1 - part, j] * table[position, angle + half + j]
+        )
+
+    def same(held):
+        return lambda j: held[0, j]
+
     @T.inline
     def turn(source, result, table, held, row, position, column, angle):
         load(held, source, row, column, 0)
         load(held, source, row, column + half, 1)
-
-        def low(j):
-            return held[0, j] * table[position, angle + j] - held[1, j] * table[position, angle + half + j]
-
-        def high(j):
-            return held[1, j] * table[position, angle + j] + held[0, j] * table[position, angle + half + j]
-
-        store(result, row, column, low)
-        store(result, row, column + half, high)
+        store(result, row, column, turned(held, table, position, angle, 0))
+        store(result, row, column + half, turned(held, table, position, angle, 1))
 
     @T.inline
     def turn_span(source, result, table, held, row, thread, position, span, again):
@@ -99,7 +102,7 @@ def rotary(
             piece = T.meta_var(i * _THREADS + thread)
             if piece < pieces:
                 load(held, source, row, kept[part][0] + piece * vector, 0)
-                store(result, row, kept[part][0] + piece * vector, lambda j: held[0, j])
+                store(result, row, kept[part][0] + piece * vector, same(held))
         if part + 1 < len(kept):
             again(source, result, held, row, thread, part + 1, again)
 

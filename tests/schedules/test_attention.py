@@ -25,7 +25,8 @@ POISON = 0xFF  # as a byte: NaN
 class Heads:
     """heads x head_dim, with Q, K and V side by side in one buffer or in three.
 
-    dtype: of Q, K and V; out: of the result; wider: by how much rows are wider than their columns.
+    dtype: of Q, K and V; out: of the result; wider: by how much rows are wider than their columns. kv_heads: of K and
+    V, if fewer; window: how far a query sees.
     """
 
     heads: int
@@ -36,6 +37,8 @@ class Heads:
     out: str = FP32
     wider: int = 0
     scale: float | None = None
+    kv_heads: int | None = None
+    window: int | None = None
 
     @property
     def factor(self) -> float:
@@ -45,15 +48,24 @@ class Heads:
     def hidden(self) -> int:
         return self.heads * self.head_dim
 
+    @property
+    def widths(self) -> list[int]:
+        """Columns of Q, K and V."""
+        return [self.hidden, *[(self.kv_heads or self.heads) * self.head_dim] * 2]
+
     def kernel(self, tiles: CpuTiles) -> tvm.tirx.PrimFunc:
         h, more = self.hidden, self.wider
-        operands = [(3 * h + more, i * h) for i in range(3)] if self.merged else [(h + more, 0)] * 3
+        total, starts = sum(self.widths), np.cumsum([0, *self.widths]).tolist()
+        operands = [(total, start) for start in starts[:3]] if self.merged else [(width, 0) for width in self.widths]
+        operands = [(width + more, first) for width, first in operands]
         return attention(
             tiles,
             heads=self.heads,
             head_dim=self.head_dim,
             scale=self.factor,
             max_length=MAX_LENGTH,
+            kv_heads=self.kv_heads,
+            window=self.window,
             position_bias=self.bias,
             x=RowFormat(operands[0][0], self.dtype),
             out=RowFormat(h + more, self.out),
@@ -72,10 +84,15 @@ def expected(qkv: np.ndarray, lengths, shape: Heads, bias: np.ndarray | None) ->
     out, begin = np.zeros((2, len(qkv), shape.hidden)), 0
     for length in lengths:
         rows = slice(begin, begin + length)
-        q, k, v = in_format(qkv[rows], shape.dtype).reshape(length, 3, shape.heads, -1).transpose(1, 2, 0, 3)
+        parts = np.split(in_format(qkv[rows], shape.dtype), np.cumsum(shape.widths)[:2], axis=1)
+        q, k, v = (part.reshape(length, -1, shape.head_dim).transpose(1, 0, 2) for part in parts)
+        k, v = (np.repeat(x, shape.heads // len(x), axis=0) for x in (k, v))
         scores = q @ k.transpose(0, 2, 1) * shape.factor
         if bias is not None:
             scores += bias[:, np.arange(length) - np.arange(length)[:, None] + MAX_LENGTH - 1]
+        if shape.window is not None:
+            far = np.abs(np.arange(length) - np.arange(length)[:, None]) > shape.window
+            scores = np.where(far, -np.inf, scores)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         weights /= weights.sum(-1, keepdims=True)
         context = weights @ v
@@ -127,7 +144,7 @@ def compiled(stored, loaded):
             kernels[shape, str(target)] = tvm.compile(module, target=target)["kernel"]
 
         def run(qkv: np.ndarray, lengths, bias: np.ndarray | None = None) -> np.ndarray:
-            parts = [qkv] * 3 if shape.merged else np.split(qkv, 3, axis=1)
+            parts = [qkv] * 3 if shape.merged else np.split(qkv, np.cumsum(shape.widths)[:2], axis=1)
             surplus = -len(qkv) % tiles.row_tile
             parts = [np.pad(part, ((0, surplus), (0, 0))) for part in parts]
             parts = [stored(part, shape.dtype, part.shape[1] + shape.wider) for part in parts]
@@ -146,7 +163,7 @@ def compiled(stored, loaded):
 
 
 def random_qkv(rows: int, shape: Heads, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal((rows, 3 * shape.hidden), dtype="float32")
+    return np.random.default_rng(seed).standard_normal((rows, sum(shape.widths)), dtype="float32")
 
 
 def random_bias(shape: Heads) -> np.ndarray | None:
@@ -161,6 +178,7 @@ SHAPES = [
     Heads(2, 36, merged=False),
     Heads(2, 7, bias=True),
     Heads(2, 80),
+    Heads(6, 32, kv_heads=2, window=40),
 ]
 FORMATS = [
     Heads(3, 32, wider=16),
@@ -169,6 +187,7 @@ FORMATS = [
     Heads(3, 64, out=BF16, wider=32),
     Heads(2, 32, scale=1.0),
     Heads(2, 48, bias=True, scale=0.03, out=BF16),
+    Heads(4, 128, merged=False, bias=True, kv_heads=1, window=3),
 ]
 
 
@@ -201,6 +220,17 @@ def test_every_short_length(length, as_stored, target, compiled):
     shape = as_stored(Heads(2, 36, merged=False))
     qkv = random_qkv(length, shape, seed=length)
     check(compiled(shape, target)(qkv, [length]), qkv, [length], shape)
+
+
+@pytest.mark.parametrize("length", [1, 31, 41, 75, 200])
+def test_what_a_window_does_not_reach_does_not_matter(length, as_stored, target, compiled):
+    shape = as_stored(Heads(6, 32, kv_heads=2, window=40))
+    run, qkv = compiled(shape, target), random_qkv(length, shape)
+    clean = run(qkv, [length])
+    qkv[0, shape.hidden :] = np.nan  # key and value of the first token
+    np.testing.assert_array_equal(run(qkv, [length])[41 + 32 : length], clean[41 + 32 : length])
+    qkv[0] = 1e4
+    np.testing.assert_array_equal(run(qkv, [length])[41:length], clean[41:length])
 
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf, 1e30])

@@ -51,6 +51,23 @@ def test_layer_norm(run_kernel, target, n, residual):
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("n,residual", [(1, False), (7, True), (100, False), (768, True)])
+def test_rms_norm(run_kernel, target, n, residual):
+    geometry = tiles.cpu_tiles(target)
+    x, extra, gamma = draw(1, 3, geometry.row_tile, n), draw(2, 3, geometry.row_tile, n), draw(3, n)
+    x[0, 0] += 1e3
+    kernel = normalization.norm(geometry, n=n, eps=1e-5, kind="rms", residual=residual)
+    out = run_kernel(kernel, [x, *([extra] * residual), gamma], x.shape, target)
+    total = x.astype("float64") + extra * residual
+    wanted = total / np.sqrt((total * total).mean(-1, keepdims=True) + 1e-5) * gamma
+    np.testing.assert_allclose(out, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_an_unknown_kind_of_norm():
+    with pytest.raises(ValueError, match="unknown norm 'batch'"):
+        normalization.norm(tiles.AVX2, n=8, eps=EPS, kind="batch")
+
+
 def bound(wanted, dtype):
     return 1e-5 + (1e-5 + HALF_ULP * (dtype == "uint16")) * np.abs(wanted)
 
