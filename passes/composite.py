@@ -7,7 +7,7 @@ none: its sequence bounds are data. A call prints, parses and compares structura
 Vocabulary (T = packed rows `(tiles, row_tile, columns)`; before padding is removed, `(batch, length, columns)`):
 
     attention(q, k, v, bounds..., [position_bias])   heads, head_dim, scale, columns [[width, offset] x 3], max_length
-    pool(x, bounds)                                  mode "first" | "mean"
+    pool(x, bounds)                                  mode "first" | "mean", [row]: of "first", which one
     linear(x, weight, bias, [residual], [gamma, beta])   activation, residual, norm_eps
     norm(x, [residual], gamma, beta)                 eps, residual
     normalize(x)                                     eps: rows divided by their Euclidean length

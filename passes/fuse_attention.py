@@ -7,7 +7,7 @@
 The bias is evaluated (see `evaluate.py`): where the mask is 1 it must be zero, or a function of j - i alone; where the
 mask is 0, at most -1e4 below that. Then it is the key mask, plus a relative position bias that becomes one weight of
 `2 * max_length - 1` columns per head (a causal mask is such a bias as well). Anything else is left alone: per-pair
-masks, biases of absolute positions or of token ids.
+masks, biases of absolute positions or of token ids. Images have no padding: there the bias must be zero, or absent.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import numpy as np
 from tvm import ir, relax, tirx
 
 from turbo_tvm.passes import composite
-from turbo_tvm.passes.evaluate import concrete, evaluate
+from turbo_tvm.passes.evaluate import evaluate, inline
 from turbo_tvm.passes.normalize import same_shape
-from turbo_tvm.passes.rewriter import Rewriter, is_call, scalar, shape_of, substitute
+from turbo_tvm.passes.rewriter import Rewriter, is_call, scalar, shape_of
 
 MASKED = -1e4  # exp of it is zero in fp32
 
@@ -165,6 +165,8 @@ class _FuseAttention(Rewriter):
         return self._position_biases[key]
 
     def _analyse(self, biases: tuple[relax.Expr, ...], tokens: tuple, heads: int) -> relax.Expr | bool:
+        if "patches" in self.inputs:
+            return self._is_zero(biases, tokens)
         # Without any mask every row of the padded batch attends to the padding too: not what packing computes.
         if not biases or any(not isinstance(d, tirx.Var) for d in tokens):
             return False
@@ -180,6 +182,11 @@ class _FuseAttention(Rewriter):
         if not np.array_equal(small, large[:, middle]):
             return False
         return True if not large.any() else self._position_table(total, tokens, heads)
+
+    def _is_zero(self, biases: tuple[relax.Expr, ...], tokens: tuple) -> bool:
+        """Whether tokens of images, which are never padded, all see each other."""
+        values = [evaluate(self, bias, {tokens[0]: 2}, lambda _param: None) for bias in biases]
+        return all(value is not None and not value.any() for value in values)
 
     def _measure(self, bias: relax.Expr, tokens: tuple, heads: int, length: int) -> np.ndarray | None:
         """The bias as a table (heads, 2 * length - 1) over j - i, or None if it is anything else."""
@@ -214,16 +221,11 @@ class _FuseAttention(Rewriter):
     def _position_table(self, bias: relax.Expr, tokens: tuple, heads: int) -> relax.Expr:
         """Emit the bias at batch 1 and the longest length, as an expression over weights, and its table."""
         length = self.max_length
-        func = concrete(self, bias, dict(zip(tokens, (1, length), strict=True)))
         mask = self.inputs["attention_mask"]
         ones = relax.const(np.ones((1, length), str(mask.ty.dtype)))
-        by_name = {p.name: p for p in self.func.params} | {mask.name: ones}
-        new: dict[relax.Var, relax.Expr] = {p: by_name[p.name] for p in func.params}
-        for block in func.body.blocks:
-            for binding in block.bindings:
-                new[binding.var] = self.emit(substitute(binding.value, new))
+        values = inline(self, bias, dict(zip(tokens, (1, length), strict=True)), {mask: ones})
         table = relax.TensorType((heads, 2 * length - 1), "float32")
-        return self.emit(composite.make("toeplitz", [substitute(func.body.body, new)], table))
+        return self.emit(composite.make("toeplitz", [values], table))
 
 
 def _broadcasts(shape: tuple, wanted: tuple) -> bool:

@@ -1,6 +1,7 @@
 """Fuse pooling: from one row per token to one row per sequence.
 
     take(x, 0, axis=1)                                         --> turbo.pool(x, mask) mode "first"
+    take(x, i, axis=1), in images, which are all as long       --> turbo.pool(x, mask) mode "first" row i
     sum(x * m, axis=1) / n    with m = mask, n = its row sums  --> turbo.pool(x, mask) mode "mean"
     x / max(sqrt(sum(x * x)), eps)                             --> turbo.normalize(x)
 
@@ -31,18 +32,24 @@ class _FusePooling(Rewriter):
     def rules(self):
         return (self._first, self._mean, self._normalize) if "attention_mask" in self.inputs else ()
 
-    def _pool(self, x: relax.Expr, mode: str) -> relax.Call:
+    def _pool(self, x: relax.Expr, mode: str, **attrs: int) -> relax.Call:
         batch, _, hidden = shape_of(x)
         out = relax.TensorType((batch, hidden), "float32")
-        return composite.make("pool", [x, self.inputs["attention_mask"]], out, mode=mode)
+        return composite.make("pool", [x, self.inputs["attention_mask"]], out, mode=mode, **attrs)
 
     def _first(self, call: relax.Call) -> relax.Expr | None:
         if not is_call(call, "take") or len(shape_of(call.args[0])) != 3:
             return None
-        if isinstance(shape_of(call.args[0])[1], int):  # not tokens: the head axis of a 4-D mask, say
-            return None
+        tokens, of_images = shape_of(call.args[0])[1], "patches" in self.inputs
+        if isinstance(tokens, int) and not (of_images and tokens == shape_of(self.inputs["attention_mask"])[1]):
+            return None  # not tokens: the head axis of a 4-D mask, say
         axis, index = call.attrs.axis, scalar(call.args[1]) if not shape_of(call.args[1]) else None
-        return self._pool(call.args[0], "first") if axis is not None and int(axis) == 1 and index == 0 else None
+        if axis is None or int(axis) != 1 or index is None:
+            return None
+        if index == 0:
+            return self._pool(call.args[0], "first")
+        known = of_images and 0 < index < tokens
+        return self._pool(call.args[0], "first", row=int(index)) if known else None
 
     def _mean(self, call: relax.Call) -> relax.Expr | None:
         total = self.call_of(call.args[0], "sum") if is_call(call, "divide") else None

@@ -78,12 +78,12 @@ class _RemovePadding:
         self.row_tile = row_tile
         self.builder = builder_without_main(mod)
         self.num_input = int(self.func.attrs["num_input"])
-        self.batch, self.length = shape_of(self.func.params[0])
+        self.batch, self.length = shape_of(self.func.params[0])[:2]
         self.new: dict[relax.Var, relax.Expr] = {}
         self.kind: dict[relax.Var, str] = {}
         self.reason: dict[relax.Var, str] = {}
         tiles, boundaries, queries = (tirx.Var(name, "int64") for name in ("tiles", "boundaries", "queries"))
-        self.row_type = relax.TensorType((tiles, row_tile), "int32")
+        self.rows = (tiles, row_tile)
         self.cu_seqlens = relax.Var("cu_seqlens", relax.TensorType((boundaries,), "int32"))
         self.query_tiles = relax.Var("query_tiles", relax.TensorType((queries, 3), "int32"))
         self.pooled = sequence_tiles(boundaries, row_tile)
@@ -111,10 +111,11 @@ class _RemovePadding:
             if old.name == "attention_mask":
                 self._leave(old, "it reads the attention mask")
                 continue
-            if not same_shape(shape_of(old), [self.batch, self.length]):
+            tokens, columns = shape_of(old)[:2], shape_of(old)[2:]
+            if not same_shape(tokens, [self.batch, self.length]) or len(columns) > 1:
                 raise Declined(f"the input {old.name} does not hold one number per token")
-            new = relax.Var(old.name, self.row_type)
-            self._keep(old, new, "ids")
+            new = relax.Var(old.name, relax.TensorType((*self.rows, *columns), old.ty.dtype if columns else "int32"))
+            self._keep(old, new, "token" if columns else "ids")
             packed.append(new)
         return [*packed, self.cu_seqlens, self.query_tiles]
 

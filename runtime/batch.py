@@ -27,7 +27,7 @@ class Batch(NamedTuple):
 
     token_ids, token_type_ids, positions: int32 (tokens,). boundaries: int32 (batch + 1,), where each sequence begins,
     and the end of the last. columns: where each sequence's tokens stood in the caller's padded matrix, None for
-    requests that came without padding.
+    requests that came without padding. images: float32 (channels, height, width) each, None for text; the ids are 0.
     """
 
     token_ids: np.ndarray
@@ -35,6 +35,7 @@ class Batch(NamedTuple):
     positions: np.ndarray
     boundaries: np.ndarray
     columns: tuple[np.ndarray, ...] | None = None
+    images: tuple[np.ndarray, ...] | None = None
 
     @property
     def lengths(self) -> np.ndarray:
@@ -46,7 +47,8 @@ class Batch(NamedTuple):
         first, last = self.boundaries[start], self.boundaries[end]
         ids, types, positions = (x[first:last] for x in self[:3])
         columns = self.columns and self.columns[start:end]
-        return Batch(ids, types, positions, self.boundaries[start : end + 1] - first, columns)
+        images = self.images and self.images[start:end]
+        return Batch(ids, types, positions, self.boundaries[start : end + 1] - first, columns, images)
 
 
 def join(parts: Sequence[Batch]) -> Batch:
@@ -54,7 +56,8 @@ def join(parts: Sequence[Batch]) -> Batch:
     if len(parts) == 1:
         return parts[0]
     ids, types, positions = (np.concatenate([part[i] for part in parts]) for i in range(3))
-    return Batch(ids, types, positions, boundaries([n for part in parts for n in part.lengths.tolist()]))
+    images = tuple(image for part in parts for image in part.images or ()) or None
+    return Batch(ids, types, positions, boundaries([n for part in parts for n in part.lengths.tolist()]), None, images)
 
 
 def position_ids(rule: PositionRule, token_ids: np.ndarray) -> np.ndarray:

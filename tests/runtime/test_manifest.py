@@ -25,6 +25,8 @@ from turbo_tvm.runtime.manifest import (
     TensorSpec,
 )
 
+IMAGE = {"channels": 3, "height": 224, "width": 230, "patch_height": 16, "patch_width": 16, "prefix": 1}
+
 SMALL = Manifest(
     turbo_version="0.1.0",
     tvm_version="0.27.0",
@@ -93,7 +95,10 @@ WRONG = [
     (["outputs", 1, "squeeze"], 1, r"field outputs\[1\].squeeze must be true or false"),
     (["outputs", 0, "dtype"], "float8", r"field outputs\[0\].dtype must be one of"),
     (["inputs", 1, "name"], "ids", "field inputs has the name 'ids' 2 times"),
-    (["bounds", "vocab_size"], -1, "field bounds.vocab_size must be at least 1"),
+    (["bounds", "vocab_size"], 0, "field bounds.vocab_size must be at least 1"),
+    (["bounds", "vocab_size"], -1, "field bounds.vocab_size must be at least 0"),
+    (["bounds", "image"], 224, "field bounds.image must be an object"),
+    (["bounds", "image"], IMAGE, "field bounds.max_length must be 197, an image's tokens, is 512"),
     (["positions", "pad_id"], -1, "field positions.pad_id must be at least 0"),
     (["parameters", 0, "shape", 1], 0, r"field parameters\[0\].shape\[1\] must be at least 1"),
     (["kernels", 0, "flops_per_token"], "9", r"field kernels\[0\].flops_per_token must be a finite number"),

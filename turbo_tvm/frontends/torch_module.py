@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from turbo_tvm.errors import UnsupportedModelError, summary
+from turbo_tvm.frontends.images import PIXELS, Size, import_images
 from turbo_tvm.frontends.imported import TOLERANCES, Imported, Sample
 from turbo_tvm.frontends.torch_export import to_relax
 from turbo_tvm.frontends.torch_wrapper import (
@@ -32,13 +33,19 @@ DEFAULT_MAX_LENGTH = 512
 
 
 def import_module(
-    model: nn.Module, name: str | None = None, max_length: int | None = None, tokenizer: str | None = None
+    model: nn.Module,
+    name: str | None = None,
+    max_length: int | None = None,
+    tokenizer: str | None = None,
+    image_size: Size | None = None,
 ) -> Imported:
     """Import an encoder.
 
     model: a Hugging Face encoder with or without head, or any module whose `forward` takes `input_ids` and
-        `attention_mask`, both `(batch, length)`. fp32 weights on the CPU; it is put in evaluation mode while traced.
+        `attention_mask`, both `(batch, length)`, or `pixel_values`, `(batch, channels, height, width)`. fp32 weights on
+        the CPU; it is put in evaluation mode while traced.
     max_length: the longest sequence in tokens; by default what the model's configuration allows.
+    image_size: of a model of images, see `import_images`.
 
     Raises UnsupportedModelError with the reason.
     """
@@ -46,6 +53,8 @@ def import_module(
     modes = [(part, part.training) for part in model.modules()]
     model.eval()
     try:
+        if takes_images(model):
+            return import_images(model, name or type(model).__name__, image_size)
         _sample(model, None)  # whether it runs at all
         positions = _position_rule(model)
         wrapper = FixedInputs(model, positions)
@@ -85,11 +94,28 @@ def _check_module(model: Any) -> None:
         raise UnsupportedModelError(
             f"{type(model).__name__} is a decoder (model type {config.model_type!r}); only encoders are supported"
         )
+    if takes_images(model):
+        _check_tower(model)
+        return
     missing = {"input_ids", "attention_mask"} - set(input_names_of(model))
     if missing:
         raise UnsupportedModelError(
             f"{type(model).__name__}.forward takes no {' and no '.join(sorted(missing))}; "
             "an encoder's forward(input_ids, attention_mask, ...) is needed"
+        )
+
+
+def takes_images(model: nn.Module) -> bool:
+    """Whether its forward takes pixels."""
+    return PIXELS in input_names_of(model)
+
+
+def _check_tower(model: nn.Module) -> None:
+    if "input_ids" in input_names_of(model):
+        towers = [f"model.{part}" for part in ("text_model", "vision_model") if hasattr(model, part)]
+        hint = f": compile {' and '.join(towers)} instead" if towers else ""
+        raise UnsupportedModelError(
+            f"{type(model).__name__} takes images and text at once; models of one of them are supported{hint}"
         )
 
 
