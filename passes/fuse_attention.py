@@ -224,6 +224,9 @@ class _FuseAttention(Rewriter):
         mask = self.inputs["attention_mask"]
         ones = relax.const(np.ones((1, length), str(mask.ty.dtype)))
         values = inline(self, bias, dict(zip(tokens, (1, length), strict=True)), {mask: ones})
+        every_head = (1, heads, length, length)
+        if not same_shape(shape_of(values), list(every_head)):  # a causal mask is the same for all
+            values = self.emit(relax.op.broadcast_to(values, every_head))
         table = relax.TensorType((heads, 2 * length - 1), "float32")
         return self.emit(composite.make("toeplitz", [values], table))
 

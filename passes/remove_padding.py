@@ -86,6 +86,7 @@ class _RemovePadding:
         self.rows = (tiles, row_tile)
         self.cu_seqlens = relax.Var("cu_seqlens", relax.TensorType((boundaries,), "int32"))
         self.query_tiles = relax.Var("query_tiles", relax.TensorType((queries, 3), "int32"))
+        self.pooled_rows = relax.Var("pooled_rows", relax.TensorType((boundaries,), "int32"))
         self.pooled = sequence_tiles(boundaries, row_tile)
 
     def run(self) -> ir.IRModule:
@@ -117,7 +118,16 @@ class _RemovePadding:
             new = relax.Var(old.name, relax.TensorType((*self.rows, *columns), old.ty.dtype if columns else "int32"))
             self._keep(old, new, "token" if columns else "ids")
             packed.append(new)
-        return [*packed, self.cu_seqlens, self.query_tiles]
+        pooled = self._pooled_tokens()
+        if len(pooled) > 1:
+            raise Declined(f"the tokens {sorted(pooled)} are pooled; one of them is supported")
+        return [*packed, self.cu_seqlens, self.query_tiles, *([self.pooled_rows] if pooled else [])]
+
+    def _pooled_tokens(self) -> set[int]:
+        """The ids of tokens that are pooled."""
+        bindings = [binding for block in self.func.body.blocks for binding in block.bindings]
+        pools = [fused for b in bindings if (fused := composite.match(b.value, "pool")) is not None]
+        return {pool.attrs["token"] for pool in pools if "token" in pool.attrs}
 
     def _weights(self) -> list[relax.Var]:
         weights = list(self.func.params[self.num_input :])
@@ -173,7 +183,8 @@ class _RemovePadding:
         if fused.name == "pool":
             shape = (self.pooled, self.row_tile, shape_of(args[0])[2])
             out = relax.TensorType(shape, "float32")
-            return composite.make("pool", [args[0], self.cu_seqlens], out, **fused.attrs), "sequence"
+            bounds = self.pooled_rows if "token" in fused.attrs else self.cu_seqlens
+            return composite.make("pool", [args[0], bounds], out, **fused.attrs), "sequence"
         if fused.name == "normalize":
             return composite.make("normalize", args, args[0].ty, **fused.attrs), "sequence"
         raise Declined(f"turbo.{fused.name} has no packed form")

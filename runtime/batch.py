@@ -7,13 +7,13 @@ each sequence begins; `query_tiles` lists the attention's tasks. (Method: ByteTr
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from turbo_tvm.errors import InputError
-from turbo_tvm.runtime.manifest import Bounds, PositionRule
+from turbo_tvm.runtime.manifest import Bounds, PooledToken, PositionRule
 
 # parts of these stand for arrays that many requests share; NumPy takes microseconds for each that it makes
 _COUNTED = np.arange(8192, dtype=np.int32)
@@ -145,6 +145,18 @@ def from_padded(
     kinds = _token_types([row[kept] for row, kept in zip(types, columns, strict=True)], limits, bounds)
     positions = [position_ids(rule, row)[kept] for row, kept in zip(ids, columns, strict=True)]
     return Batch(sequences, kinds, np.concatenate(positions), limits, columns)
+
+
+def pooled_rows(rule: PooledToken, token_ids: np.ndarray, boundaries: np.ndarray) -> np.ndarray:
+    """The row of the token that each sequence is pooled to, by the model's rule: int32 (batch + 1,); the last is none.
+
+    A sequence without such a token is pooled to its first.
+    """
+    rows = boundaries.copy()
+    values = token_ids if rule.kind == "largest" else token_ids == rule.token_id
+    for i, (begin, end) in enumerate(pairwise(boundaries.tolist())):
+        rows[i] += values[begin:end].argmax()
+    return rows
 
 
 def pack_rows(values: np.ndarray, row_tile: int) -> np.ndarray:

@@ -172,6 +172,7 @@ class Executor:
             "position_ids": lambda: packing.pack_rows(batch.positions, row_tile),
             "patches": lambda: self._patches(batch, row_tile),
             "cu_seqlens": lambda: limits,
+            "pooled_rows": lambda: packing.pooled_rows(self.manifest.pooled, batch.token_ids, limits),
             "query_tiles": lambda: packing.query_tiles(limits, self.manifest.query_tile, self._longest_first),
         }
         symbols = packing.packed_symbols(row_tile, len(batch.token_ids), len(limits) - 1)

@@ -28,6 +28,7 @@ __all__ = [
     "MemberSpec",
     "OutputSpec",
     "ParameterSpec",
+    "PooledToken",
     "PositionRule",
     "TargetSpec",
     "TensorSpec",
@@ -46,7 +47,14 @@ Positive = Annotated[int, 1]
 Dtype = Literal["float64", "float32", "float16", "int64", "int32", "uint16", "int8", "uint8", "bool"]
 RowKind = Literal["token", "sequence"]
 InputKind = Literal[
-    "token_ids", "token_type_ids", "position_ids", "patches", "cu_seqlens", "query_tiles", "attention_mask"
+    "token_ids",
+    "token_type_ids",
+    "position_ids",
+    "patches",
+    "cu_seqlens",
+    "query_tiles",
+    "pooled_rows",
+    "attention_mask",
 ]
 
 
@@ -149,6 +157,18 @@ class PositionRule:
     kind: Literal["arange", "count_non_pad", "none"] = "none"
     offset: Natural = 0
     pad_id: Natural | None = None
+
+
+@dataclass(frozen=True)
+class PooledToken:
+    """Which token of a sequence the input `pooled_rows` names.
+
+    first_of: the first one of that id, of a sequence without it the first of all. largest: the first one of the largest
+    id (CLIP's old way to find the end of the text). none: the model has no such input.
+    """
+
+    kind: Literal["first_of", "largest", "none"] = "none"
+    token_id: Natural = 0
 
 
 @dataclass(frozen=True)
@@ -256,6 +276,7 @@ class Manifest:
     positions: PositionRule = PositionRule()
     relative_positions: bool = False
     pools_first: bool = False
+    pooled: PooledToken = PooledToken()
     buffers: tuple[BufferSpec, ...] = ()
     steps: tuple[str, ...] = ()
     parameters: tuple[ParameterSpec, ...] = ()

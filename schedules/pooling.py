@@ -68,7 +68,8 @@ def _zero(column: Expr) -> Expr:
 def pool(tiles: CpuTiles, *, hidden: int, mode: str, row: int = 0, x: RowFormat | None = None) -> tvm.tirx.PrimFunc:
     """`(x, cu_seqlens, out)`: out row i = the first row of sequence i, or the mean of its rows.
 
-    row: not the first one but that many after it; every sequence must have it.
+    In mode "first", cu_seqlens may be any rows of x in the place of the first ones, and one number more. row: not that
+    one but so many after it; every sequence must have it.
 
     x: fp32 `(t, R, hidden)` unless the format says else. cu_seqlens: int32 `(b + 1,)`, ascending from 0: every sequence
     has a row. out: fp32 `(bt, R, hidden)`; its rows from b on become zero.

@@ -19,12 +19,13 @@ from turbo_tvm.cuda import machine_code
 from turbo_tvm.errors import ArtifactError, CompileError, TargetError, TurboError, UnsupportedModelError, summary
 from turbo_tvm.frontends.imported import TOLERANCES, Imported
 from turbo_tvm.loader import open_model
+from turbo_tvm.passes.fuse_pooling import LARGEST
 from turbo_tvm.passes.rewriter import dims_of
 from turbo_tvm.progress import Progress
 from turbo_tvm.runtime import gpu
 from turbo_tvm.runtime.cpu_features import check_host
 from turbo_tvm.runtime.executor import ForeignExecutor
-from turbo_tvm.runtime.manifest import BufferSpec, Manifest, OutputSpec, ParameterSpec, TensorSpec
+from turbo_tvm.runtime.manifest import BufferSpec, Manifest, OutputSpec, ParameterSpec, PooledToken, TensorSpec
 from turbo_tvm.runtime.model import CompiledModel
 from turbo_tvm.runtime.text import TextTokenizer
 from turbo_tvm.schedules.cuda.tiles import CUDA_TILES
@@ -252,6 +253,7 @@ def _manifest(
         positions=imported.positions,
         relative_positions=optimized.relative_positions,
         pools_first=optimized.pools_first,
+        pooled=_pooled(optimized.pooled_token),
         buffers=tuple(BufferSpec(**vars(b)) for b in built.memory.buffers),
         steps=built.memory.steps,
         parameters=tuple(ParameterSpec(n, tuple(a.shape), str(a.dtype)) for n, a in built.parameters.items()),  # type: ignore[arg-type]
@@ -259,6 +261,12 @@ def _manifest(
         declined=optimized.declined,
         source_parameters=imported.parameter_count,
     )
+
+
+def _pooled(token: int | None) -> PooledToken:
+    if token is None:
+        return PooledToken()
+    return PooledToken("largest") if token == LARGEST else PooledToken("first_of", token)
 
 
 def _output(name: str, ty: ir.Type, tiles: pipeline.Tiles, optimized: pipeline.Optimized) -> OutputSpec:

@@ -73,6 +73,12 @@ class Optimized:
         return any(has_position_bias(fused) for fused, _ in composites(self.mod["main"]))
 
     @property
+    def pooled_token(self) -> int | None:
+        """The id of the token that is pooled, if any, `fuse_pooling.LARGEST` for the largest one."""
+        pools = [fused for fused, _ in composites(self.mod["main"]) if fused.name == "pool"]
+        return next((fused.attrs["token"] for fused in pools if "token" in fused.attrs), None)
+
+    @property
     def pools_first(self) -> bool:
         """Whether an output is made from a sequence's first token."""
         return any(fused.attrs.get("mode") == "first" for fused, _ in composites(self.mod["main"]))

@@ -1,8 +1,8 @@
 """PyTorch modules to Relax: what a model takes and allows is found out, then `torch_export` brings it over.
 
 How a model derives position ids from token ids is found by trying: the rule whose explicit ids give the model's own
-outputs is its rule. A model whose own mask says more than which tokens are padding, such as a decoder's, answers
-otherwise behind fixed inputs, and is refused.
+outputs is its rule. So is whether a token sees those after it. A model whose own mask says still more, and a decoder,
+which answers otherwise behind fixed inputs, are refused.
 """
 
 from __future__ import annotations
@@ -57,10 +57,9 @@ def import_module(
             return import_images(model, name or type(model).__name__, image_size)
         _sample(model, None)  # whether it runs at all
         positions = _position_rule(model)
-        wrapper = FixedInputs(model, positions)
         limit = _max_length(model, positions, max_length)
         sample = _sample(model, limit)
-        _check_wrapper(wrapper, sample)
+        wrapper = _wrapper(model, positions, sample)
         mod, weights = _imported(wrapper, limit)
         return Imported(
             name=name or type(model).__name__,
@@ -136,14 +135,22 @@ def _sample(model: nn.Module, longest: int | None) -> Sample:
 
 
 @torch.inference_mode()
-def _check_wrapper(wrapper: FixedInputs, sample: Sample) -> None:
-    """UnsupportedModelError if the wrapper changes what the model answers for real tokens."""
-    inputs = wrapper.example(torch.from_numpy(sample.token_ids), torch.from_numpy(sample.mask))
-    if any(difference > TOLERANCES["fp32"] for difference in sample.differences(wrapper.named(*inputs)).values()):
-        raise UnsupportedModelError(
-            f"{type(wrapper.model).__name__} attends otherwise than an encoder, where every token sees every token "
-            "that is not padding (is it a decoder?); only encoders are supported"
-        )
+def _wrapper(model: nn.Module, positions: PositionRule, sample: Sample) -> FixedInputs:
+    """The wrapper that leaves what the model answers for real tokens as it is; UnsupportedModelError if none does.
+
+    A causal mask is tried for models without a cache: what has one generates text.
+    """
+    encoder = encoder_of(model)
+    encodes = encoder is not None and "past_key_values" not in input_names_of(encoder)
+    for causal in (False, True) if encodes else (False,):
+        wrapper = FixedInputs(model, positions, causal)
+        inputs = wrapper.example(torch.from_numpy(sample.token_ids), torch.from_numpy(sample.mask))
+        if all(d <= TOLERANCES["fp32"] for d in sample.differences(wrapper.named(*inputs)).values()):
+            return wrapper
+    raise UnsupportedModelError(
+        f"{type(model).__name__} attends otherwise than an encoder, where every token sees every token "
+        "that is not padding (is it a decoder?); only encoders are supported"
+    )
 
 
 @torch.inference_mode()

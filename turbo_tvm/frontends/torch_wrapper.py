@@ -25,13 +25,17 @@ _BATCH, _LENGTH = 2, 7  # the example that is traced: sizes of 1 would be taken 
 
 
 class FixedInputs(nn.Module):
-    """Fixes a model's inputs to `names`, in order, and its outputs to a tuple of tensors."""
+    """Fixes a model's inputs to `names`, in order, and its outputs to a tuple of tensors.
 
-    def __init__(self, model: nn.Module, positions: PositionRule):
+    causal: a token sees those before it only, as in CLIP's text encoder.
+    """
+
+    def __init__(self, model: nn.Module, positions: PositionRule, causal: bool = False):
         super().__init__()
         self.model = model
         self.encoder = encoder_of(model)
         self.positions = positions
+        self.causal = causal
         self.names = _fixed_names(model, positions)
         self._given: dict[str, torch.Tensor] = {}
 
@@ -57,11 +61,19 @@ class FixedInputs(nn.Module):
         call.update(call.pop("kwargs", {}))
         mask = call.get("attention_mask")
         if mask is not None and mask.dim() == 2:
-            call["attention_mask"] = (1.0 - mask.to(torch.float32))[:, None, None, :] * MASKED
+            call["attention_mask"] = self._additive(mask)
         for name in ("token_type_ids", "position_ids"):
             if call.get(name) is None and name in self._given:
                 call[name] = self._given[name]
         return (), call
+
+    def _additive(self, mask: torch.Tensor) -> torch.Tensor:
+        """The 4-D mask that is added to scores: of padding, and of later tokens."""
+        added = (1.0 - mask.to(torch.float32))[:, None, None, :] * MASKED
+        if not self.causal:
+            return added
+        place = torch.arange(mask.shape[1])
+        return added + (place[None, :] > place[:, None]).to(torch.float32) * MASKED
 
     def example(self, ids: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
         """Inputs for these token ids; without a mask all of them are real."""
@@ -134,12 +146,17 @@ def vocab_size(model: nn.Module) -> int:
 
 
 def sample_ids(model: nn.Module) -> torch.Tensor:
-    """Token ids with the pad id, if there is one, in the middle: what the position rules differ in."""
+    """Token ids with the pad id, if there is one, in the middle: what the position rules differ in.
+
+    The largest id and that of the end of a text, which may be pooled, are among the first, which `sample_mask` keeps.
+    """
     vocabulary = vocab_size(model)
     ids = torch.randint(0, vocabulary, (_BATCH, _LENGTH), generator=torch.Generator().manual_seed(0))
-    pad = getattr(config_of(model), "pad_token_id", None)
-    if pad is not None and 0 <= int(pad) < vocabulary:
-        ids[:, 2] = int(pad)
+    ids[:, 1] = vocabulary - 1
+    for column, name in ((2, "pad_token_id"), (3, "eos_token_id")):
+        token = getattr(config_of(model), name, None)
+        if isinstance(token, int) and 0 <= token < vocabulary:
+            ids[:, column] = token
     return ids
 
 
