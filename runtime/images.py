@@ -81,4 +81,4 @@ def _image(values: Any, what: str, bounds: ImageBounds, own: bool) -> np.ndarray
         raise InputError(
             f"{what} holds {array.dtype} values; an image is float32, scaled as the model's image processor does"
         )
-    return np.array(array, np.float32) if own else array.astype(np.float32, copy=False)
+    return np.array(array, np.float32, order="C") if own else array.astype(np.float32, copy=False)

@@ -327,6 +327,8 @@ def _from_plain(plain: Any) -> Manifest:
 def _check_bounds(bounds: Bounds) -> None:
     if bounds.image is None and not bounds.vocab_size:
         raise wrong_field("bounds.vocab_size", "at least 1", 0)
+    if bounds.image is not None and not all(bounds.image.grid):
+        raise wrong_field("bounds.image", "an image of at least one patch", bounds.image)
     if bounds.image is not None and bounds.image.tokens != bounds.max_length:
         raise wrong_field("bounds.max_length", f"{bounds.image.tokens}, an image's tokens", bounds.max_length)
 

@@ -15,11 +15,13 @@ from turbo_tvm.runtime.manifest import (
     Bounds,
     BufferSpec,
     CostSpec,
+    ImageBounds,
     KernelSpec,
     Manifest,
     MemberSpec,
     OutputSpec,
     ParameterSpec,
+    PooledToken,
     PositionRule,
     TargetSpec,
     TensorSpec,
@@ -98,6 +100,7 @@ WRONG = [
     (["bounds", "vocab_size"], 0, "field bounds.vocab_size must be at least 1"),
     (["bounds", "vocab_size"], -1, "field bounds.vocab_size must be at least 0"),
     (["bounds", "image"], 224, "field bounds.image must be an object"),
+    (["bounds", "image"], IMAGE | {"patch_width": 231}, "field bounds.image must be an image of at least one patch"),
     (["bounds", "image"], IMAGE, "field bounds.max_length must be 197, an image's tokens, is 512"),
     (["positions", "pad_id"], -1, "field positions.pad_id must be at least 0"),
     (["parameters", 0, "shape", 1], 0, r"field parameters\[0\].shape\[1\] must be at least 1"),
@@ -244,3 +247,10 @@ def test_any_value_anywhere_is_accepted_or_an_artifact_error(path, value):
 def test_a_buffer_that_cannot_be_planned_is_refused(buffers, message):
     with pytest.raises(ArtifactError, match=message):
         replace(SMALL, buffers=tuple(buffers), steps=("gemm",)).to_json()
+
+
+def test_an_image_and_its_tokens():
+    image = ImageBounds(**IMAGE)
+    assert (image.shape, image.grid, image.tokens, image.columns) == ((3, 224, 230), (14, 14), 197, 768)
+    made = replace(SMALL, bounds=Bounds(197, 0, image=image), pooled=PooledToken("first_of", 7))
+    assert Manifest.from_json(made.to_json()) == made
