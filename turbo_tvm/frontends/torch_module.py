@@ -50,6 +50,7 @@ def import_module(
     Raises UnsupportedModelError with the reason.
     """
     _check_module(model)
+    _check_options(model, max_length, image_size)
     modes = [(part, part.training) for part in model.modules()]
     model.eval()
     try:
@@ -101,6 +102,17 @@ def _check_module(model: Any) -> None:
         raise UnsupportedModelError(
             f"{type(model).__name__}.forward takes no {' and no '.join(sorted(missing))}; "
             "an encoder's forward(input_ids, attention_mask, ...) is needed"
+        )
+
+
+def _check_options(model: nn.Module, max_length: int | None, image_size: Size | None) -> None:
+    if image_size is not None and not takes_images(model):
+        raise UnsupportedModelError(
+            f"image_size={image_size!r} is for models of images; {type(model).__name__} is not one"
+        )
+    if max_length is not None and takes_images(model):
+        raise UnsupportedModelError(
+            f"max_length={max_length} is for models of text; {type(model).__name__} takes images: give image_size"
         )
 
 
