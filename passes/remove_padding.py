@@ -4,6 +4,7 @@
     h (b, s, 768) = layer_norm(...)                                        cu_seqlens (n,) i32, query_tiles (q, 3) i32)
     turbo.attention(q, k, v, mask)                                        turbo.attention(q, k, v, query_tiles)
     turbo.pool(h, mask) -> (b, 768)                                       turbo.pool(h, cu_seqlens) -> (p, R, 768)
+    patches (b, 197, 768) f32                                             patches (t, R, 768) f32
 
 Row-wise operators never mix tokens, so they carry over unchanged once their batch and length dimensions are read as
 tile and row of the tile. Pooled rows are packed into tiles in the same way. Everything computed from the mask or from

@@ -50,7 +50,7 @@ def to_numpy(value: Any) -> Any:
         return value.detach().numpy()
     except TypeError as error:  # bfloat16 and other types that NumPy has not
         raise InputError(
-            f"a {value.dtype} tensor holds no token ids, mask or image: use torch.int64, or torch.float32 for images"
+            f"a {value.dtype} tensor holds no token ids or mask: use torch.int64, or torch.float32 for images"
         ) from error
 
 

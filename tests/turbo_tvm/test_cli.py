@@ -212,7 +212,7 @@ class TestRun:
             (b"\x93NUMPY\x01\x00", "the input is a damaged .npy file"),
             (_npy(np.zeros(3)), r"array of shape (3,); images are (channels, height, width)"),
             (_npy(np.zeros((1, 1, 1), object)), "the input is a damaged .npy file"),
-            (_npy(np.zeros((1, 2, 2))), "sequence 0 has shape (2, 2)"),  # the model takes text
+            (_npy(np.zeros((1, 2, 2))), "sequence 0 holds float64 values"),  # the model takes text
         ):
             assert message in fail("run", tiny_artifact, "--input", "-", input=content)
         assert "cannot be mixed" in fail("run", tiny_artifact, "--input", "-", "--text", "a", input=content, code=2)
