@@ -7,7 +7,7 @@ schedules for the host and look.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import tvm
@@ -16,16 +16,21 @@ from tvm import relax, tirx
 from turbo_tvm.passes.rewriter import Rewriter, is_call, is_tensor, shape_of, substitute
 
 
-def cut(rewriter: Rewriter, expr: relax.Expr) -> tuple[list[relax.Var], list[tuple[relax.Var, relax.Expr]]]:
-    """The parameters that `expr` depends on, and the bindings that compute it, in order."""
+def cut(
+    rewriter: Rewriter, expr: relax.Expr, at: Sequence[relax.Var] = ()
+) -> tuple[list[relax.Var], list[tuple[relax.Var, relax.Expr]]]:
+    """The parameters that `expr` depends on, and the bindings that compute it, in order.
+
+    at: variables that count as parameters; what computes them is left out.
+    """
     pending, needed = _tensors(expr), set()
     while pending:  # a recursion would be as deep as the model
         var = pending.pop()
-        if var not in needed and var in rewriter.bound:
+        if var not in needed and var in rewriter.bound and var not in at:
             pending.extend(_tensors(rewriter.bound[var]))
         needed.add(var)
-    params = [param for param in rewriter.func.params if param in needed]
-    return params, [(var, value) for var, value in rewriter.bound.items() if var in needed]
+    params = [param for param in (*at, *rewriter.func.params) if param in needed]
+    return params, [(var, value) for var, value in rewriter.bound.items() if var in needed and var not in at]
 
 
 def _tensors(expr: relax.Expr) -> list[relax.Var]:
@@ -45,14 +50,18 @@ def is_arange(value: relax.Expr, length: tirx.Var) -> bool:
 
 
 def concrete(
-    rewriter: Rewriter, expr: relax.Expr, dims: Mapping[tirx.Var, int], positions: np.ndarray | None = None
+    rewriter: Rewriter,
+    expr: relax.Expr,
+    dims: Mapping[tirx.Var, int],
+    positions: np.ndarray | None = None,
+    at: Sequence[relax.Var] = (),
 ) -> relax.Function:
-    """`expr` as a function of the parameters it depends on, with symbolic dimensions fixed.
+    """`expr` as a function of the parameters it depends on, as `cut` has it, with symbolic dimensions fixed.
 
     positions: what takes the place of 0, 1, 2, ... of as many elements. What depends on a dimension alone gets the
     first input that has it as a last parameter.
     """
-    params, bindings = cut(rewriter, expr)
+    params, bindings = cut(rewriter, expr, at)
     params = [*params, *_carriers(rewriter, params, dims)]
     builder = relax.BlockBuilder()
     with builder.function("part", params):
@@ -85,11 +94,13 @@ def specialized(
     dims: Mapping[tirx.Var, int],
     values: Mapping[relax.Var, relax.Expr],
     positions: np.ndarray | None = None,
+    at: Sequence[relax.Var] = (),
 ) -> relax.Expr:
-    """Emit `expr` once more with symbolic dimensions fixed, and `values` in the place of inputs."""
-    func = concrete(rewriter, expr, dims, positions)
-    by_name = {p.name: p for p in rewriter.func.params} | {p.name: value for p, value in values.items()}
-    new: dict[relax.Var, relax.Expr] = {p: by_name[p.name] for p in func.params}
+    """Emit `expr` once more with symbolic dimensions fixed, and with `values` in the place of some parameters."""
+    params, _ = cut(rewriter, expr, at)
+    func = concrete(rewriter, expr, dims, positions, at)
+    outer = [*params, *_carriers(rewriter, params, dims)]
+    new: dict[relax.Var, relax.Expr] = {i: values.get(o, o) for i, o in zip(func.params, outer, strict=True)}
     for block in func.body.blocks:
         for binding in block.bindings:
             new[binding.var] = rewriter.emit(substitute(binding.value, new))
@@ -102,15 +113,16 @@ def evaluate(
     dims: Mapping[tirx.Var, int],
     value_of: Callable[[relax.Var], np.ndarray | None],
     positions: np.ndarray | None = None,
+    at: Sequence[relax.Var] = (),
 ) -> np.ndarray | None:
-    """The value of `expr` when `value_of` gives its parameters' values; positions: as in `concrete`.
+    """The value of `expr` when `value_of` gives its parameters' values; positions, at: as in `concrete`.
 
     None if a parameter has none, or if a symbolic dimension is not among `dims`.
     """
-    values = [value_of(param) for param in cut(rewriter, expr)[0]]
+    values = [value_of(param) for param in cut(rewriter, expr, at)[0]]
     if any(value is None for value in values):
         return None
-    func = concrete(rewriter, expr, dims, positions)
+    func = concrete(rewriter, expr, dims, positions, at)
     if relax.analysis.free_symbolic_vars(func) or any(not isinstance(d, int) for p in func.params for d in shape_of(p)):
         return None
     values += [np.zeros([int(d) for d in shape_of(p)], str(p.ty.dtype)) for p in func.params[len(values) :]]

@@ -43,7 +43,9 @@ class Norms(torch.nn.Module):
         return self.norm(self.embed(ids)) + self.bare(self.embed(ids))
 
 
-@pytest.mark.parametrize("model", [Attends("scale"), Attends("grouped"), Attends("bool"), Norms()], ids=["scale", "grouped", "bool", "norms"])
+@pytest.mark.parametrize(
+    "model", [Attends("scale"), Attends("grouped"), Attends("bool"), Norms()], ids=["scale", "grouped", "bool", "norms"]
+)
 def test_agrees_with_pytorch(model):
     torch.manual_seed(0)
     ids, mask = torch.randint(0, 50, (2, 7)), torch.ones(2, 7, dtype=torch.int64)
