@@ -159,7 +159,7 @@ def _import_path(
     if not path.exists():
         raise UnsupportedModelError(f"there is no model at {path}")
     if path.suffix == ".onnx":
-        return _import_onnx(path, name, max_length, tokenizer)
+        return _import_onnx(path, name, max_length, tokenizer, image_size)
     if not path.is_dir():
         raise UnsupportedModelError(
             f"{path} is a file; an ONNX file (.onnx) or a model folder with config.json and model.safetensors is needed"
@@ -174,14 +174,20 @@ def _import_path(
     )
 
 
-def _import_onnx(path: Path, name: str | None, max_length: int | None, tokenizer: str | None) -> Imported:
+def _import_onnx(
+    path: Path,
+    name: str | None,
+    max_length: int | None,
+    tokenizer: str | None,
+    image_size: int | tuple[int, int] | None,
+) -> Imported:
     try:
         import onnx  # noqa: F401
     except ImportError as error:
         raise CompileError(f"compiling ONNX files needs onnx ({error}): pip install 'turbo-tvm[onnx]'") from error
     from turbo_tvm.frontends.onnx_model import import_file
 
-    return import_file(path, name, max_length, tokenizer)
+    return import_file(path, name, max_length, tokenizer, image_size)
 
 
 def _need_torch() -> None:

@@ -7,18 +7,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from tvm import ir
 
 from turbo_tvm.errors import UnsupportedModelError, summary
 from turbo_tvm.frontends.imported import ImageSample, Imported
+from turbo_tvm.frontends.patches import PIXELS, Size, patches_of, size_of
 from turbo_tvm.frontends.torch_export import to_relax
 from turbo_tvm.frontends.torch_wrapper import config_of, encoder_of, input_names_of, tensors_of
-from turbo_tvm.passes.fuse_patches import fuse_patches
-from turbo_tvm.passes.normalize import normalize
-from turbo_tvm.runtime.manifest import Bounds, ImageBounds, PositionRule
+from turbo_tvm.runtime.manifest import PositionRule
 
-Size = int | tuple[int, int]
-PIXELS = "pixel_values"
 _INTERPOLATE = "interpolate_pos_encoding"
 
 
@@ -49,21 +45,6 @@ def import_images(model: nn.Module, name: str, image_size: Size | None) -> Impor
         parameter_count=sum(p.numel() for p in model.parameters()),
         sample=ImageSample(pixels.numpy(), {key: value.numpy() for key, value in outputs.items()}),
     )
-
-
-def patches_of(mod: ir.IRModule, name: str) -> tuple[ir.IRModule, Bounds]:
-    """The module on patches in the place of images, and what an image is. Raises UnsupportedModelError.
-
-    mod: `main(pixels, weights...)`, pixels fp32 (batch, channels, height, width) with a symbolic batch.
-    """
-    mod, patches = fuse_patches(normalize(mod))
-    if patches is None:
-        raise UnsupportedModelError(
-            f"{name} does not begin with patches: a convolution whose stride is its kernel, class tokens and positions "
-            "in one sum, as in ViT; other models of images are not supported"
-        )
-    image = ImageBounds(**vars(patches))
-    return mod, Bounds(max_length=image.tokens, vocab_size=0, image=image)
 
 
 class FixedImages(nn.Module):
@@ -104,7 +85,7 @@ class FixedImages(nn.Module):
 
 def _sample(model: nn.Module, image_size: Size | None) -> torch.Tensor:
     """Two images of noise."""
-    height, width = _pair(_configured(model) if image_size is None else image_size)
+    height, width = size_of(_configured(model) if image_size is None else image_size)
     generator = torch.Generator().manual_seed(0)
     return torch.randn(2, _channels(model), height, width, generator=generator)
 
@@ -114,13 +95,6 @@ def _configured(model: nn.Module) -> Size:
     if size is None:
         raise UnsupportedModelError(f"{type(model).__name__} says no image size: give image_size=(height, width)")
     return size
-
-
-def _pair(size: Any) -> tuple[int, int]:
-    found = (size, size) if isinstance(size, int) else tuple(size)
-    if len(found) != 2 or not all(isinstance(n, int) and n > 0 for n in found):
-        raise UnsupportedModelError(f"image_size is (height, width) in pixels, or one number for both, not {size!r}")
-    return found  # type: ignore[return-value]
 
 
 def _channels(model: nn.Module) -> int:
@@ -134,7 +108,7 @@ def _options(model: nn.Module, pixels: torch.Tensor) -> dict[str, Any]:
     """What the call needs for images of this size."""
     size = tuple(pixels.shape[2:])
     known = getattr(config_of(model), "image_size", None)
-    if known is None or _pair(known) == size or _INTERPOLATE not in input_names_of(model):
+    if known is None or size_of(known) == size or _INTERPOLATE not in input_names_of(model):
         return {}
     return {_INTERPOLATE: True}
 

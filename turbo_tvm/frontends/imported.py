@@ -36,10 +36,7 @@ class Sample:
 
     def differences(self, answers: Mapping[str, Any]) -> dict[str, float]:
         """How far each output is from the model's own, relative to its largest value; padding does not count."""
-        return {
-            name: float(np.abs(got - wanted).max() / max(np.abs(wanted).max(), 1e-6))
-            for name, (got, wanted) in self.pairs(answers).items()
-        }
+        return {name: _difference(*pair) for name, pair in self.pairs(answers).items()}
 
     def pairs(self, answers: Mapping[str, Any]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Each output as answered and as the model's own, for real tokens."""
@@ -64,7 +61,11 @@ class ImageSample:
 
     def differences(self, answers: Mapping[str, Any]) -> dict[str, float]:
         """How far each output is from the model's own, relative to its largest value."""
-        return {name: _difference(np.asarray(answers[name]), wanted) for name, wanted in self.outputs.items()}
+        return {name: _difference(*pair) for name, pair in self.pairs(answers).items()}
+
+    def pairs(self, answers: Mapping[str, Any]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Each output as answered and as the model's own."""
+        return {name: (np.asarray(answers[name]), wanted) for name, wanted in self.outputs.items()}
 
 
 def _difference(got: np.ndarray, wanted: np.ndarray) -> float:

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from turbo_tvm.errors import UnsupportedModelError, summary
-from turbo_tvm.frontends.images import PIXELS, Size, import_images
+from turbo_tvm.frontends.images import import_images
 from turbo_tvm.frontends.imported import DEFAULT_MAX_LENGTH, TOLERANCES, Imported, Sample
+from turbo_tvm.frontends.patches import PIXELS, Size
 from turbo_tvm.frontends.torch_export import to_relax
 from turbo_tvm.frontends.torch_wrapper import (
     FixedInputs,
