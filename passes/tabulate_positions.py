@@ -53,18 +53,21 @@ class _TabulatePositions(Rewriter):
             return None
         if isinstance(dims[-2], int) or not dims[-2].same_as(length):
             return None
-        if any(param in self.inputs.values() for param in cut(self, call)[0]) or not self._is_by_row(call, length):
+        if any(param in self.inputs.values() for param in cut(self, call)[0]) or not self._is_by_row(call):
             return None
         self.found = True
-        whole = self.emit(specialized(self, call, {length: self.max_length}, {}))
+        whole = self.emit(specialized(self, call, self._dims(self.max_length), {}))
         table = self.emit(relax.op.reshape(whole, (self.max_length, dims[-1])))
         rows = self.emit(relax.op.take(table, self.position_ids, axis=0, mode="clip"))
         inner = [1] * (len(dims) - 3)
         return rows if len(dims) < 4 else relax.op.reshape(rows, (batch, *inner, length, dims[-1]))
 
-    def _is_by_row(self, call: relax.Call, length: tirx.Var) -> bool:
+    def _dims(self, length: int) -> dict[tirx.Var, int]:
+        return dict(zip(shape_of(self.position_ids), (1, length), strict=True))
+
+    def _is_by_row(self, call: relax.Call) -> bool:
         """Whether a row is that of its position, however many there are."""
-        values = [evaluate(self, call, {length: n}, self._some) for n in _LENGTHS]
+        values = [evaluate(self, call, self._dims(n), self._some) for n in _LENGTHS]
         if any(value is None for value in values):
             return False
         short, long = (value.reshape(n, -1) for value, n in zip(values, _LENGTHS, strict=True) if value is not None)
