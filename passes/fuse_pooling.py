@@ -4,6 +4,7 @@
     take(x, i, axis=1), in images, which are all as long       --> turbo.pool(x, mask) mode "first" row i
     index(x, (arange, argmax(ids == 7)))                       --> turbo.pool(x, mask) mode "first" token 7
     index(x, (arange, argmax(ids)))                            --> turbo.pool(x, mask) mode "first" token -1
+    gather_nd(x, concat(arange, argmax(ids)))                  --> the same
     sum(x * m, axis=1) / n    with m = mask, n = its row sums  --> turbo.pool(x, mask) mode "mean"
     x / max(sqrt(sum(x * x)), eps)                             --> turbo.normalize(x)
 
@@ -58,21 +59,32 @@ class _FusePooling(Rewriter):
 
     def _at(self, call: relax.Call) -> relax.Expr | None:
         """The token of a certain id, as in CLIP's text encoder."""
-        indices = self.definition(call.args[1]) if is_call(call, "index_tensor") else None
-        if not isinstance(indices, relax.Tuple) or len(indices.fields) != 2 or len(shape_of(call.args[0])) != 3:
+        if not (is_call(call, "index_tensor") or is_call(call, "gather_nd")) or len(shape_of(call.args[0])) != 3:
             return None
-        sequences, places = indices.fields
         tokens = shape_of(call.args[0])[:2]
-        if not all(isinstance(d, tirx.Var) for d in tokens) or not self._counts(sequences, tokens[0]):
+        places = self._places(call, tokens)
+        if places is None or not all(isinstance(d, tirx.Var) for d in tokens):
             return None
+        pairs = is_call(call, "gather_nd")
         for token in (LARGEST, *self._numbers(places)):
-            ids = np.random.default_rng(0).integers(
-                token - 1, token + 3, (40, 5)
-            )  # also without it, and more than once
+            # also without it, and more than once
+            ids = np.random.default_rng(0).integers(token - 1, token + 3, (40, 5))
             wanted = ids.argmax(1) if token == LARGEST else (ids == token).argmax(1)
+            wanted = np.stack([np.arange(len(ids)), wanted], 1) if pairs else wanted
             if self._is_index(places, wanted, ids, tokens):
                 return self._pool(call.args[0], "first", token=token)
         return None
+
+    def _places(self, call: relax.Call, tokens: list) -> relax.Expr | None:
+        """Where in its sequence, or as a pair with which sequence, each row of the result stands."""
+        if is_call(call, "gather_nd"):
+            plain = int(call.attrs.batch_dims) == 0 and same_shape(shape_of(call.args[1]), [tokens[0], 2])
+            return call.args[1] if plain else None
+        indices = self.definition(call.args[1])
+        if not isinstance(indices, relax.Tuple) or len(indices.fields) != 2:
+            return None
+        sequences, places = indices.fields
+        return places if self._counts(sequences, tokens[0]) else None
 
     def _counts(self, expr: relax.Expr, batch: tirx.Var) -> bool:
         """Whether this is 0, 1, 2, ... up to the batch."""

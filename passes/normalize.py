@@ -5,6 +5,7 @@
     take(table, ids, mode="fast")                          --> take(table, ids, mode="clip")
     reshape(take(table, reshape(ids, (n,))), (b, s, h))    --> take(table, ids)
     reshape(permute(reshape(x, (b * h, s, d)), (0, 2, 1)), (b, h, d, s)) --> permute(x, (0, 1, 3, 2))
+    shape_to_tensor(shape_of(x))                           --> shape_to_tensor(its dimensions)
     x * sigmoid(x)                                         --> silu(x)
 
 Leaves everything else as it is.
@@ -12,7 +13,7 @@ Leaves everything else as it is.
 
 from __future__ import annotations
 
-from tvm import ir, relax
+from tvm import ir, relax, tirx
 from tvm.sym.analyzer import Analyzer
 
 from turbo_tvm.passes.rewriter import Rewriter, is_call, shape_of
@@ -31,6 +32,7 @@ class _Normalize(Rewriter):
             self._take,
             self._embedding,
             self._batched_permute,
+            self._shape,
             self._reshape,
             self._silu,
         )
@@ -90,6 +92,15 @@ class _Normalize(Rewriter):
         swapped = relax.op.permute_dims(source, [0, 1, 3, 2])
         merged = self._permute(swapped)
         return swapped if merged is None else merged
+
+    def _shape(self, call: relax.Call) -> relax.Expr | None:
+        """A shape by its dimensions, so that it does not depend on the values of what has it."""
+        shape = self.call_of(call.args[0], "shape_of") if is_call(call, "shape_to_tensor") else None
+        dims = shape_of(shape.args[0]) if shape is not None else []
+        if not dims:
+            return None
+        numbers = [tirx.const(d, "int64") if isinstance(d, int) else d for d in dims]
+        return relax.op.shape_to_tensor(relax.ShapeExpr(numbers))
 
     def _reshape(self, call: relax.Call) -> relax.Expr | None:
         inner = self.call_of(call.args[0], "reshape") if is_call(call, "reshape") else None

@@ -32,11 +32,39 @@ FAMILIES = {
     "mpnet": lambda: transformers.MPNetModel(transformers.MPNetConfig(**_LONG)),
 }
 
+_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_T5 = {"d_model": 32, "d_kv": 16, "num_heads": 2, "num_layers": 2, "d_ff": 64, "feed_forward_proj": "gated-gelu"}
+_IMAGES = {key: SIZES[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")}
+_IMAGES |= {"image_size": 32, "patch_size": 8}
+
+# Of these the newer exporter's files are tried alone: they have positions, masks and gates of many kinds.
+MODERN = {
+    "t5": lambda: transformers.T5EncoderModel(transformers.T5Config(vocab_size=101, **_T5)),
+    "nomic": lambda: transformers.NomicBertModel(transformers.NomicBertConfig(**SIZES)),
+    "eurobert": lambda: transformers.EuroBertModel(
+        transformers.EuroBertConfig(**SIZES, num_key_value_heads=1, mask_token_id=3, **_IDS)
+    ),
+    "modernbert": lambda: transformers.ModernBertModel(
+        transformers.ModernBertConfig(**SIZES, local_attention=16, cls_token_id=1, sep_token_id=2, **_IDS)
+    ),
+    "clip text": lambda: transformers.CLIPTextModel(
+        transformers.CLIPTextConfig(**SIZES, pad_token_id=1, bos_token_id=99, eos_token_id=100)
+    ),
+    "deberta": lambda: transformers.DebertaV2Model(
+        transformers.DebertaV2Config(
+            **SIZES, type_vocab_size=0, relative_attention=True, position_buckets=16, pos_att_type=["p2c", "c2p"],
+            share_att_key=True, norm_rel_ebd="layer_norm", position_biased_input=False,
+        )
+    ),
+    "vit": lambda: transformers.ViTModel(transformers.ViTConfig(**_IMAGES)),
+    "clip vision": lambda: transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**_IMAGES)),
+}  # fmt: skip
+
 
 def build(family: str) -> Any:
     """A model with random weights, biases and norms too."""
     torch.manual_seed(0)
-    model = FAMILIES[family]().eval()
+    model = (FAMILIES | MODERN)[family]().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
@@ -64,7 +92,7 @@ def export(
     shape: tuple[int, int] = (2, 7),
     fixed: bool = False,
 ) -> Path:
-    """Write the model's ONNX file: token ids, mask and, if it knows several, token types.
+    """Write the model's ONNX file: token ids, mask and, if it knows several, token types; or images.
 
     fixed: for batches of that shape alone.
     """
@@ -73,12 +101,15 @@ def export(
     config = getattr(model, "config", None)
     if "token_type_ids" in inspect.signature(model.forward).parameters and getattr(config, "type_vocab_size", 0) > 1:
         inputs["token_type_ids"] = torch.zeros_like(ids)
+    if getattr(model, "main_input_name", "") == "pixel_values":
+        inputs = {"pixel_values": torch.randn(shape[0], 3, model.config.image_size, model.config.image_size)}
     traced = _Positional(model, tuple(inputs)).eval()
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         if dynamo:
             batch, length = torch.export.Dim("batch"), torch.export.Dim("length")
-            shapes = None if fixed else (tuple({0: batch, 1: length} for _ in inputs),)
+            axes = {0: batch, 1: length} if "input_ids" in inputs else {0: batch}
+            shapes = None if fixed else (tuple(axes for _ in inputs),)
             torch.onnx.export(
                 traced, tuple(inputs.values()), path, dynamo=True, dynamic_shapes=shapes, opset_version=opset,
                 input_names=list(inputs), verbose=False,

@@ -75,6 +75,28 @@ def test_every_length_agrees_with_pytorch_in_one_batch(files, family):
     assert largest_difference(path, model, 64) < 1e-4
 
 
+@pytest.mark.parametrize("family", onnx_models.MODERN)
+def test_the_kernels_of_modern_families_are_those_of_pytorch(files, family):
+    model, path = files(family, True)
+    longest = None if "vi" in family else 64
+    assert kernels(import_file(path, max_length=longest)) == kernels(import_module(model, max_length=longest))
+
+
+def test_windows_and_rotary_positions_agree_with_pytorch(files):
+    model, path = files("modernbert", True)
+    assert largest_difference(path, model, 64) < 1e-4
+
+
+def test_images_agree_with_pytorch(files):
+    model, path = files("vit", True)
+    compiled = turbo_tvm.compile(path, progress=False)
+    pixels = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        wanted = model(pixel_values=pixels)
+    answers = compiled.run(list(pixels.numpy()), output=compiled.manifest.outputs[0].name)
+    np.testing.assert_allclose(np.stack(answers), wanted.last_hidden_state.numpy(), atol=1e-4)
+
+
 @pytest.mark.parametrize("opset", [11, 17])
 def test_other_opsets(files, tmp_path, opset):
     model = onnx_models.build("bert")
