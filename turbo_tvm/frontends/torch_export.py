@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 import tvm
@@ -10,7 +11,7 @@ from torch import nn
 from tvm import ir, relax
 from tvm.relax.frontend.torch import from_exported_program
 
-from turbo_tvm.passes.rewriter import builder_without_main, substitute
+from turbo_tvm.passes.rewriter import builder_without_main, shape_of, substitute
 
 _KEPT_WHOLE = ("scaled_dot_product_attention", "linear", "layer_norm", "gelu", "matmul", "softmax")
 
@@ -24,7 +25,11 @@ def to_relax(
     """
     program = _export(module, example, max_length)
     mod = from_exported_program(
-        program, keep_params_as_input=True, unwrap_unit_return_tuple=True, run_ep_decomposition=False
+        program,
+        keep_params_as_input=True,
+        unwrap_unit_return_tuple=True,
+        custom_convert_map={"repeat.default": _repeat},
+        run_ep_decomposition=False,
     )
     mod, params = relax.frontend.detach_params(mod)
     return _name_inputs(mod, names), list(params["main"])
@@ -42,6 +47,18 @@ def _export(module: nn.Module, example: tuple[torch.Tensor, ...], max_length: in
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         return torch.export.export(module, example, dynamic_shapes=shapes).run_decompositions(table)
+
+
+def _repeat(node: torch.fx.Node, importer: Any) -> relax.Expr:
+    """`x.repeat(...)` by broadcasting: TVM's own tile takes no symbolic count."""
+    x, *counts = importer.retrieve_args(node)
+    counts = counts[0] if isinstance(counts[0], tuple | list) else counts
+    shape = [1] * (len(counts) - len(shape_of(x))) + shape_of(x)
+    pairs = list(zip(counts, shape, strict=True))
+    emit = importer.block_builder.emit
+    apart = emit(relax.op.reshape(x, [d for size in shape for d in (1, size)]))
+    wide = emit(relax.op.broadcast_to(apart, [d for pair in pairs for d in pair]))
+    return emit(relax.op.reshape(wide, [count * size for count, size in pairs]))
 
 
 def _name_inputs(mod: ir.IRModule, names: tuple[str, ...]) -> ir.IRModule:

@@ -16,6 +16,7 @@ from turbo_tvm.errors import UnsupportedModelError, summary
 from turbo_tvm.frontends.imported import TOLERANCES, Imported, Sample
 from turbo_tvm.frontends.torch_export import to_relax
 from turbo_tvm.frontends.torch_wrapper import (
+    MASK_FORMS,
     FixedInputs,
     config_of,
     encoder_of,
@@ -46,12 +47,10 @@ def import_module(
     modes = [(part, part.training) for part in model.modules()]
     model.eval()
     try:
-        _sample(model, None)  # whether it runs at all
-        positions = _position_rule(model)
-        wrapper = FixedInputs(model, positions)
+        mask_form = _mask_form(model, _sample(model, None))
+        positions = _position_rule(model, mask_form)
         limit = _max_length(model, positions, max_length)
-        sample = _sample(model, limit)
-        _check_wrapper(wrapper, sample)
+        wrapper = FixedInputs(model, positions, mask_form, limit)
         mod, weights = _imported(wrapper, limit)
         return Imported(
             name=name or type(model).__name__,
@@ -63,7 +62,7 @@ def import_module(
             positions=positions,
             parameter_count=sum(p.numel() for p in model.parameters()),
             tokenizer=tokenizer,
-            sample=sample,
+            sample=_sample(model, limit),
         )
     finally:
         for part, training in modes:
@@ -110,34 +109,48 @@ def _sample(model: nn.Module, longest: int | None) -> Sample:
 
 
 @torch.inference_mode()
-def _check_wrapper(wrapper: FixedInputs, sample: Sample) -> None:
-    """UnsupportedModelError if the wrapper changes what the model answers for real tokens."""
-    inputs = wrapper.example(torch.from_numpy(sample.token_ids), torch.from_numpy(sample.mask))
-    if any(difference > TOLERANCES["fp32"] for difference in sample.differences(wrapper.named(*inputs)).values()):
-        raise UnsupportedModelError(
-            f"{type(wrapper.model).__name__} attends otherwise than an encoder, where every token sees every token "
-            "that is not padding (is it a decoder?); only encoders are supported"
-        )
+def _mask_form(model: nn.Module, sample: Sample) -> str:
+    """The form of mask behind which the model answers as it does itself for real tokens, padding or not."""
+    for form in MASK_FORMS:
+        if _agrees(FixedInputs(model, PositionRule(), form), sample):
+            return form
+    raise UnsupportedModelError(
+        f"{type(model).__name__} attends otherwise than an encoder, where every token sees every token "
+        "that is not padding (is it a decoder?); only encoders are supported"
+    )
 
 
 @torch.inference_mode()
-def _position_rule(model: nn.Module) -> PositionRule:
-    """The rule whose explicit position ids reproduce what the model does without any."""
+def _agrees(wrapper: FixedInputs, sample: Sample) -> bool:
+    inputs = wrapper.example(torch.from_numpy(sample.token_ids), torch.from_numpy(sample.mask))
+    differences = sample.differences(wrapper.named(*inputs)).values()
+    return all(difference <= TOLERANCES["fp32"] for difference in differences)
+
+
+@torch.inference_mode()
+def _position_rule(model: nn.Module, mask_form: str) -> PositionRule:
+    """The rule whose explicit position ids reproduce what the model does without any, if it looks at them."""
     encoder = encoder_of(model)
     if encoder is None or "position_ids" not in input_names_of(encoder):
         return PositionRule()
     ids = sample_ids(model)
-    plain = FixedInputs(model, PositionRule())
+    plain = FixedInputs(model, PositionRule(), mask_form)
     wanted = plain(*plain.example(ids))
     for rule in _candidate_rules(model):
-        attempt = FixedInputs(model, rule)
-        got = attempt(*attempt.example(ids))
-        if all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(got, wanted, strict=True)):
-            return rule
+        attempt = FixedInputs(model, rule, mask_form)
+        given = dict(zip(attempt.names, attempt.example(ids), strict=True))
+        if not _close(attempt(*given.values()), wanted):
+            continue
+        given["position_ids"] = torch.zeros_like(ids)
+        return PositionRule() if _close(attempt(*given.values()), wanted) else rule
     raise UnsupportedModelError(
         f"{type(model).__name__}: no known rule gives the position ids that the model uses; "
         "the rules tried are 0, 1, 2, ... and RoBERTa's count of tokens that are not padding"
     )
+
+
+def _close(got: tuple[torch.Tensor, ...], wanted: tuple[torch.Tensor, ...]) -> bool:
+    return all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(got, wanted, strict=True))
 
 
 def _candidate_rules(model: nn.Module) -> list[PositionRule]:
