@@ -13,15 +13,16 @@ from torch import nn
 
 
 class RelativePositions(nn.Module):
-    """The positions that an encoder with `get_rel_pos` derives from the distance i - j, for up to `longest` tokens."""
+    """The positions that an encoder with `get_rel_pos` derives from the distance i - j, for up to `longest` tokens.
+
+    square: int64 (longest, longest), the encoder's own.
+    """
 
     table: torch.Tensor
 
-    def __init__(self, encoder: nn.Module, longest: int):
+    def __init__(self, square: torch.Tensor):
         super().__init__()
-        square = _square(encoder, longest)
-        assert square is not None
-        self.longest = longest
+        self.longest = len(square)
         self.register_buffer("table", torch.cat([square[0, 1:].flip(0), square[:, 0]]), persistent=False)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -29,18 +30,18 @@ class RelativePositions(nn.Module):
         index = torch.arange(hidden_states.shape[1])
         return self.table[index[:, None] - index[None, :] + self.longest - 1][None]
 
-    def complete(self, _encoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    def give(self, _encoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """A forward pre-hook of the encoder: give it the positions."""
         return args, kwargs | {"relative_pos": self(args[0])}
 
 
 def relative_encoder_of(model: nn.Module) -> nn.Module | None:
-    """The part of a model that attends by relative positions, and can be given them."""
-    found = (part for part in model.modules() if hasattr(part, "get_rel_pos"))
-    return next((part for part in found if _square(part, 2) is not None), None)
+    """The part of a model that can be given relative positions."""
+    return next((part for part in model.modules() if hasattr(part, "get_rel_pos")), None)
 
 
-def _square(encoder: Any, length: int) -> torch.Tensor | None:
-    """The encoder's own positions, int64 (length, length); None without relative attention."""
-    positions = encoder.get_rel_pos(torch.zeros(1, length, 1))
-    return None if positions is None else positions[0]
+def relative_positions_of(model: nn.Module, longest: int) -> RelativePositions | None:
+    """The positions that it makes itself; None if it has no such part, or makes none."""
+    encoder: Any = relative_encoder_of(model)
+    positions = encoder.get_rel_pos(torch.zeros(1, longest, 1)) if encoder is not None else None
+    return None if positions is None else RelativePositions(positions[0])

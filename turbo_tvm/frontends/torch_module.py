@@ -16,7 +16,6 @@ from turbo_tvm.errors import UnsupportedModelError, summary
 from turbo_tvm.frontends.imported import TOLERANCES, Imported, Sample
 from turbo_tvm.frontends.torch_export import to_relax
 from turbo_tvm.frontends.torch_wrapper import (
-    MASK_FORMS,
     FixedInputs,
     config_of,
     encoder_of,
@@ -47,10 +46,12 @@ def import_module(
     modes = [(part, part.training) for part in model.modules()]
     model.eval()
     try:
-        mask_form = _mask_form(model, _sample(model, None))
-        positions = _position_rule(model, mask_form)
+        _sample(model, None)  # whether it runs at all
+        positions = _position_rule(model)
         limit = _max_length(model, positions, max_length)
-        wrapper = FixedInputs(model, positions, mask_form, limit)
+        wrapper = FixedInputs(model, positions, limit)
+        sample = _sample(model, limit)
+        _check_wrapper(wrapper, sample)
         mod, weights = _imported(wrapper, limit)
         return Imported(
             name=name or type(model).__name__,
@@ -62,7 +63,7 @@ def import_module(
             positions=positions,
             parameter_count=sum(p.numel() for p in model.parameters()),
             tokenizer=tokenizer,
-            sample=_sample(model, limit),
+            sample=sample,
         )
     finally:
         for part, training in modes:
@@ -109,40 +110,31 @@ def _sample(model: nn.Module, longest: int | None) -> Sample:
 
 
 @torch.inference_mode()
-def _mask_form(model: nn.Module, sample: Sample) -> str:
-    """The form of mask behind which the model answers as it does itself for real tokens, padding or not."""
-    for form in MASK_FORMS:
-        if _agrees(FixedInputs(model, PositionRule(), form), sample):
-            return form
-    raise UnsupportedModelError(
-        f"{type(model).__name__} attends otherwise than an encoder, where every token sees every token "
-        "that is not padding (is it a decoder?); only encoders are supported"
-    )
-
-
-@torch.inference_mode()
-def _agrees(wrapper: FixedInputs, sample: Sample) -> bool:
+def _check_wrapper(wrapper: FixedInputs, sample: Sample) -> None:
+    """UnsupportedModelError if the wrapper changes what the model answers for real tokens."""
     inputs = wrapper.example(torch.from_numpy(sample.token_ids), torch.from_numpy(sample.mask))
-    differences = sample.differences(wrapper.named(*inputs)).values()
-    return all(difference <= TOLERANCES["fp32"] for difference in differences)
+    if any(difference > TOLERANCES["fp32"] for difference in sample.differences(wrapper.named(*inputs)).values()):
+        raise UnsupportedModelError(
+            f"{type(wrapper.model).__name__} attends otherwise than an encoder, where every token sees every token "
+            "that is not padding (is it a decoder?); only encoders are supported"
+        )
 
 
 @torch.inference_mode()
-def _position_rule(model: nn.Module, mask_form: str) -> PositionRule:
+def _position_rule(model: nn.Module) -> PositionRule:
     """The rule whose explicit position ids reproduce what the model does without any, if it looks at them."""
     encoder = encoder_of(model)
     if encoder is None or "position_ids" not in input_names_of(encoder):
         return PositionRule()
     ids = sample_ids(model)
-    plain = FixedInputs(model, PositionRule(), mask_form)
+    plain = FixedInputs(model, PositionRule())
     wanted = plain(*plain.example(ids))
     for rule in _candidate_rules(model):
-        attempt = FixedInputs(model, rule, mask_form)
+        attempt = FixedInputs(model, rule)
         given = dict(zip(attempt.names, attempt.example(ids), strict=True))
-        if not _close(attempt(*given.values()), wanted):
-            continue
-        given["position_ids"] = torch.zeros_like(ids)
-        return PositionRule() if _close(attempt(*given.values()), wanted) else rule
+        if _close(attempt(*given.values()), wanted):
+            given["position_ids"] = torch.zeros_like(ids)
+            return PositionRule() if _close(attempt(*given.values()), wanted) else rule
     raise UnsupportedModelError(
         f"{type(model).__name__}: no known rule gives the position ids that the model uses; "
         "the rules tried are 0, 1, 2, ... and RoBERTa's count of tokens that are not padding"

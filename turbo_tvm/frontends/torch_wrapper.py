@@ -1,8 +1,8 @@
 """A PyTorch model behind fixed inputs, so that it can be exported with symbolic batch and length.
 
 A Hugging Face encoder, the module itself or one inside it, gets through a hook what its own code would compute in ways
-that cannot be exported: its mask (as a 4-D mask that it accepts as it is), its position ids, absolute or relative, and
-its token types.
+that cannot be exported: its mask (as the additive 4-D mask that it accepts as it is), its position ids and its token
+types. DeBERTa gets its relative positions instead of a mask, which it reads in its own way.
 """
 
 from __future__ import annotations
@@ -17,35 +17,26 @@ import transformers
 from torch import nn
 
 from turbo_tvm.errors import UnsupportedModelError
-from turbo_tvm.frontends.relative_positions import RelativePositions, relative_encoder_of
+from turbo_tvm.frontends.relative_positions import relative_encoder_of, relative_positions_of
 from turbo_tvm.runtime.batch import position_ids
 from turbo_tvm.runtime.manifest import PositionRule
 
 MASKED = -1e9  # added to the scores of masked keys
-_MASK_FORMS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "added": lambda mask: (1.0 - mask.to(torch.float32)) * MASKED,
-    "kept": lambda mask: mask,
-}
-MASK_FORMS = tuple(_MASK_FORMS)
 _BATCH, _LENGTH = 2, 7  # the example that is traced: sizes of 1 would be taken for constants
 
 
 class FixedInputs(nn.Module):
     """Fixes a model's inputs to `names`, in order, and its outputs to a tuple of tensors.
 
-    mask_form: what a Hugging Face encoder does with a 4-D mask: it is "added" to the scores (by most), or says which
-    are "kept" (DeBERTa). longest: the longest sequence in tokens, for the table of relative positions.
+    longest: the longest sequence, in tokens; relative positions are tabulated up to it.
     """
 
-    def __init__(self, model: nn.Module, positions: PositionRule, mask_form: str = "added", longest: int | None = None):
+    def __init__(self, model: nn.Module, positions: PositionRule, longest: int = 0):
         super().__init__()
         self.model = model
         self.encoder = encoder_of(model)
+        self.relative = relative_positions_of(model, max(longest, _LENGTH))
         self.positions = positions
-        self.mask_form = mask_form
-        relative = relative_encoder_of(model) if longest is not None else None
-        self.relative_encoder = relative
-        self.relative = RelativePositions(relative, max(longest, _LENGTH)) if relative and longest else None
         self.names = _fixed_names(model, positions)
         self._given: dict[str, torch.Tensor] = {}
 
@@ -60,8 +51,9 @@ class FixedInputs(nn.Module):
         if self.encoder is None:
             return tensors_of(self.model(**accepted))
         handles = [self.encoder.register_forward_pre_hook(self._complete, with_kwargs=True)]
-        if self.relative_encoder is not None and self.relative is not None:
-            handles.append(self.relative_encoder.register_forward_pre_hook(self.relative.complete, with_kwargs=True))
+        relative_encoder = relative_encoder_of(self.model)
+        if relative_encoder is not None and self.relative is not None:
+            handles.append(relative_encoder.register_forward_pre_hook(self.relative.give, with_kwargs=True))
         try:
             return tensors_of(self.model(**accepted))
         finally:
@@ -73,8 +65,8 @@ class FixedInputs(nn.Module):
         call = dict(inspect.signature(encoder.forward).bind(*args, **kwargs).arguments)
         call.update(call.pop("kwargs", {}))
         mask = call.get("attention_mask")
-        if mask is not None and mask.dim() == 2:
-            call["attention_mask"] = _MASK_FORMS[self.mask_form](mask)[:, None, None, :]
+        if mask is not None and mask.dim() == 2 and self.relative is None:
+            call["attention_mask"] = (1.0 - mask.to(torch.float32))[:, None, None, :] * MASKED
         for name in ("token_type_ids", "position_ids"):
             if call.get(name) is None and name in self._given:
                 call[name] = self._given[name]

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from turbo_tvm.frontends.relative_positions import RelativePositions, relative_encoder_of
+from turbo_tvm.frontends.relative_positions import relative_encoder_of, relative_positions_of
 
 SIZES = {
     "hidden_size": 4,
@@ -28,11 +28,10 @@ def deberta_v3(**sizes) -> torch.nn.Module:
 )
 @pytest.mark.parametrize("length", [1, 2, 200, 512])
 def test_the_positions_are_those_of_the_model(model, length):
-    encoder = relative_encoder_of(model)
     rows = torch.zeros(2, length, 4)
-    assert torch.equal(RelativePositions(encoder, 512)(rows), encoder.get_rel_pos(rows))
+    assert torch.equal(relative_positions_of(model, 512)(rows), relative_encoder_of(model).get_rel_pos(rows))
 
 
 def test_only_models_with_relative_attention_get_any():
-    assert relative_encoder_of(deberta_v3(relative_attention=False)) is None
-    assert relative_encoder_of(transformers.BertModel(transformers.BertConfig(**SIZES))) is None
+    assert relative_positions_of(deberta_v3(relative_attention=False), 9) is None
+    assert relative_positions_of(transformers.BertModel(transformers.BertConfig(**SIZES)), 9) is None
