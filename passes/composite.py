@@ -6,13 +6,15 @@ none: its sequence bounds are data. A call prints, parses and compares structura
 
 Vocabulary (T = packed rows `(tiles, row_tile, columns)`; before padding is removed, `(batch, length, columns)`):
 
-    attention(q, k, v, bounds..., [position_bias])   heads, head_dim, scale, columns [[width, offset] x 3], max_length
+    attention(q, k, v, bounds..., [position_bias], [key_table, query_table])   heads, head_dim, scale, max_length,
+                                                     columns [[width, offset] x 3], key_distances, query_distances
     pool(x, bounds)                                  mode "first" | "mean"
     linear(x, weight, bias, [residual], [gamma, beta])   activation, residual, norm_eps
     norm(x, [residual], gamma, beta)                 eps, residual
     normalize(x)                                     eps: rows divided by their Euclidean length
     embedding(ids..., tables..., [gamma, beta])      tables, norm_eps
     toeplitz(bias)                                   from (1, heads, L, L), over j - i only, to (heads, 2L - 1)
+    pack_distances(table)                            from (heads, head_dim, 2L - 1), over i - j, to the kernel's layout
     pack_weight(w), pack_bias(b)                     the kernels' weight layout; pairs: in bf16
     cast_rows(x), cast_weight(w)                     in 16 bits; shape: of a weight
     tile_rows(x), untile_rows(x)                     (rows, columns) to T and back, for graphs that stay padded
@@ -63,6 +65,11 @@ def match(expr: relax.Expr | None, name: str | None = None) -> Composite | None:
         return None
     *tensors, attributes = expr.args[1].fields
     return Composite(symbol[len(PREFIX) :], tuple(tensors), json.loads(attributes.value))
+
+
+def distance_tables(attention: Composite) -> int:
+    """How many tables over distances an attention has that tokens are multiplied with; they are its last tensors."""
+    return sum(bool(attention.attrs.get(key)) for key in ("key_distances", "query_distances"))
 
 
 def read_by_operators(func: relax.Function) -> set[relax.Var]:

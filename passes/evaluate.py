@@ -7,38 +7,46 @@ schedules for the host and look.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import numpy as np
 import tvm
 from tvm import relax, tirx
 
-from turbo_tvm.passes.rewriter import Rewriter, is_tensor, substitute
+from turbo_tvm.passes.rewriter import Rewriter, is_tensor, shape_of, substitute
 
 
-def cut(rewriter: Rewriter, expr: relax.Expr) -> tuple[list[relax.Var], list[tuple[relax.Var, relax.Expr]]]:
-    """The parameters that `expr` depends on, and the bindings that compute it, in order."""
-    pending, needed = _tensors(expr), set()
+def cut(
+    rewriter: Rewriter, expr: relax.Expr, at: Collection[relax.Var] = ()
+) -> tuple[list[relax.Var], list[tuple[relax.Var, relax.Expr]]]:
+    """The parameters that `expr` depends on, and the bindings that compute it, in order.
+
+    at: variables taken for parameters, whether they are needed or not; they come first.
+    """
+    pending, needed = _tensors(expr), set(at)
     while pending:  # a recursion would be as deep as the model
         var = pending.pop()
         if var not in needed and var in rewriter.bound:
             pending.extend(_tensors(rewriter.bound[var]))
         needed.add(var)
-    params = [param for param in rewriter.func.params if param in needed]
-    return params, [(var, value) for var, value in rewriter.bound.items() if var in needed]
+    params = [*at, *(param for param in rewriter.func.params if param in needed and param not in at)]
+    return params, [(var, value) for var, value in rewriter.bound.items() if var in needed and var not in at]
 
 
 def _tensors(expr: relax.Expr) -> list[relax.Var]:
     return [var for var in relax.analysis.free_vars(expr) if is_tensor(var)]
 
 
-def concrete(rewriter: Rewriter, expr: relax.Expr, dims: Mapping[tirx.Var, int]) -> relax.Function:
-    """`expr` as a function of the parameters it depends on, with symbolic dimensions fixed."""
-    params, bindings = cut(rewriter, expr)
+def concrete(
+    rewriter: Rewriter, expr: relax.Expr, dims: Mapping[tirx.Var, int], at: Collection[relax.Var] = ()
+) -> relax.Function:
+    """`expr` as a function of the parameters it depends on, or of `at`, with symbolic dimensions fixed."""
+    params, bindings = cut(rewriter, expr, at)
+    new: dict[relax.Var, relax.Expr] = {param: relax.Var(param.name, param.ty) for param in params}
     builder = relax.BlockBuilder()
-    with builder.function("part", params):
+    with builder.function("part", [new[param] for param in params]):
         with builder.dataflow():
-            new: dict[relax.Var, relax.Expr] = {}
             for var, value in bindings:
                 new[var] = builder.emit(substitute(value, new))
             out = builder.emit_output(substitute(expr, new))
@@ -48,22 +56,66 @@ def concrete(rewriter: Rewriter, expr: relax.Expr, dims: Mapping[tirx.Var, int])
     return func.bind_symbolic_vars(present) if present else func
 
 
+def emit_concrete(
+    rewriter: Rewriter,
+    expr: relax.Expr,
+    dims: Mapping[tirx.Var, int],
+    values: Mapping[relax.Var, relax.Expr],
+    at: Collection[relax.Var] = (),
+) -> relax.Expr:
+    """Emit `expr` once more, with symbolic dimensions fixed and parameters replaced by `values`."""
+    params, _ = cut(rewriter, expr, at)
+    func = concrete(rewriter, expr, dims, at)
+    new: dict[relax.Var, relax.Expr] = {
+        inner: values.get(outer, outer) for inner, outer in zip(func.params, params, strict=True)
+    }
+    for block in func.body.blocks:
+        for binding in block.bindings:
+            new[binding.var] = rewriter.emit(substitute(binding.value, new))
+    return substitute(func.body.body, new)
+
+
 def evaluate(
     rewriter: Rewriter,
     expr: relax.Expr,
     dims: Mapping[tirx.Var, int],
     value_of: Callable[[relax.Var], np.ndarray | None],
-) -> np.ndarray | None:
-    """The value of `expr` when `value_of` gives its parameters' values.
+    at: Collection[relax.Var] = (),
+) -> Any:
+    """The value of `expr`, an array, or a list of them for a tuple, when `value_of` gives its parameters' values.
 
     None if a parameter has none, or if a symbolic dimension is not among `dims`.
     """
-    values = [value_of(param) for param in cut(rewriter, expr)[0]]
+    values = [value_of(param) for param in cut(rewriter, expr, at)[0]]
     if any(value is None for value in values):
         return None
-    func = concrete(rewriter, expr, dims)
+    func = concrete(rewriter, expr, dims, at)
     if relax.analysis.free_symbolic_vars(func):
         return None
     mod = tvm.IRModule({"part": func.with_attr("global_symbol", "part")})
     machine = relax.VirtualMachine(tvm.compile(mod, target="llvm"), tvm.cpu())
-    return machine["part"](*[tvm.runtime.tensor(value) for value in values]).numpy()
+    result = machine["part"](*[tvm.runtime.tensor(value) for value in values])
+    return [part.numpy() for part in result] if isinstance(expr, relax.Tuple) else result.numpy()
+
+
+def equals_for_masks(
+    rewriter: Rewriter, mask: relax.Var, expr: relax.Expr, expected: Callable[[np.ndarray], np.ndarray]
+) -> bool:
+    """Whether `expr` depends on the attention mask alone and is `expected` of it, up to broadcasting.
+
+    mask: the input.
+    """
+    if not all(isinstance(d, tirx.Var) for d in shape_of(mask)):
+        return False
+    sample = (np.arange(7)[None, :] < np.array([[7], [3], [1]])).astype("int64")
+
+    def value_of(param: relax.Var) -> np.ndarray | None:
+        return sample.astype(str(param.ty.dtype)) if param.same_as(mask) else None
+
+    value = evaluate(rewriter, expr, dict(zip(shape_of(mask), sample.shape, strict=True)), value_of)
+    wanted = expected(sample)
+    if not isinstance(value, np.ndarray) or value.ndim != wanted.ndim:
+        return False
+    if any(w not in (1, v) for v, w in zip(value.shape, wanted.shape, strict=True)):
+        return False
+    return bool((value == np.broadcast_to(wanted, value.shape)).all())

@@ -19,9 +19,10 @@ import numpy as np
 from tvm import ir, relax, tirx
 
 from turbo_tvm.passes import composite
-from turbo_tvm.passes.evaluate import concrete, evaluate
+from turbo_tvm.passes.disentangled import DisentangledAttention
+from turbo_tvm.passes.evaluate import emit_concrete, evaluate
 from turbo_tvm.passes.normalize import same_shape
-from turbo_tvm.passes.rewriter import Rewriter, is_call, scalar, shape_of, substitute
+from turbo_tvm.passes.rewriter import Rewriter, is_call, scalar, shape_of
 
 MASKED = -1e4  # exp of it is zero in fp32
 
@@ -50,13 +51,14 @@ class _FuseAttention(Rewriter):
         super().__init__(mod)
         self.max_length = max_length
         self.inputs = {p.name: p for p in self.func.params[: int(self.func.attrs["num_input"])]}
+        self._disentangled_attention: DisentangledAttention | None = None
         self._position_biases: dict[tuple, relax.Expr | bool] = {}
 
     def rules(self):
-        return (self._attention,)
+        return (self._attention, self._disentangled) if "attention_mask" in self.inputs else ()
 
     def _attention(self, call: relax.Call) -> relax.Expr | None:
-        if not is_call(call, "reshape") or len(call.args[1].values) != 3 or "attention_mask" not in self.inputs:
+        if not is_call(call, "reshape") or len(call.args[1].values) != 3:
             return None
         found = self._sdpa(call.args[0]) or self._eager(call.args[0])
         if found is None:
@@ -87,6 +89,28 @@ class _FuseAttention(Rewriter):
             scale=found.scale,
             columns=[[width, 0]] * 3,
             max_length=self.max_length,
+        )
+
+    def _disentangled(self, call: relax.Call) -> relax.Expr | None:
+        if not is_call(call, "reshape") or len(call.args[1].values) != 3:
+            return None
+        mask = self.inputs["attention_mask"]
+        if self._disentangled_attention is None:
+            self._disentangled_attention = DisentangledAttention(self, mask, self.max_length)
+        found = self._disentangled_attention.match(call)
+        if found is None:
+            return None
+        width = found.heads * found.head_dim
+        return composite.make(
+            "attention",
+            [found.q, found.k, found.v, mask, *found.tables.values()],
+            relax.TensorType((*shape_of(mask), width), "float32"),
+            heads=found.heads,
+            head_dim=found.head_dim,
+            scale=found.scale,
+            columns=[[width, 0]] * 3,
+            max_length=self.max_length,
+            **{f"{term}_distances": True for term in found.tables},
         )
 
     def _tokens(self, x: relax.Expr, rows: list) -> relax.Expr | None:
@@ -213,17 +237,11 @@ class _FuseAttention(Rewriter):
 
     def _position_table(self, bias: relax.Expr, tokens: tuple, heads: int) -> relax.Expr:
         """Emit the bias at batch 1 and the longest length, as an expression over weights, and its table."""
-        length = self.max_length
-        func = concrete(self, bias, dict(zip(tokens, (1, length), strict=True)))
-        mask = self.inputs["attention_mask"]
-        ones = relax.const(np.ones((1, length), str(mask.ty.dtype)))
-        by_name = {p.name: p for p in self.func.params} | {mask.name: ones}
-        new: dict[relax.Var, relax.Expr] = {p: by_name[p.name] for p in func.params}
-        for block in func.body.blocks:
-            for binding in block.bindings:
-                new[binding.var] = self.emit(substitute(binding.value, new))
+        length, mask = self.max_length, self.inputs["attention_mask"]
+        ones = {mask: relax.const(np.ones((1, length), str(mask.ty.dtype)))}
+        square = emit_concrete(self, bias, dict(zip(tokens, (1, length), strict=True)), ones)
         table = relax.TensorType((heads, 2 * length - 1), "float32")
-        return self.emit(composite.make("toeplitz", [substitute(func.body.body, new)], table))
+        return self.emit(composite.make("toeplitz", [square], table))
 
 
 def _broadcasts(shape: tuple, wanted: tuple) -> bool:

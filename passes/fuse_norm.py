@@ -6,7 +6,7 @@
     layer_norm(x [+ r], gamma, beta)                  --> turbo.norm(x, [r], gamma, beta)
 
 A sum or product that has other readers is computed on its own and normalised by a `turbo.norm`. So is every product
-where whole rows do not meet in one kernel (`in_products`).
+where whole rows do not meet in one kernel (`in_products`). Norms of weights are left alone: they are computed once.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class _FuseNorm(Rewriter):
         if not call.attrs.center or not call.attrs.scale:
             return None
         x, gamma, beta = call.args
-        if len(shape_of(x)) < 2 or len(shape_of(gamma)) != 1:
+        if len(shape_of(x)) < 2 or len(shape_of(gamma)) != 1 or self.is_weight(x):
             return None
         eps = float(call.attrs.epsilon)
         linear = composite.match(self.definition(x), "linear")

@@ -30,10 +30,17 @@ def _exp2(x: Expr, coefficients: Sequence[float]) -> Expr:
     return total * T.reinterpret(x.ty, T.shift_left(shifted, T.int32(23)))
 
 
-def scores_macro(width: int, key_tile: int, leftover: int, position_bias: bool, accumulate: Macro) -> Macro:
+def scores_macro(
+    width: int,
+    key_tile: int,
+    leftover: int,
+    position_bias: bool,
+    accumulate: Macro,
+    add_distances: Macro | None = None,
+) -> Macro:
     """`scores(task, k, v)`: step 2 for `width` queries: scores into weights[key, query], their maximum into peak.
 
-    accumulate: `fp32_accumulate_macro` or `bf16_accumulate_macro`.
+    accumulate: `fp32_accumulate_macro` or `bf16_accumulate_macro`. add_distances: see `distances.py`.
     """
 
     def initial(task: Task, key: Expr, lane: Expr) -> Expr:
@@ -53,12 +60,21 @@ def scores_macro(width: int, key_tile: int, leftover: int, position_bias: bool, 
             T.reads()
             T.writes()
             acc = T.sblock_alloc_buffer((keys, width), "float32", scope="local")
+            # in memory, because TVM's simplifier takes long over such sums in indices
+            columns = T.sblock_alloc_buffer((keys,), "int64", scope="local")
+            if add_distances is not None:
+                for i in T.unroll(keys):
+                    columns[i] = task.distances.at(task, key_of(task, first + i))
             for i in T.unroll(keys):
                 for j in T.vectorized(width):
                     acc[i, j] = initial(task, key_of(task, first + i), j)
             for d in range(k.head_dim):
                 for i in T.unroll(keys):
                     accumulate(acc, i, k.at(task.begin + key_of(task, first + i), d), task.panel, d, 0, width)
+                if add_distances is not None:
+                    for i in T.unroll(keys):
+                        a = T.meta_var(k.at(task.begin + key_of(task, first + i), d))
+                        add_distances(task, acc, i, a, d, columns[i], width)
             for i in T.unroll(keys):
                 for j in T.vectorized(width):
                     task.weights[first + i, j] = acc[i, j]
