@@ -176,10 +176,14 @@ class DisentangledAttention:
         for seen, measured in self._measured:
             if tvm_ffi.structural_equal(seen, layer):
                 return measured
-        # At the longest length: a window, say, leaves no trace at shorter ones. And where there is padding.
+        # Where there is padding. And at the longest length: a window, say, leaves no trace at shorter ones.
         ragged = np.arange(_SHORT)[None, :] < np.array([[_SHORT], [_SHORT // 2], [1]])
-        long, short = (self._sample(parts, wanted, mask) for mask in (np.ones((1, self.max_length), bool), ragged))
-        found = measure(long) if long is not None and short is not None and measure(short) is not None else None
+        found: Measured | None = None
+        for mask in (ragged, np.ones((1, self.max_length), bool)):
+            sample = self._sample(parts, wanted, mask)
+            found = measure(sample) if sample is not None else None
+            if found is None:
+                break
         self._measured.append((layer, found))
         return found
 
@@ -191,9 +195,11 @@ class DisentangledAttention:
         def value_of(var: relax.Var) -> np.ndarray | None:
             if var.same_as(self.mask):
                 return mask.astype(str(var.ty.dtype))
+            if var in rows:
+                return rows[var]
             if str(var.ty.dtype) != "float32" or var in self._inputs:
                 return None
-            return rows[var] if var in rows else rng.normal(0, 0.3, [int(d) for d in shape_of(var)]).astype("float32")
+            return rng.normal(0, 0.3, [int(d) for d in shape_of(var)]).astype("float32")
 
         values = evaluate(self.rewriter, wanted, self._dims(*mask.shape), value_of, self._at(parts))
         if values is None:

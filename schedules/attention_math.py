@@ -60,7 +60,8 @@ def scores_macro(
             T.reads()
             T.writes()
             acc = T.sblock_alloc_buffer((keys, width), "float32", scope="local")
-            # in memory, because TVM's simplifier takes long over such sums in indices
+            # In memory, because TVM takes long over the sums in their indices.
+            element = T.sblock_alloc_buffer((keys,), k.buffer.dtype, scope="local")
             columns = T.sblock_alloc_buffer((keys,), "int64", scope="local")
             if add_distances is not None:
                 for i in T.unroll(keys):
@@ -70,11 +71,12 @@ def scores_macro(
                     acc[i, j] = initial(task, key_of(task, first + i), j)
             for d in range(k.head_dim):
                 for i in T.unroll(keys):
-                    accumulate(acc, i, k.at(task.begin + key_of(task, first + i), d), task.panel, d, 0, width)
-                if add_distances is not None:
-                    for i in T.unroll(keys):
-                        a = T.meta_var(k.at(task.begin + key_of(task, first + i), d))
-                        add_distances(task, acc, i, a, d, columns[i], width)
+                    if add_distances is None:
+                        accumulate(acc, i, k.at(task.begin + key_of(task, first + i), d), task.panel, d, 0, width)
+                    else:
+                        element[i] = k.at(task.begin + key_of(task, first + i), d)
+                        accumulate(acc, i, element[i], task.panel, d, 0, width)
+                        add_distances(task, acc, i, element[i], d, columns[i], width)
             for i in T.unroll(keys):
                 for j in T.vectorized(width):
                     task.weights[first + i, j] = acc[i, j]

@@ -232,7 +232,8 @@ def _describe(name: str, fused: Composite, out: relax.TensorType, counts: bool, 
         k = reduced_columns(fused)
         per_token, text = 2.0 * k * columns, f"{k} -> {columns}"
     elif fused.name == "attention":
-        per_pair = 4.0 * fused.attrs["heads"] * fused.attrs["head_dim"]
+        products = 2 + composite.distance_tables(fused)
+        per_pair = 2.0 * products * fused.attrs["heads"] * fused.attrs["head_dim"]
         text = f"{fused.attrs['heads']} heads x {fused.attrs['head_dim']}"
     elif fused.name == "embedding":
         per_token, text = (

@@ -65,7 +65,7 @@ class FixedInputs(nn.Module):
         call = dict(inspect.signature(encoder.forward).bind(*args, **kwargs).arguments)
         call.update(call.pop("kwargs", {}))
         mask = call.get("attention_mask")
-        if mask is not None and mask.dim() == 2 and self.relative is None:
+        if mask is not None and mask.dim() == 2 and relative_encoder_of(self.model) is None:
             call["attention_mask"] = (1.0 - mask.to(torch.float32))[:, None, None, :] * MASKED
         for name in ("token_type_ids", "position_ids"):
             if call.get(name) is None and name in self._given:
