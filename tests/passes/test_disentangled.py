@@ -134,17 +134,16 @@ class Fused(Rewriter):
         return next((attention for attention in found if attention is not None), None)
 
 
-@pytest.mark.parametrize("spelling", [Spelling(flat=True), Spelling(queries=False)], ids=str)
-def test_the_formula_is_fused_and_its_tables_are_over_distances(spelling):
-    graph = Fused(spelling)
+def test_the_formula_is_fused_and_its_tables_are_over_distances():
+    graph = Fused(Spelling(flat=True))
     attention = graph.attention
     assert attention.attrs["scale"] == pytest.approx(1 / 3)
     assert (attention.attrs["heads"], attention.attrs["head_dim"]) == (HEADS, HEAD_DIM)
-    assert attention.attrs["key_distances"] and attention.attrs.get("query_distances", False) == spelling.queries
+    assert attention.attrs["key_distances"] and attention.attrs["query_distances"]
     rng = np.random.default_rng(0)
     values = {p.name: rng.standard_normal(shape_of(p), "float32") for p in graph.func.params[2:]}
     buckets = np.clip(np.arange(1 - LONGEST, LONGEST) + SPAN, 0, 2 * SPAN - 1)
-    for name, table in zip("AB"[: 1 + spelling.queries], attention.tensors[4:], strict=True):
+    for name, table in zip("AB", attention.tensors[4:], strict=True):
         wanted = (values["relative"] @ values[name])[buckets].T.reshape(HEADS, HEAD_DIM, -1)
         got = evaluate(graph, table, {}, lambda p: values[p.name])
         np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-4)
@@ -152,7 +151,7 @@ def test_the_formula_is_fused_and_its_tables_are_over_distances(spelling):
 
 @pytest.mark.parametrize(
     "spelling",
-    [Spelling(factor=0.5), Spelling(turned=False), Spelling(absolute=True), Spelling(window=LONGEST - 2)],
+    [Spelling(factor=0.5), Spelling(turned=False, keys=False), Spelling(absolute=True), Spelling(window=LONGEST - 2)],
     ids=str,
 )
 def test_any_other_formula_is_left_alone(spelling):

@@ -188,3 +188,15 @@ def test_other_norms_are_left_alone(options):
         g.builder.emit_func_output(out)
     before = g.builder.finalize()
     assert "turbo." not in fuse_norm(before).script()
+
+
+def test_norm_of_weights_is_left_alone():
+    gamma, beta = (relax.Var(name, relax.TensorType((8,), "float32")) for name in ("gamma", "beta"))
+    table = relax.Var("table", relax.TensorType(ROWS, "float32"))
+    bb = relax.BlockBuilder()
+    with bb.function("main", [table, gamma, beta], attrs={"num_input": 0}):
+        with bb.dataflow():
+            out = bb.emit_output(relax.op.nn.layer_norm(table, gamma, beta, axes=[-1]))
+        bb.emit_func_output(out)
+    before = bb.finalize()
+    tvm.ir.assert_structural_equal(fuse_norm(before), before)

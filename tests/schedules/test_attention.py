@@ -223,22 +223,15 @@ def test_ragged_batch_matches_float64(shape, as_stored, target, compiled):
     check(compiled(shape, target)(qkv, lengths, bias), qkv, lengths, shape, bias)
 
 
-@pytest.mark.parametrize("shape", [Heads(2, 36, distances=("keys", "queries"))], ids=str)
-def test_tables_over_distances_match_float64(shape, as_stored, target, compiled):
-    shape, lengths = as_stored(shape), np.random.default_rng(2).permutation([*RAGGED, *range(14, 22)])
+@pytest.mark.parametrize(
+    "arithmetic", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in ("fp32", "bf16")], indirect=True
+)
+def test_tables_over_distances_match_float64(as_stored, target, compiled):
+    shape = as_stored(Heads(2, 19, bias=True, distances=("keys", "queries")))
+    lengths = np.random.default_rng(2).permutation([*RAGGED, *range(14, 22)])
     qkv, bias = random_qkv(sum(lengths), shape), random_bias(shape)
     tables = [np.random.default_rng(i).standard_normal(shape.table, "float32") for i, _ in enumerate(shape.distances)]
     check(compiled(shape, target)(qkv, lengths, bias, tables), qkv, lengths, shape, bias, tables=tables)
-
-
-@pytest.mark.parametrize(
-    "shape",
-    [Heads(1, 7, merged=False, bias=True, distances=("keys",)), Heads(1, 8, distances=("queries",), out=BF16)],
-    ids=str,
-)
-@pytest.mark.parametrize("arithmetic", [pytest.param("fp32", marks=pytest.mark.xdist_group("fp32"))], indirect=True)
-def test_one_table_over_distances(shape, as_stored, target, compiled):
-    test_tables_over_distances_match_float64(shape, as_stored, target, compiled)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5, 33])
