@@ -1,4 +1,4 @@
-"""Recognise disentangled attention (DeBERTa): scores that look at the tokens and at the distance between them.
+"""Recognise disentangled attention (DeBERTa, arXiv 2006.03654): scores of tokens and of the distance between them.
 
     score(i, j) = scale * (q_i . k_j + q_i . A[i - j] + k_j . B[i - j])        A and B made of weights alone
 

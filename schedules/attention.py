@@ -73,14 +73,12 @@ def attention(
     x: RowFormat | None = None,
     out: RowFormat | None = None,
 ) -> tvm.tirx.PrimFunc:
-    """`(q, k, v, query_tiles, [position_bias, key_table, query_table,] out)`, per sequence and head:
-    out = softmax(scale Q K^T [+ bias]) V.
+    """`(q, k, v, query_tiles, [position_bias,] [key_table,] [query_table,] out)`: the result per sequence and head.
 
     q, k, v: `(t, R, width)`, each given as (width, first column of head 0); they may be one buffer. query_tiles: int32
-    `(nq, 3)`; sequences have 1 .. max_length rows. out: fp32 `(t, R, heads * head_dim)`
-    unless the format says else.
+    `(nq, 3)`; sequences have 1 .. max_length rows. out: fp32 `(t, R, heads * head_dim)` unless the format says else.
     position_bias: fp32 `(heads, 2 * max_length - 1)`, added for query i, key j at column j - i + max_length - 1.
-    key_distances, query_distances: tables of so many columns that add to the scores: see `distances.py`.
+    key_distances, query_distances: whether there are the tables of `distances.py`; distance_width: their columns.
     x: the dtype of q, k and v, by default fp32; bf16 makes it products of bf16 numbers, and head_dim, widths and first
     columns are then even.
     """
