@@ -6,8 +6,8 @@
 
 The bias is evaluated (see `evaluate.py`): where the mask is 1 it must be zero, or a function of j - i alone; where the
 mask is 0, at most -1e4 below that. Then it is the key mask, plus a relative position bias that becomes one weight of
-`2 * max_length - 1` columns per head (a causal mask is such a bias as well). Scores that multiply tokens with weights by
-their distance are recognised in `disentangled.py`, and get a table for either side. Anything else is left alone:
+`2 * max_length - 1` columns per head (a causal mask is such a bias as well). Scores that multiply tokens with weights
+by their distance are recognised in `disentangled.py`, and get a table for either side. Anything else is left alone:
 per-pair masks, biases of absolute positions or of token ids.
 """
 
