@@ -6,14 +6,17 @@ none: its sequence bounds are data. A call prints, parses and compares structura
 
 Vocabulary (T = packed rows `(tiles, row_tile, columns)`; before padding is removed, `(batch, length, columns)`):
 
-    attention(q, k, v, bounds..., [position_bias], [key_table, query_table])   heads, head_dim, scale, max_length,
-                                                     columns [[width, offset] x 3], key_distances, query_distances
+    attention(q, k, v, bounds..., [position_bias], [key_table], [query_table])   heads, head_dim, scale, max_length,
+                                                     columns [[width, offset] x 3]; kv_heads: of k and v, if fewer;
+                                                     window: keys at most so far away; key_distances, query_distances:
+                                                     whether there are these tables
     pool(x, bounds)                                  mode "first" | "mean"
     linear(x, weight, bias, [residual], [gamma, beta])   activation, residual, norm_eps
-    norm(x, [residual], gamma, beta)                 eps, residual
+    norm(x, [residual], gamma, [beta])               eps, residual, kind "rms" (then without beta)
+    gate(x)                                          activation, columns, second: activation(one half) * other half
+    rotary(x, position_ids, table)                   columns, head_dim, spans [[first column, heads], ...]
     normalize(x)                                     eps: rows divided by their Euclidean length
     embedding(ids..., tables..., [gamma, beta])      tables, norm_eps
-    toeplitz(bias)                                   from (1, heads, L, L), over j - i only, to (heads, 2L - 1)
     pack_distances(table)                            from (heads, head_dim, 2L - 1), over i - j, to the kernel's layout
     pack_weight(w), pack_bias(b)                     the kernels' weight layout; pairs: in bf16
     cast_rows(x), cast_weight(w)                     in 16 bits; shape: of a weight
@@ -70,6 +73,17 @@ def match(expr: relax.Expr | None, name: str | None = None) -> Composite | None:
 def distance_tables(attention: Composite) -> int:
     """How many tables over distances an attention has that tokens are multiplied with; they are its last tensors."""
     return sum(bool(attention.attrs.get(key)) for key in ("key_distances", "query_distances"))
+
+
+def joined_spans(spans: Sequence[Sequence[int]], head_dim: int) -> list[list[int]]:
+    """Spans of heads, [first column, heads] each, where one that follows another directly is part of it."""
+    joined: list[list[int]] = []
+    for first, heads in sorted(list(span) for span in spans):
+        if joined and joined[-1][0] + joined[-1][1] * head_dim == first:
+            joined[-1][1] += heads
+        else:
+            joined.append([first, heads])
+    return joined
 
 
 def read_by_operators(func: relax.Function) -> set[relax.Var]:

@@ -19,7 +19,7 @@ import tvm_ffi
 from tvm import relax, tirx
 
 from turbo_tvm.passes.disentangled_formula import TERMS, Measured, Sample, measure
-from turbo_tvm.passes.evaluate import concrete, cut, emit_concrete, evaluate
+from turbo_tvm.passes.evaluate import concrete, cut, evaluate, specialized
 from turbo_tvm.passes.normalize import same_shape
 from turbo_tvm.passes.rewriter import Rewriter, has_symbolic_shape, is_call, is_tensor, shape_of
 
@@ -163,7 +163,7 @@ class DisentangledAttention:
         """Emit the weights of a term, a column per distance."""
         ones = {self.mask: relax.const(np.ones((1, self.max_length), str(self.mask.ty.dtype)))}
         weights = parts.products[term].args[1]
-        square = emit_concrete(self.rewriter, weights, self._dims(1, self.max_length), ones, self._at(parts))
+        square = specialized(self.rewriter, weights, self._dims(1, self.max_length), ones, at=self._at(parts))
         shape = (parts.heads, parts.head_dim, shape_of(weights)[-1])
         columns = self.rewriter.emit(relax.op.reshape(self.rewriter.emit(square), shape))
         return self.rewriter.emit(relax.op.take(columns, relax.const(buckets), axis=2, mode="clip"))
@@ -172,7 +172,7 @@ class DisentangledAttention:
         """The scale and the buckets, if the graph computes the formula."""
         weights = [product.args[1] for product in parts.products.values()]
         wanted = relax.Tuple([self.rewriter.emit(parts.out), parts.scores, *weights, *parts.buckets.values()])
-        layer = concrete(self.rewriter, wanted, self._dims(1, self.max_length), self._at(parts))
+        layer = concrete(self.rewriter, wanted, self._dims(1, self.max_length), at=self._at(parts))
         for seen, measured in self._measured:
             if tvm_ffi.structural_equal(seen, layer):
                 return measured
@@ -201,7 +201,7 @@ class DisentangledAttention:
                 return None
             return rng.normal(0, 0.3, [int(d) for d in shape_of(var)]).astype("float32")
 
-        values = evaluate(self.rewriter, wanted, self._dims(*mask.shape), value_of, self._at(parts))
+        values = evaluate(self.rewriter, wanted, self._dims(*mask.shape), value_of, at=self._at(parts))
         if values is None:
             return None
         out, scores, *rest = values

@@ -14,7 +14,7 @@ import numpy as np
 import tvm
 from tvm import relax, tirx
 
-from turbo_tvm.passes.rewriter import Rewriter, is_tensor, shape_of, substitute
+from turbo_tvm.passes.rewriter import Rewriter, is_call, is_tensor, shape_of, substitute
 
 
 def cut(
@@ -38,16 +38,39 @@ def _tensors(expr: relax.Expr) -> list[relax.Var]:
     return [var for var in relax.analysis.free_vars(expr) if is_tensor(var)]
 
 
+def is_arange(value: relax.Expr, length: tirx.Var) -> bool:
+    """Whether `value` is 0, 1, 2, ... length - 1."""
+    if not is_call(value, "arange"):
+        return False
+    start, end, step = value.args
+    return (
+        all(isinstance(v, tirx.IntImm) for v in (start, step))
+        and (int(start), int(step)) == (0, 1)
+        and (end.same_as(length))
+    )
+
+
 def concrete(
-    rewriter: Rewriter, expr: relax.Expr, dims: Mapping[tirx.Var, int], at: Collection[relax.Var] = ()
+    rewriter: Rewriter,
+    expr: relax.Expr,
+    dims: Mapping[tirx.Var, int],
+    positions: np.ndarray | None = None,
+    at: Collection[relax.Var] = (),
 ) -> relax.Function:
-    """`expr` as a function of the parameters it depends on, or of `at`, with symbolic dimensions fixed."""
+    """`expr` as a function of the parameters it depends on, or of `at`, with symbolic dimensions fixed.
+
+    positions: what takes the place of 0, 1, 2, ... of as many elements. at: as in `cut`. What depends on a dimension
+    alone gets the first input that has it as a last parameter.
+    """
     params, bindings = cut(rewriter, expr, at)
+    params = [*params, *_carriers(rewriter, params, dims)]
     new: dict[relax.Var, relax.Expr] = {param: relax.Var(param.name, param.ty) for param in params}
     builder = relax.BlockBuilder()
     with builder.function("part", [new[param] for param in params]):
         with builder.dataflow():
             for var, value in bindings:
+                if positions is not None and any(is_arange(value, dim) for dim in dims):
+                    value = relax.const(positions, str(var.ty.dtype))  # which makes int32 of int64, unasked
                 new[var] = builder.emit(substitute(value, new))
             out = builder.emit_output(substitute(expr, new))
         builder.emit_func_output(out)
@@ -56,18 +79,32 @@ def concrete(
     return func.bind_symbolic_vars(present) if present else func
 
 
-def emit_concrete(
+def _carriers(rewriter: Rewriter, params: list[relax.Var], dims: Mapping[tirx.Var, int]) -> list[relax.Var]:
+    """Inputs that have the dimensions that no parameter has."""
+    missing = [d for d in dims if not any(_has(p, d) for p in params)]
+    return [p for p in rewriter.func.params if any(_has(p, d) for d in missing)][:1]
+
+
+def _has(param: relax.Var, dim: tirx.Var) -> bool:
+    return any(not isinstance(d, int) and d.same_as(dim) for d in shape_of(param))
+
+
+def specialized(
     rewriter: Rewriter,
     expr: relax.Expr,
     dims: Mapping[tirx.Var, int],
     values: Mapping[relax.Var, relax.Expr],
+    positions: np.ndarray | None = None,
     at: Collection[relax.Var] = (),
 ) -> relax.Expr:
-    """Emit `expr` once more, with symbolic dimensions fixed and parameters replaced by `values`."""
-    params, _ = cut(rewriter, expr, at)
-    func = concrete(rewriter, expr, dims, at)
+    """Emit `expr` once more with symbolic dimensions fixed, and `values` in the place of inputs, or of some of `at`.
+
+    positions, at: as in `concrete`.
+    """
+    func = concrete(rewriter, expr, dims, positions, at)
+    params, _ = cut(rewriter, expr, at)  # and behind them what has dimensions alone, which nothing reads
     new: dict[relax.Var, relax.Expr] = {
-        inner: values.get(outer, outer) for inner, outer in zip(func.params, params, strict=True)
+        inner: values.get(outer, outer) for inner, outer in zip(func.params, params, strict=False)
     }
     for block in func.body.blocks:
         for binding in block.bindings:
@@ -80,18 +117,22 @@ def evaluate(
     expr: relax.Expr,
     dims: Mapping[tirx.Var, int],
     value_of: Callable[[relax.Var], np.ndarray | None],
+    positions: np.ndarray | None = None,
     at: Collection[relax.Var] = (),
 ) -> Any:
     """The value of `expr`, an array, or a list of them for a tuple, when `value_of` gives its parameters' values.
+
+    positions, at: as in `concrete`.
 
     None if a parameter has none, or if a symbolic dimension is not among `dims`.
     """
     values = [value_of(param) for param in cut(rewriter, expr, at)[0]]
     if any(value is None for value in values):
         return None
-    func = concrete(rewriter, expr, dims, at)
-    if relax.analysis.free_symbolic_vars(func):
+    func = concrete(rewriter, expr, dims, positions, at)
+    if relax.analysis.free_symbolic_vars(func) or any(not isinstance(d, int) for p in func.params for d in shape_of(p)):
         return None
+    values += [np.zeros([int(d) for d in shape_of(p)], str(p.ty.dtype)) for p in func.params[len(values) :]]
     mod = tvm.IRModule({"part": func.with_attr("global_symbol", "part")})
     machine = relax.VirtualMachine(tvm.compile(mod, target="llvm"), tvm.cpu())
     result = machine["part"](*[tvm.runtime.tensor(value) for value in values])

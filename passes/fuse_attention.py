@@ -4,11 +4,13 @@
     reshape(permute(softmax(q k^T * scale + bias) v))                           eager
         --> turbo.attention(q, k, v, mask, [position_bias], [key_table], [query_table])
 
-The bias is evaluated (see `evaluate.py`): where the mask is 1 it must be zero, or a function of j - i alone; where the
-mask is 0, at most -1e4 below that. Then it is the key mask, plus a relative position bias that becomes one weight of
-`2 * max_length - 1` columns per head (a causal mask is such a bias as well). Scores that multiply tokens with weights
-by their distance are recognised in `disentangled.py`, and get a table for either side. Anything else is left alone:
-per-pair masks, biases of absolute positions or of token ids.
+The operands are columns of rows (see `head_operands.py`); those that are turned by position are turned by a
+`turbo.rotary` in front. Heads of keys and values may be fewer than those of queries.
+
+The bias is measured (see `measure_bias.py`): it is the key mask, plus a window, which becomes an attribute, or a
+relative position bias, which becomes one weight of `2 * max_length - 1` columns per head. Scores that multiply tokens
+with weights by their distance are recognised in `disentangled.py`, and get a table for either side. Anything else is
+left alone: per-pair masks, biases of absolute positions or of token ids.
 """
 
 from __future__ import annotations
@@ -16,22 +18,20 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numpy as np
 from tvm import ir, relax, tirx
 
 from turbo_tvm.passes import composite
 from turbo_tvm.passes.disentangled import DisentangledAttention
-from turbo_tvm.passes.evaluate import emit_concrete, evaluate
+from turbo_tvm.passes.head_operands import HeadOperand, HeadOperands
+from turbo_tvm.passes.measure_bias import Bias, BiasMeasurement
 from turbo_tvm.passes.normalize import same_shape
 from turbo_tvm.passes.rewriter import Rewriter, is_call, scalar, shape_of
-
-MASKED = -1e4  # exp of it is zero in fp32
 
 
 def fuse_attention(mod: ir.IRModule, max_length: int) -> ir.IRModule:
     """Replace every recognised attention by a `turbo.attention` composite.
 
-    max_length: the longest sequence, in tokens; a position bias is tabulated up to it.
+    max_length: the longest sequence, in tokens; tables over positions and distances reach up to it.
     """
     return _FuseAttention(mod, max_length).run()
 
@@ -52,8 +52,9 @@ class _FuseAttention(Rewriter):
         super().__init__(mod)
         self.max_length = max_length
         self.inputs = {p.name: p for p in self.func.params[: int(self.func.attrs["num_input"])]}
+        self._biases: dict[tuple, Bias | None] = {}
+        self._operands: HeadOperands | None = None
         self._disentangled_attention: DisentangledAttention | None = None
-        self._position_biases: dict[tuple, relax.Expr | bool] = {}
 
     def rules(self):
         return (self._attention, self._disentangled) if "attention_mask" in self.inputs else ()
@@ -68,28 +69,27 @@ class _FuseAttention(Rewriter):
         if len(shape) != 4 or not all(isinstance(d, int) for d in shape[2:]):
             return None
         batch, length, heads, head_dim = shape
-        width = heads * head_dim
-        rows = [batch, length, width]
-        if not same_shape(list(call.args[1].values), rows) or not all(
-            same_shape(shape, shape_of(x)) for x in (found.k, found.v)
-        ):
+        if any(not isinstance(d, tirx.Var) for d in (batch, length)):
             return None
-        operands = [self._tokens(x, rows) for x in (found.q, found.k, found.v)]
-        if any(x is None for x in operands):
+        if not same_shape(list(call.args[1].values), [batch, length, heads * head_dim]):
             return None
-        bias = self._bias(found.biases, (batch, length), heads)
-        if bias is False:
+        operands = self._heads(found, (batch, length))
+        bias = self._bias(found.biases, (batch, length), heads) if operands is not None else None
+        if operands is None or bias is None:
             return None
-        mask = self.inputs["attention_mask"]
+        tables = [] if bias.table is None else [bias.table]
+        variant = {"window": bias.window} if bias.window is not None else {}
+        variant |= {"kv_heads": operands[1].heads} if operands[1].heads < heads else {}
         return composite.make(
             "attention",
-            [*operands, mask, *([] if bias is True else [bias])],
-            relax.TensorType((batch, length, width), "float32"),
+            [*self._turned(operands), self.inputs["attention_mask"], *tables],
+            relax.TensorType((batch, length, heads * head_dim), "float32"),
             heads=heads,
             head_dim=head_dim,
             scale=found.scale,
-            columns=[[width, 0]] * 3,
+            columns=[[x.width, x.first_column] for x in operands],
             max_length=self.max_length,
+            **variant,
         )
 
     def _disentangled(self, call: relax.Call) -> relax.Expr | None:
@@ -114,10 +114,42 @@ class _FuseAttention(Rewriter):
             **{f"{term}_distances": True for term in found.tables},
         )
 
-    def _tokens(self, x: relax.Expr, rows: list) -> relax.Expr | None:
-        """The matrix of shape `rows`, (batch, length, heads * head_dim), that was reshaped into heads."""
-        split = self.call_of(x, "reshape")
-        return split.args[0] if split is not None and same_shape(shape_of(split.args[0]), rows) else None
+    def _heads(self, found: _Attention, tokens: tuple) -> list[HeadOperand] | None:
+        """Where queries, keys and values come from; None if that is not columns of rows."""
+        shape = shape_of(found.q)
+        if not all(same_shape(shape, shape_of(x)) for x in (found.k, found.v)):
+            return None
+        if self._operands is None:
+            self._operands = HeadOperands(self, tokens, self.max_length, self.inputs.get("position_ids"))
+        q, k, v = (self._operands.find(x) for x in (found.q, found.k, found.v))
+        if q is None or k is None or v is None or q.heads != shape[2] or k.heads != v.heads:
+            return None
+        return [q, k, v] if v.table is None else None
+
+    def _turned(self, operands: list[HeadOperand]) -> list[relax.Expr]:
+        """The rows of the operands, turned by position; queries and keys of the same rows together."""
+        q, k, _ = operands
+        together = q.rows.same_as(k.rows) and q.table is not None and k.table is not None and q.table.same_as(k.table)
+        done: list[relax.Expr] = []
+        for x in operands:
+            if x.table is None:
+                done.append(x.rows)
+            elif together and done:
+                done.append(done[0])
+            else:
+                done.append(self._rotary(x, [q, k] if together else [x]))
+        return done
+
+    def _rotary(self, x: HeadOperand, turned: list[HeadOperand]) -> relax.Expr:
+        rotary = composite.make(
+            "rotary",
+            [x.rows, self.inputs["position_ids"], x.table],
+            x.rows.ty,
+            columns=x.width,
+            head_dim=x.head_dim,
+            spans=composite.joined_spans([[y.first_column, y.heads] for y in turned], x.head_dim),
+        )
+        return self.emit(rotary)
 
     def _sdpa(self, out: relax.Expr) -> _Attention | None:
         core = self.definition(out)
@@ -134,19 +166,28 @@ class _FuseAttention(Rewriter):
         product = self._unpermuted(out, [0, 2, 1, 3], "matmul")
         if product is None:
             return None
-        softmax = self.call_of(product.args[0], "nn.softmax")
+        softmax = self._softmax(product.args[0])
         if softmax is None or int(softmax.attrs.axis) not in (-1, 3):
             return None
-        v = self._permuted(product.args[1], [0, 2, 1, 3])
         scores, biases, scale = self._split_scores(softmax.args[0])
         if scores is None:
             return None
-        q_scaled, q_scale = self._unscaled(scores.args[0])
-        q = self._permuted(q_scaled, [0, 2, 1, 3])
-        k = self._permuted(scores.args[1], [0, 2, 3, 1])
-        if q is None or k is None or v is None:
+        (q, q_scale), (k, k_scale) = (self._unscaled(x) for x in scores.args)
+        rows_first = ((q, [0, 2, 1, 3]), (k, [0, 3, 1, 2]), (product.args[1], [0, 2, 1, 3]))
+        if any(len(shape_of(x)) != 4 for x, _ in rows_first):
             return None
-        return _Attention(q, k, v, tuple(biases), scale * q_scale)
+        q, k, v = (self.emit(relax.op.permute_dims(x, axes)) for x, axes in rows_first)
+        return _Attention(q, k, v, tuple(biases), scale * q_scale * k_scale)
+
+    def _softmax(self, x: relax.Expr) -> relax.Call | None:
+        """A softmax; where(isnan(softmax), 0, softmax), which guards rows without any key, is one for all others."""
+        guard = self.call_of(x, "where")
+        if guard is not None:
+            condition, zero, x = guard.args
+            nan = self.call_of(condition, "isnan")
+            if nan is None or not nan.args[0].same_as(x) or scalar(zero) != 0.0:
+                return None
+        return self.call_of(x, "nn.softmax")
 
     def _permuted(self, x: relax.Expr, axes: list[int]) -> relax.Expr | None:
         permute = self.call_of(x, "permute_dims")
@@ -182,68 +223,10 @@ class _FuseAttention(Rewriter):
             x = add.args[0]
         return self.call_of(self._unscaled(x)[0], "matmul") is not None
 
-    def _bias(self, biases: tuple[relax.Expr, ...], tokens: tuple, heads: int) -> relax.Expr | bool:
-        """True: the biases are the key mask (or absent). An expression: its position table. False: not recognised."""
-        key = tuple(biases)
-        if key not in self._position_biases:
-            self._position_biases[key] = self._analyse(biases, tokens, heads)
-        return self._position_biases[key]
-
-    def _analyse(self, biases: tuple[relax.Expr, ...], tokens: tuple, heads: int) -> relax.Expr | bool:
-        # Without any mask every row of the padded batch attends to the padding too: not what packing computes.
-        if not biases or any(not isinstance(d, tirx.Var) for d in tokens):
-            return False
-        total = biases[0]
-        for other in biases[1:]:
-            total = self.emit(relax.op.add(total, other))
-        # At the longest length: a window, or blocks of tokens, leave no trace at shorter ones.
-        long, short = self.max_length, (self.max_length + 3) // 4
-        small, large = (self._measure(total, tokens, heads, length) for length in (short, long))
-        if small is None or large is None:
-            return False
-        middle = slice(long - short, long + short - 1)
-        if not np.array_equal(small, large[:, middle]):
-            return False
-        return True if not large.any() else self._position_table(total, tokens, heads)
-
-    def _measure(self, bias: relax.Expr, tokens: tuple, heads: int, length: int) -> np.ndarray | None:
-        """The bias as a table (heads, 2 * length - 1) over j - i, or None if it is anything else."""
-        full = np.ones((3, length), "int64")
-        ragged = np.arange(length)[None, :] < np.array([[length], [length // 2], [1]])
-        values = [v for mask in (full, ragged.astype("int64")) if (v := self._run(bias, tokens, mask)) is not None]
-        shape = (3, heads, length, length)
-        if len(values) != 2 or any(not _broadcasts(v.shape, shape) for v in values):
-            return None
-        unmasked, masked = values
-        keep = ragged[:, None, None, :]
-        if not np.where(keep, masked == unmasked, masked - unmasked <= MASKED).all():
-            return None
-        if not (unmasked == unmasked[:1]).all():
-            return None
-        bias = np.broadcast_to(unmasked[0], shape[1:])
-        by_distance = (bias[:, 1:, 1:] == bias[:, :-1, :-1]).all()
-        return np.concatenate([bias[:, :0:-1, 0], bias[:, 0, :]], axis=-1) if by_distance else None
-
-    def _run(self, bias: relax.Expr, tokens: tuple, mask: np.ndarray) -> np.ndarray | None:
-        rng = np.random.default_rng(0)
-
-        def value_of(param: relax.Var) -> np.ndarray | None:
-            if param.same_as(self.inputs["attention_mask"]):
-                return mask.astype(str(param.ty.dtype))
-            if any(param.same_as(p) for p in self.inputs.values()):
-                return None
-            return rng.standard_normal([int(d) for d in shape_of(param)]).astype(str(param.ty.dtype))
-
-        return evaluate(self, bias, dict(zip(tokens, mask.shape, strict=True)), value_of)
-
-    def _position_table(self, bias: relax.Expr, tokens: tuple, heads: int) -> relax.Expr:
-        """Emit the bias at batch 1 and the longest length, as an expression over weights, and its table."""
-        length, mask = self.max_length, self.inputs["attention_mask"]
-        ones = {mask: relax.const(np.ones((1, length), str(mask.ty.dtype)))}
-        square = emit_concrete(self, bias, dict(zip(tokens, (1, length), strict=True)), ones)
-        table = relax.TensorType((heads, 2 * length - 1), "float32")
-        return self.emit(composite.make("toeplitz", [square], table))
-
-
-def _broadcasts(shape: tuple, wanted: tuple) -> bool:
-    return len(shape) == len(wanted) and all(d in (1, w) for d, w in zip(shape, wanted, strict=True))
+    def _bias(self, biases: tuple[relax.Expr, ...], tokens: tuple, heads: int) -> Bias | None:
+        """What the biases are beside the key mask; None if they are not recognised."""
+        if (biases, heads) not in self._biases:
+            mask = self.inputs["attention_mask"]
+            measurement = BiasMeasurement(self, tokens, self.max_length, mask)
+            self._biases[biases, heads] = measurement.analyse(biases, heads)
+        return self._biases[biases, heads]

@@ -54,7 +54,7 @@ class _FuseEmbedding(Rewriter):
 
     def _norm(self, call: relax.Call) -> relax.Expr | None:
         norm = composite.match(call, "norm")
-        if norm is None:
+        if norm is None or norm.attrs.get("kind") == "rms":
             return None
         *terms, gamma, beta = norm.tensors
         merged = self._merge(terms, call.ty_args[0]) if len(terms) > 1 else self.definition(terms[0])

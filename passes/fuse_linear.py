@@ -1,6 +1,6 @@
 """Fuse a matrix product with a weight, its bias and its activation.
 
-    matmul(x, permute_dims(w)) + b, then gelu | gelu_tanh | relu | tanh       --> turbo.linear(x, w, b)
+    matmul(x, permute_dims(w)) + b, then gelu | gelu_tanh | relu | silu | tanh       --> turbo.linear(x, w, b)
 
 `w` is stored as PyTorch stores it, `(out, in)`. A product without bias gets a zero one. A product of two activations,
 or with a weight of other rank, is left alone. An activation whose product has other readers keeps its own operator.
@@ -14,7 +14,13 @@ from tvm import ir, relax
 from turbo_tvm.passes import composite
 from turbo_tvm.passes.rewriter import Rewriter, is_call, shape_of
 
-ACTIVATIONS = {"nn.gelu": "gelu", "nn.gelu_tanh": "gelu_tanh", "nn.relu": "relu", "tanh": "tanh"}
+ACTIVATIONS = {
+    "nn.gelu": "gelu",
+    "nn.gelu_tanh": "gelu_tanh",
+    "nn.relu": "relu",
+    "nn.silu": "silu",
+    "tanh": "tanh",
+}
 
 
 def fuse_linear(mod: ir.IRModule) -> ir.IRModule:

@@ -19,7 +19,9 @@ from turbo_tvm.passes import composite
 from turbo_tvm.passes.rewriter import Rewriter, dims_of, shape_of
 
 BF16 = "uint16"
-_STORED = frozenset(["linear", "attention", "norm", "normalize", "embedding"])  # kernels that can write bf16
+_STORED = frozenset(
+    ["linear", "attention", "norm", "normalize", "embedding", "gate", "rotary"]
+)  # kernels that can write bf16
 
 
 def lower_precision(mod: ir.IRModule, storage: str = BF16, pairs: bool = True, vectors: bool = False) -> ir.IRModule:
@@ -56,7 +58,8 @@ class _LowerPrecision(Rewriter):
             count = int(fused.attrs["tables"])
             tensors[count : 2 * count] = [self._weight(x) for x in tensors[count : 2 * count]]
         if self.vectors and (fused.name == "norm" or fused.attrs.get("norm_eps") is not None):
-            tensors[-2:] = [self._weight(x) for x in tensors[-2:]]
+            count = 1 if fused.attrs.get("kind") == "rms" else 2  # a gain, and a shift
+            tensors[-count:] = [self._weight(x) for x in tensors[-count:]]
         if self.current not in self._fixed:
             out = relax.TensorType(dims_of(out), self.storage)
         return composite.Composite(fused.name, tuple(tensors), fused.attrs).call(out)

@@ -4,19 +4,18 @@
     reshape(reshape(x)); reshape, cast, broadcast to what x already is   --> reshape(x); x
     take(table, ids, mode="fast")                          --> take(table, ids, mode="clip")
     reshape(take(table, reshape(ids, (n,))), (b, s, h))    --> take(table, ids)
-    0.5 * x * (1 + tanh(0.79788 * (x + 0.044715 * x^3)))   --> gelu_tanh(x)
+    reshape(permute(reshape(x, (b * h, s, d)), (0, 2, 1)), (b, h, d, s)) --> permute(x, (0, 1, 3, 2))
+    x * sigmoid(x)                                         --> silu(x)
 
 Leaves everything else as it is.
 """
 
 from __future__ import annotations
 
-import math
-
 from tvm import ir, relax
 from tvm.sym.analyzer import Analyzer
 
-from turbo_tvm.passes.rewriter import Rewriter, is_call, scalar, shape_of
+from turbo_tvm.passes.rewriter import Rewriter, is_call, shape_of
 
 
 def normalize(mod: ir.IRModule) -> ir.IRModule:
@@ -26,7 +25,15 @@ def normalize(mod: ir.IRModule) -> ir.IRModule:
 
 class _Normalize(Rewriter):
     def rules(self):
-        return self._permute, self._no_change, self._take, self._embedding, self._reshape, self._gelu_tanh
+        return (
+            self._permute,
+            self._no_change,
+            self._take,
+            self._embedding,
+            self._batched_permute,
+            self._reshape,
+            self._silu,
+        )
 
     def _permute(self, call: relax.Call) -> relax.Expr | None:
         if not is_call(call, "permute_dims"):
@@ -68,6 +75,22 @@ class _Normalize(Rewriter):
         axis = call.attrs.axis
         return relax.op.take(*call.args, axis=None if axis is None else int(axis), mode="clip")
 
+    def _batched_permute(self, call: relax.Call) -> relax.Expr | None:
+        """A transpose of matrices in a batch that was flattened for it."""
+        permute = self.call_of(call.args[0], "permute_dims") if is_call(call, "reshape") else None
+        inner = self.call_of(permute.args[0], "reshape") if permute is not None else None
+        if permute is None or inner is None or _axes(permute) != [0, 2, 1]:
+            return None
+        source = inner.args[0]
+        dims = shape_of(source)
+        if len(dims) != 4 or not same_shape(shape_of(permute.args[0])[1:], dims[2:]):
+            return None
+        if not same_shape([*dims[:2], dims[3], dims[2]], list(call.args[1].values)):
+            return None
+        swapped = relax.op.permute_dims(source, [0, 1, 3, 2])
+        merged = self._permute(swapped)
+        return swapped if merged is None else merged
+
     def _reshape(self, call: relax.Call) -> relax.Expr | None:
         inner = self.call_of(call.args[0], "reshape") if is_call(call, "reshape") else None
         if inner is None:
@@ -75,46 +98,14 @@ class _Normalize(Rewriter):
         source, shape = inner.args[0], call.args[1]
         return source if same_shape(shape_of(source), list(shape.values)) else relax.op.reshape(source, shape)
 
-    def _gelu_tanh(self, call: relax.Call) -> relax.Expr | None:
-        """0.5 * x * (1 + tanh(inner)), in either order of the factors."""
+    def _silu(self, call: relax.Call) -> relax.Expr | None:
         if not is_call(call, "multiply"):
             return None
-        for half, one_plus in (call.args, reversed(call.args)):
-            x = self._times(half, 0.5)
-            tanh_sum = self.call_of(one_plus, "add")
-            inner = self._plus_one(tanh_sum) if tanh_sum is not None else None
-            if x is not None and inner is not None and self._is_gelu_inner(inner, x):
-                return relax.op.nn.gelu_tanh(x)
+        for x, gate in (call.args, reversed(call.args)):
+            sigmoid = self.call_of(gate, "sigmoid")
+            if sigmoid is not None and sigmoid.args[0].same_as(x):
+                return relax.op.nn.silu(x)
         return None
-
-    def _times(self, expr: relax.Expr, factor: float) -> relax.Expr | None:
-        call = self.call_of(expr, "multiply")
-        if call is None:
-            return None
-        for x, constant in (call.args, reversed(call.args)):
-            value = scalar(constant)
-            if value is not None and math.isclose(value, factor, rel_tol=1e-5):
-                return x
-        return None
-
-    def _plus_one(self, add: relax.Call) -> relax.Expr | None:
-        for x, constant in (add.args, reversed(add.args)):
-            tanh = self.call_of(x, "tanh")
-            if tanh is not None and scalar(constant) == 1.0:
-                return tanh.args[0]
-        return None
-
-    def _is_gelu_inner(self, inner: relax.Expr, x: relax.Expr) -> bool:
-        total = self._times(inner, math.sqrt(2.0 / math.pi))
-        add = self.call_of(total, "add") if total is not None else None
-        if add is None:
-            return False
-        for same, rest in (add.args, reversed(add.args)):
-            cube = self._times(rest, 0.044715)
-            power = self.call_of(cube, "power") if cube is not None else None
-            if power is not None and same.same_as(x) and power.args[0].same_as(x) and scalar(power.args[1]) == 3.0:
-                return True
-        return False
 
 
 def _axes(permute: relax.Call) -> list[int]:

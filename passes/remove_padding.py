@@ -165,7 +165,8 @@ class _RemovePadding:
         args = [substitute(t, self.new) for t in fused.tensors if not self._is_mask(t)]
         if fused.name == "attention":
             *operands, tables = *args[:3], args[3:]
-            out = relax.TensorType(tuple(shape_of(args[0])), "float32")
+            columns = fused.attrs["heads"] * fused.attrs["head_dim"]
+            out = relax.TensorType((*shape_of(args[0])[:2], columns), "float32")
             return composite.make("attention", [*operands, self.query_tiles, *tables], out, **fused.attrs), "token"
         if fused.name == "pool":
             shape = (self.pooled, self.row_tile, shape_of(args[0])[2])
@@ -173,6 +174,8 @@ class _RemovePadding:
             return composite.make("pool", [args[0], self.cu_seqlens], out, **fused.attrs), "sequence"
         if fused.name == "normalize":
             return composite.make("normalize", args, args[0].ty, **fused.attrs), "sequence"
+        if fused.name == "rotary":
+            return composite.make("rotary", args, args[0].ty, **fused.attrs), "token"
         raise Declined(f"turbo.{fused.name} has no packed form")
 
     def _is_mask(self, expr: relax.Expr) -> bool:
@@ -265,7 +268,31 @@ def _squeeze(call: relax.Call, args: list[relax.Expr], rank: int) -> relax.Expr 
     return relax.op.squeeze(args[0], axis=[-1]) if len(axes) == 1 and _axis_is_last(axes[0], rank) else None
 
 
+def _mean(call: relax.Call, args: list[relax.Expr], rank: int) -> relax.Expr | None:
+    axes = list(call.attrs.axis or [])
+    if len(axes) != 1 or not _axis_is_last(axes[0], rank) or not call.attrs.keepdims:
+        return None
+    return relax.op.mean(args[0], axis=-1, keepdims=True)
+
+
+def _rms_norm(call: relax.Call, args: list[relax.Expr], rank: int) -> relax.Expr | None:
+    axes = list(call.attrs.axes)
+    if len(axes) != 1 or not _axis_is_last(axes[0], rank):
+        return None
+    return relax.op.nn.rms_norm(*args, axes=[-1], epsilon=call.attrs.epsilon)
+
+
+def _strided_slice(call: relax.Call, args: list[relax.Expr], rank: int) -> relax.Expr | None:
+    x, axes, *bounds = args
+    if len(axes.fields) != 1 or not _axis_is_last(axes.fields[0].value, rank):
+        return None
+    return relax.op.strided_slice(x, [rank - 1], *([int(b.fields[0].value)] for b in bounds))
+
+
 _LAST_AXIS: dict[str, Rule] = {
+    "mean": _mean,
+    "nn.rms_norm": _rms_norm,
+    "strided_slice": _strided_slice,
     "nn.layer_norm": _layer_norm,
     "nn.softmax": _softmax,
     "matmul": _matmul,

@@ -48,7 +48,11 @@ class Rewriter:
 
     def used_once(self, expr: relax.Expr) -> bool:
         """Whether the original of this variable has a single reader, so that fusing it away repeats no work."""
-        return isinstance(expr, relax.Var) and self._uses[self._origin.get(expr, expr)] == 1
+        return self.uses(expr) == 1
+
+    def uses(self, expr: relax.Expr) -> int:
+        """How often the original of this variable is read; 0 for what is no variable."""
+        return self._uses[self._origin.get(expr, expr)] if isinstance(expr, relax.Var) else 0
 
     def is_weight(self, expr: relax.Expr) -> bool:
         """Whether it depends on neither an input nor a symbolic dimension."""

@@ -19,7 +19,9 @@ from turbo_tvm.passes.rewriter import Rewriter, dims_of, shape_of
 
 PAGE_BYTES = 4096
 LINE_BYTES = 64
-_WIDENED = frozenset(["linear", "attention", "norm", "embedding"])  # kernels that can write wider rows
+_WIDENED = frozenset(
+    ["linear", "attention", "norm", "embedding", "gate", "rotary"]
+)  # kernels that can write wider rows
 
 
 def widen_rows(mod: ir.IRModule) -> ir.IRModule:

@@ -15,6 +15,9 @@ Strategy, for a task = (head, query tile)
 4. out[query, d] = sum of P[key, query] V[key, d] in register tiles of 8 queries (4 on narrow machines) by
    `col_tile` columns, then by halves of it where head_dim leaves a rest. Queries past the end are skipped.
 
+With a window a task visits only the keys that some query of it sees, and those at the rim get -1e37 before their scores
+are summed; everything else is the same, with the window's keys for the sequence. Its scratch is as small as that.
+
 Tasks run head-major: a thread owns whole heads, which balances ragged batches, and the rows of the next sequence
 follow those of this one, so steps 1 and 2 prefetch them. Without it short sequences wait for memory: the rows of a
 head lie a full activation row apart, on other pages, where no hardware prefetcher follows. The parallel loop
@@ -66,6 +69,8 @@ def attention(
     q: tuple[int, int],
     k: tuple[int, int],
     v: tuple[int, int],
+    kv_heads: int | None = None,
+    window: int | None = None,
     position_bias: bool = False,
     key_distances: bool = False,
     query_distances: bool = False,
@@ -77,8 +82,10 @@ def attention(
 
     q, k, v: `(t, R, width)`, each given as (width, first column of head 0); they may be one buffer. query_tiles: int32
     `(nq, 3)`; sequences have 1 .. max_length rows. out: fp32 `(t, R, heads * head_dim)` unless the format says else.
-    position_bias: fp32 `(heads, 2 * max_length - 1)`, added for query i, key j at column j - i + max_length - 1.
-    key_distances, query_distances: whether there are the tables of `distances.py`; distance_width: their columns.
+    kv_heads: heads of k and v, if fewer: heads / kv_heads neighbouring heads of q share one. window: query i sees key j
+    where |i - j| <= window. position_bias: fp32 `(heads, 2 * max_length - 1)`, added for query i, key j at column
+    j - i + max_length - 1. key_distances, query_distances: whether there are the tables of `distances.py`, for every
+    head of q; distance_width: their columns.
     x: the dtype of q, k and v, by default fp32; bf16 makes it products of bf16 numbers, and head_dim, widths and first
     columns are then even.
     """
@@ -89,20 +96,22 @@ def attention(
     in_pairs = in_type == bf16.STORAGE
     step, pair_type = (2, bf16.PAIR) if in_pairs else (1, "float32")
     accumulate = bf16_accumulate_macro(lanes) if in_pairs else fp32_accumulate_macro()
+    group = heads // (kv_heads or heads)
+    most_keys = max_length if window is None else min(max_length, queries + 2 * window)
     load_queries = load_queries_macro(lanes, queries, head_dim // step, pair_type)
     load_bias = load_bias_macro(queries, max_length, scale)
     pair_values = pair_values_macro(lanes, head_dim)
     disentangled = key_distances or query_distances
     add = add_distances_macro(lanes, key_distances, query_distances, in_pairs) if disentangled else None
-    narrow_scores = scores_macro(lanes, _NARROW_KEYS, _NARROW_KEYS, position_bias, accumulate, add)
-    wide_scores = scores_macro(queries, tiles.tile_rows, _LEFTOVER_KEYS, position_bias, accumulate, add)
+    narrow_scores = scores_macro(lanes, _NARROW_KEYS, _NARROW_KEYS, position_bias, accumulate, window, add)
+    wide_scores = scores_macro(queries, tiles.tile_rows, _LEFTOVER_KEYS, position_bias, accumulate, window, add)
     narrow_softmax = softmax_macro(lanes, scale * math.log2(math.e), in_pairs)
     wide_softmax = softmax_macro(queries, scale * math.log2(math.e), in_pairs)
     weigh = weigh_macro(8 if tiles.tile_rows >= 8 else 4, lanes, tiles.col_tile, head_dim, in_pairs, accumulate)
     table_size = heads * (head_dim // step) * distance_width
-    scratch_keys = max_length + _NARROW_KEYS  # a leftover tile ends less than its height past the last key
-    diagonal_size = max_length + queries if position_bias else 1
-    scratch_pairs = (max_length + 1) // 2 if in_pairs else 1
+    scratch_keys = most_keys + _NARROW_KEYS  # a leftover tile ends less than its height past the last key
+    diagonal_size = most_keys + queries if position_bias else 1
+    scratch_pairs = (most_keys + 1) // 2 if in_pairs else 1
     value_columns = -(-head_dim // lanes) * lanes if in_pairs else 1
 
     def of_head(buffer: tvm.tirx.Buffer, head: Expr, column: int = 0) -> Rows:
@@ -171,6 +180,7 @@ def attention(
                     q_seen = T.decl_buffer((t, row_tile, q_width // step), pair_type, data=q_in.data)
                     k_seen = T.decl_buffer((t, row_tile, k_width // step), pair_type, data=k_in.data)
                     values = T.sblock_alloc_buffer((scratch_pairs, value_columns), bf16.PAIR)
+                    seen = T.sblock_alloc_buffer((2,), "int64")
                     start: T.let = chunk * (heads * nq) // T.min(heads * nq, _CHUNKS)
                     stop: T.let = (chunk + 1) * (heads * nq) // T.min(heads * nq, _CHUNKS)
                     for i in range(stop - start):
@@ -181,20 +191,25 @@ def attention(
                         end: T.let = T.cast(query_tiles[task % nq, 2], "int64")
                         last: T.let = T.min(end, first + queries)
                         head: T.let = task // nq
+                        # through memory: the bounds of a window, spelt out, busy TVM's simplifier for half a minute
+                        seen[0] = begin if window is None else T.max(begin, first - window)
+                        seen[1] = end if window is None else T.min(end, last + window)
+                        first_key: T.let = seen[0]
+                        end_key: T.let = seen[1]
                         attend(
                             of_head(q_seen, head, q_column),
-                            of_head(k_seen, head, k_column),
-                            of_head(v_in, head, v_column),
+                            of_head(k_seen, head // group, k_column),
+                            of_head(v_in, head // group, v_column),
                             of_head(result, head),
                             bias,
                             distances_of(of_keys, of_queries, head),
                             values,
                             head,
-                            T.bitwise_or(first == begin, i == 0),
+                            T.bitwise_or(first == begin, i == 0) if window is None else True,
                             first,
                             last,
-                            begin,
-                            end,
+                            first_key,
+                            end_key,
                         )
 
     given = {"bias": position_bias, "of_keys": key_distances, "of_queries": query_distances}

@@ -30,12 +30,19 @@ def _exp2(x: Expr, coefficients: Sequence[float]) -> Expr:
     return total * T.reinterpret(x.ty, T.shift_left(shifted, T.int32(23)))
 
 
+def in_window(task: Task, key: Expr, lane: Expr, window: int, value: Expr) -> Expr:
+    """A score where the query in that lane sees the key, else one that weighs nothing."""
+    distance = T.cast(task.begin + key - task.first, "int32") - lane
+    return T.Select(T.max(distance, -distance) <= window, value, T.float32(LOWEST))
+
+
 def scores_macro(
     width: int,
     key_tile: int,
     leftover: int,
     position_bias: bool,
     accumulate: Macro,
+    window: int | None = None,
     add_distances: Macro | None = None,
 ) -> Macro:
     """`scores(task, k, v)`: step 2 for `width` queries: scores into weights[key, query], their maximum into peak.
@@ -44,7 +51,8 @@ def scores_macro(
     """
 
     def initial(task: Task, key: Expr, lane: Expr) -> Expr:
-        return task.diagonal[task.keys - 1 - key + lane] if position_bias else T.float32(0)
+        bias = task.diagonal[task.keys - 1 - key + lane] if position_bias else T.float32(0)
+        return bias if window is None else in_window(task, key, lane, window, bias)
 
     @T.inline
     def prefetch_next(task, k, v, key, keys):

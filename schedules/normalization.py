@@ -1,4 +1,4 @@
-"""Row normalisation on the CPU: layer norm, with or without a residual, and L2 norm. fp32 arithmetic.
+"""Row normalisation on the CPU: layer norm and RMS norm, with or without a residual, and L2 norm. fp32 arithmetic.
 
 Layout: activations `(t, R, n)` or wider, fp32 or bf16 (`schedules/bf16.py`), R = `tiles.row_tile`, t symbolic; `gamma`,
 `beta`: fp32 `(n,)`. Any n.
@@ -10,11 +10,13 @@ Strategy
 3. Layer norm is the corrected two-pass algorithm: the sum, hence the mean; then the sums of x - mean, which
    repairs the rounding of the mean, and of its squares; the result. E[x^2] - E[x]^2 in one pass was rejected:
    with |mean| >> std it cancels to noise.
+   RMS norm takes two sweeps: the sum of squares, which does not cancel; the result.
 4. The residual is added anew in each sweep: two loads from L1 cost less than to store the sum and load it.
 5. `partial` is a "global" buffer below 1 KB: TVM keeps no others on the stack, and a call to its workspace
    pool costs as much as half a row. Scalars are `T.let`, because a plain assignment allocates as well.
 
-Method: Chan, Golub, LeVeque, "Algorithms for computing the sample variance" (1983), equation 1.7.
+Method: Chan, Golub, LeVeque, "Algorithms for computing the sample variance" (1983), equation 1.7;
+Zhang, Sennrich, "Root Mean Square Layer Normalization" (arXiv 1910.07467).
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from turbo_tvm.schedules.rows import RowFormat
 from turbo_tvm.schedules.script import CPU_LLVM, lane_sum, tree_sum, without_parameters
 from turbo_tvm.schedules.tiles import CpuTiles
 
+KINDS = ("layer", "rms")
 _CHAINS = 4
 
 Row = Callable[[Expr], Expr]
@@ -114,6 +117,10 @@ def _scaled(x: Row, factor: Expr) -> Row:
     return lambda column: x(column) * factor
 
 
+def _gained(x: Row, gamma: tvm.tirx.Buffer) -> Row:
+    return lambda column: x(column) * gamma[column]
+
+
 def _affine(x: Row, gamma: tvm.tirx.Buffer, beta: tvm.tirx.Buffer) -> Row:
     return lambda column: x(column) * gamma[column] + beta[column]
 
@@ -143,9 +150,26 @@ def normalize_row(lanes: int, n: int, eps: float) -> Macro:
     return normalize
 
 
-def normalize_all_macro(lanes: int, n: int, eps: float) -> Macro:
-    """`normalize_all(x, residual, out, gamma, beta)`: layer norm of all rows of x [+ residual]."""
-    normalize = normalize_row(lanes, n, eps)
+def _rms_normalize_row(lanes: int, n: int, eps: float) -> Macro:
+    """The same as RMS norm; beta is not looked at."""
+    row_sums, row_store = _row_sums(lanes, n), _row_store(lanes, n)
+
+    @T.inline
+    def normalize(out, tile, row, x, gamma, beta):
+        with T.sblock("normalize"):
+            T.reads()
+            T.writes()
+            squares = T.sblock_alloc_buffer((_CHAINS, lanes), "float32")
+            row_sums((squares,), (_squared(x),))
+            scale: T.let = T.float32(1) / T.sqrt(_lane_sum(squares) / T.float32(n) + T.float32(eps))
+            row_store(out, tile, row, _gained(_scaled(x, scale), gamma))
+
+    return normalize
+
+
+def normalize_all_macro(lanes: int, n: int, eps: float, kind: str = "layer") -> Macro:
+    """`normalize_all(x, residual, out, gamma, beta)`: layer norm, or RMS norm, of all rows of x [+ residual]."""
+    normalize = {"layer": normalize_row, "rms": _rms_normalize_row}[kind](lanes, n, eps)
 
     @T.inline
     def normalize_all(x, residual, out, gamma, beta):
@@ -157,24 +181,28 @@ def normalize_all_macro(lanes: int, n: int, eps: float) -> Macro:
     return normalize_all
 
 
-def layer_norm(
+def norm(
     tiles: CpuTiles,
     *,
     n: int,
     eps: float,
+    kind: str = "layer",
     residual: bool = False,
     x: RowFormat | None = None,
     extra: RowFormat | None = None,
     out: RowFormat | None = None,
 ) -> tvm.tirx.PrimFunc:
-    """`(x, [residual,] gamma, beta, out)`: (v - mean v) / sqrt(var v + eps) * gamma + beta, v = x + residual.
+    """`(x, [residual,] gamma, [beta,] out)`: v = x + residual, normalised.
 
-    x, extra, out: how x, the residual and out are stored, by default fp32 `(t, R, n)`. gamma, beta: fp32 `(n,)`. The
-    variance divides by n.
+    kind: "layer", (v - mean v) / sqrt(var v + eps) * gamma + beta, where the variance divides by n; or "rms",
+    v / sqrt(mean v^2 + eps) * gamma, without beta. x, extra, out: how x, the residual and out are stored, by default
+    fp32 `(t, R, n)`. gamma, beta: fp32 `(n,)`.
     """
+    if kind not in KINDS:
+        raise ValueError(f"unknown norm {kind!r}: use one of {', '.join(KINDS)}")
     rows = tiles.row_tile
     x_rows, extra_rows, out_rows = (rows_format or RowFormat(n) for rows_format in (x, extra, out))
-    normalize_all = normalize_all_macro(tiles.lanes, n, eps)
+    normalize_all = normalize_all_macro(tiles.lanes, n, eps, kind)
 
     @T.prim_func(private=True, s_tir=True)
     def kernel(
@@ -192,7 +220,8 @@ def layer_norm(
         with T.attr(T.int32(0), "pragma_import_llvm", CPU_LLVM):
             normalize_all(source, residual_rows if residual else None, result, gamma, beta)
 
-    return kernel if residual else without_parameters(kernel, ["residual_rows"])
+    absent = [*([] if residual else ["residual_rows"]), *([] if kind == "layer" else ["beta"])]
+    return without_parameters(kernel, absent)
 
 
 def l2_normalize(

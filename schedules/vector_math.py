@@ -9,6 +9,7 @@ polynomials and quotients of them: they vectorise on every target and inline int
     gelu_bf16   8e-5 max(1, |x|) absolute         the same with degree 13 on [-3.8, 3.8]: enough where bf16 is stored
     tanh        4e-7 absolute                     odd rational 13 / 6 on [-7.9, 7.9] (Eigen)
     gelu_tanh   4e-7 max(1, |x|) absolute         x sigmoid(2 u), which is x (1 + tanh u) / 2
+    silu        4e-7 max(1, |x|) absolute         x sigmoid(x)
 
 Arguments beyond an interval are clamped to it, so large ones saturate and none makes a NaN. A NaN does not
 propagate.
@@ -129,6 +130,11 @@ def gelu_tanh(x: Expr) -> Expr:
     return x / (exp(minus_2u) + _constant(1))
 
 
+def silu(x: Expr) -> Expr:
+    """x sigmoid(x), also called swish."""
+    return x / (exp(-x) + _constant(1))
+
+
 def relu(x: Expr) -> Expr:
     """max(x, 0)."""
     return T.max(x, _constant(0))
@@ -139,7 +145,13 @@ def identity(x: Expr) -> Expr:
     return x
 
 
-_ACTIVATIONS: dict[str, Activation] = {"gelu": gelu, "gelu_tanh": gelu_tanh, "relu": relu, "tanh": tanh}
+_ACTIVATIONS: dict[str, Activation] = {
+    "gelu": gelu,
+    "gelu_tanh": gelu_tanh,
+    "relu": relu,
+    "silu": silu,
+    "tanh": tanh,
+}
 
 
 def activation(name: str | None, stored: str = "float32") -> Activation:

@@ -49,7 +49,8 @@ def compile(
     """Compile a transformer encoder for requests of any batch size and length.
 
     model: a `torch.nn.Module` (a Hugging Face encoder with or without head, or any module whose forward takes
-        input_ids and attention_mask), or the path of a model folder with config.json and model.safetensors.
+        input_ids and attention_mask), or the path of a model folder with config.json and model.safetensors, or of an
+        ONNX file.
     target: "cpu" for this machine, or "cpu:<name>" for another CPU, such as "cpu:x86-64-v3"; "cuda:sm_80" for an NVIDIA
         GPU, "cuda:sm_80,sm_90" for several. Needs nvcc or the packages of turbo-tvm[cuda12], and no GPU.
     precision: "fp32"; or "bf16": weights, products and the rows between kernels in bf16, sums, norms and softmax in
@@ -131,13 +132,13 @@ def _import(model: Any, name: str | None, max_length: int | None, tokenizer: str
 
 
 def _import_path(path: Path, name: str | None, max_length: int | None, tokenizer: str | None) -> Imported:
-    if path.suffix == ".onnx":
-        raise UnsupportedModelError(f"{path}: ONNX files are not supported by this version; pass the PyTorch model")
     if not path.exists():
         raise UnsupportedModelError(f"there is no model at {path}")
+    if path.suffix == ".onnx":
+        return _import_onnx(path, name, max_length, tokenizer)
     if not path.is_dir():
         raise UnsupportedModelError(
-            f"{path} is a file; a model folder with config.json and model.safetensors is needed"
+            f"{path} is a file; an ONNX file (.onnx) or a model folder with config.json and model.safetensors is needed"
         )
     _need_torch()
     from turbo_tvm.frontends.model_folder import load_folder
@@ -145,6 +146,16 @@ def _import_path(path: Path, name: str | None, max_length: int | None, tokenizer
 
     module, own_tokenizer, own_length = load_folder(path)
     return import_module(module, name or path.resolve().name, max_length or own_length, tokenizer or own_tokenizer)
+
+
+def _import_onnx(path: Path, name: str | None, max_length: int | None, tokenizer: str | None) -> Imported:
+    try:
+        import onnx  # noqa: F401
+    except ImportError as error:
+        raise CompileError(f"compiling ONNX files needs onnx ({error}): pip install 'turbo-tvm[onnx]'") from error
+    from turbo_tvm.frontends.onnx_model import import_file
+
+    return import_file(path, name, max_length, tokenizer)
 
 
 def _need_torch() -> None:

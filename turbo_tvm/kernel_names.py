@@ -45,7 +45,7 @@ def row_types(fused: Composite, out: relax.TensorType) -> dict[str, relax.Tensor
     """The types of a composite's rows, by the schedules' name for them, where schedules allow a choice."""
     t = fused.tensors
     extra = {"extra": t[3 if fused.name == "linear" else 1].ty} if fused.attrs.get("residual") else {}
-    if fused.name in ("linear", "norm"):
+    if fused.name in ("linear", "norm", "gate", "rotary"):
         return {"x": t[0].ty, **extra, "out": out}
     if fused.name == "attention":
         return {"x": t[0].ty, "out": out}
@@ -59,6 +59,8 @@ def true_columns(fused: Composite, out: relax.TensorType) -> int:
     """How many columns of a composite's output rows are used; the rows may be wider."""
     if fused.name == "linear":
         return int(fused.attrs.get("columns", last_dim(out)))
+    if fused.name in ("gate", "rotary"):
+        return int(fused.attrs["columns"])
     if fused.name == "norm":
         return int(shape_of(fused.tensors[-1])[0])
     if fused.name == "embedding":
@@ -86,7 +88,7 @@ def kernel_name(fused: Composite, out: relax.TensorType, amx: bool = False) -> s
     return "".join(c if c.isalnum() or c == "_" else "_" for c in text)
 
 
-_IN_SHAPE = ("k", "n", "shape", "columns", "heads", "head_dim", "max_length", "scale", "width")
+_IN_SHAPE = ("k", "n", "shape", "columns", "heads", "head_dim", "max_length", "scale", "spans", "width")
 
 
 def _shape(fused: Composite, out: relax.TensorType) -> list[str]:
@@ -99,6 +101,8 @@ def _shape(fused: Composite, out: relax.TensorType) -> list[str]:
         return ["x".join(str(fused.attrs[key]) for key in ("heads", "head_dim", "columns", "width"))]
     if fused.name == "cast_weight":
         return ["x".join(str(d) for d in fused.attrs["shape"])]
+    if fused.name == "rotary":
+        return [_rotary_shape(fused)]
     return [_attention_shape(fused)] if fused.name == "attention" else [str(columns)]
 
 
@@ -108,6 +112,8 @@ def _formats(fused: Composite, out: relax.TensorType) -> list[str]:
     natural |= {"out": natural["x"]}
     if fused.name == "linear":
         natural["x"] = reduced_columns(fused)
+    if fused.name == "gate":
+        natural["x"] *= 2
     types = row_types(fused, out)
     words = {"x": "from", "extra": "plus", "out": "to"}
     widths = {role: int(dims_of(ty)[-1]) for role, ty in types.items()}
@@ -138,6 +144,12 @@ def _attention_shape(fused: Composite) -> str:
     scale, usual = np.float32(a["scale"]), np.float32(a["head_dim"] ** -0.5)
     extra = "" if scale == usual else f"_scale{scale:.9g}"
     return f"{a['heads']}x{a['head_dim']}_{merged}_max{a['max_length']}{extra}"
+
+
+def _rotary_shape(fused: Composite) -> str:
+    positions, dims = (int(d) for d in shape_of(fused.tensors[2]))
+    spans = "_".join(f"{heads}at{first}" for first, heads in fused.attrs["spans"])
+    return f"{true_columns(fused, fused.tensors[0].ty)}_{spans}x{fused.attrs['head_dim']}_turned{dims}_max{positions}"
 
 
 def _option(key: str, value: Any) -> str:

@@ -36,11 +36,12 @@ from turbo_tvm.schedules import (
     bf16,
     distances,
     embedding,
+    gate,
     linear,
     linear_amx,
     normalization,
     pooling,
-    position_bias,
+    rotary,
     rows,
     weights,
 )
@@ -70,10 +71,6 @@ class WeightKernels:
     def _pack_distances(self, fused: Composite, out: relax.TensorType) -> Recipe:
         return distances.pack_distances, fused.attrs
 
-    def _toeplitz(self, fused: Composite, out: relax.TensorType) -> Recipe:
-        heads, width = dims_of(out)
-        return position_bias.toeplitz, {"heads": int(heads), "length": (int(width) + 1) // 2}
-
 
 class CpuKernels(WeightKernels):
     """Builds the CPU kernel of a composite; calling it is the `schedule` argument of `lower_kernels`."""
@@ -96,7 +93,13 @@ class CpuKernels(WeightKernels):
         return attention.attention, attention_options(fused)
 
     def _norm(self, fused: Composite, out: relax.TensorType) -> Recipe:
-        return normalization.layer_norm, {"n": true_columns(fused, out), **fused.attrs}
+        return normalization.norm, {"n": true_columns(fused, out), **fused.attrs}
+
+    def _gate(self, fused: Composite, out: relax.TensorType) -> Recipe:
+        return gate.gate, fused.attrs
+
+    def _rotary(self, fused: Composite, out: relax.TensorType) -> Recipe:
+        return rotary.rotary, rotary_options(fused)
 
     def _normalize(self, fused: Composite, out: relax.TensorType) -> Recipe:
         return normalization.l2_normalize, {"n": last_dim(out), **fused.attrs}
@@ -139,6 +142,13 @@ def attention_options(fused: Composite) -> dict[str, Any]:
     return options | ({"position_bias": True} if has_position_bias(fused) else {})
 
 
+def rotary_options(fused: Composite) -> dict[str, Any]:
+    """A rotation's."""
+    positions, dims = (int(d) for d in shape_of(fused.tensors[2]))
+    spans = tuple((int(first), int(heads)) for first, heads in fused.attrs["spans"])
+    return fused.attrs | {"spans": spans, "positions": positions, "dims": dims}
+
+
 def embedding_options(fused: Composite, out: relax.TensorType) -> dict[str, Any]:
     """An embedding's."""
     table = fused.tensors[fused.attrs["tables"]]
@@ -179,9 +189,9 @@ def overwritable(fused: Composite, out: relax.TensorType) -> tuple[int, ...]:
     """Which tensors may be the memory of the output, if they are stored as it is.
 
     Each of their elements (of a norm, each of their rows) is read by the task that writes it, before it does: the
-    residual of a product, the rows that a norm reads.
+    residual of a product, the rows that a norm reads, the two columns that a rotation turns.
     """
-    candidates = {"linear": (3,), "norm": (0, 1), "normalize": (0,)}.get(fused.name, ())
+    candidates = {"linear": (3,), "norm": (0, 1), "normalize": (0,), "rotary": (0,)}.get(fused.name, ())
     if fused.name in ("linear", "norm") and not fused.attrs.get("residual"):
         candidates = tuple(i for i in candidates if i == 0)
     same = (str(out.dtype), [str(d) for d in dims_of(out)])
@@ -234,6 +244,8 @@ def _describe(name: str, fused: Composite, out: relax.TensorType, counts: bool, 
     elif fused.name == "attention":
         products = 2 + composite.distance_tables(fused)
         per_pair = 2.0 * products * fused.attrs["heads"] * fused.attrs["head_dim"]
+        if "window" in fused.attrs:
+            per_token, per_pair = per_pair * (2 * fused.attrs["window"] + 1), 0.0
         text = f"{fused.attrs['heads']} heads x {fused.attrs['head_dim']}"
     elif fused.name == "embedding":
         per_token, text = (
@@ -242,6 +254,10 @@ def _describe(name: str, fused: Composite, out: relax.TensorType, counts: bool, 
         )
     elif fused.name == "norm":
         per_token = 8.0 * columns
+    elif fused.name == "gate":
+        per_token = 12.0 * columns
+    elif fused.name == "rotary":
+        per_token = 3.0 * columns
     row_bytes = _bytes_per_token(fused, out, batch)
     return KernelSpec(name, fused.name, 0, text, per_token if counts else 0.0, per_pair, weight_bytes, row_bytes)
 

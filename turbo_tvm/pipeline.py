@@ -23,9 +23,11 @@ from turbo_tvm.cuda.kernels import CudaKernels
 from turbo_tvm.kernel_names import has_distances, has_position_bias
 from turbo_tvm.kernels import CpuKernels, composites, inventory
 from turbo_tvm.passes.capture_graphs import capture_graphs
+from turbo_tvm.passes.compose_operators import compose_operators
 from turbo_tvm.passes.drop_mask import drop_mask
 from turbo_tvm.passes.fuse_attention import fuse_attention
 from turbo_tvm.passes.fuse_embedding import fuse_embedding
+from turbo_tvm.passes.fuse_gate import fuse_gate
 from turbo_tvm.passes.fuse_linear import fuse_linear
 from turbo_tvm.passes.fuse_norm import fuse_norm
 from turbo_tvm.passes.fuse_pooling import fuse_pooling
@@ -100,6 +102,7 @@ def packed(tiles: Tiles, max_length: int, precision: str) -> list[Pass]:
     return [
         # Recognise: what mixes tokens, while the mask is still there to say how.
         normalize,
+        compose_operators,
         lambda mod: fuse_attention(mod, max_length),
         fuse_pooling,
         drop_mask,
@@ -107,6 +110,7 @@ def packed(tiles: Tiles, max_length: int, precision: str) -> list[Pass]:
         lambda mod: remove_padding(mod, tiles.row_tile),
         # Fuse what is left, row by row.
         fuse_linear,
+        fuse_gate,
         merge_qkv,
         lambda mod: fuse_norm(mod, in_products=cpu),
         fuse_embedding,
@@ -124,6 +128,7 @@ def padded(tiles: Tiles, precision: str) -> list[Pass]:
     cpu = isinstance(tiles, CpuTiles)
     return [
         normalize,
+        compose_operators,
         fuse_linear,
         lambda mod: fuse_norm(mod, in_products=cpu),
         lambda mod: tile_rows(mod, tiles.row_tile),

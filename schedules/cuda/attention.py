@@ -12,7 +12,8 @@ Strategy
    maximum scales them down. Each lane sums on its own, the two meet once, at the end. The scale carries log2(e), so
    that a weight is one power of two.
 3. fp16 and bf16 multiply in tensor cores (`attention_tensor_cores.py`), fp32 in registers (`attention_registers.py`).
-4. Keys past the end of a sequence repeat the last one and weigh nothing; queries past it are not stored.
+4. With a window, a block visits the keys that some query of it sees, and scores at the rim weigh nothing.
+5. Keys past the end of a sequence repeat the last one and weigh nothing; queries past it are not stored.
 
 Method: FlashAttention (arXiv 2205.14135) on packed batches as in ByteTransformer (arXiv 2210.03052).
 """
@@ -20,6 +21,7 @@ Method: FlashAttention (arXiv 2205.14135) on packed batches as in ByteTransforme
 from __future__ import annotations
 
 import tvm
+from tvm.ir import Expr
 from tvm.script import tirx as T
 
 from turbo_tvm.schedules.cuda import attention_registers, attention_tensor_cores
@@ -43,6 +45,8 @@ def attention(
     q: tuple[int, int],
     k: tuple[int, int],
     v: tuple[int, int],
+    kv_heads: int | None = None,
+    window: int | None = None,
     position_bias: bool = False,
     x: RowFormat | None = None,
     out: RowFormat | None = None,
@@ -50,9 +54,10 @@ def attention(
     """`(q, k, v, query_tiles, [position_bias,] out)`: out = softmax(scale Q K^T [+ bias]) V per sequence and head.
 
     q, k, v: each given as (width, first column of head 0); they may be one buffer, and are stored alike. query_tiles:
-    int32 `(nq, 3)`. out: fp32 `(m, 1, heads * head_dim)` unless the format says else. position_bias: fp32
-    `(heads, 2 * max_length - 1)`, added for query i, key j at column j - i + max_length - 1. x: the dtype of q, k and
-    v, by default fp32. Raises ValueError for heads of more than 128 columns.
+    int32 `(nq, 3)`. out: fp32 `(m, 1, heads * head_dim)` unless the format says else. kv_heads: heads of k and v, if
+    fewer: heads / kv_heads neighbouring heads of q share one. window: query i sees key j where |i - j| <= window.
+    position_bias: fp32 `(heads, 2 * max_length - 1)`, added for query i, key j at column j - i + max_length - 1. x: the
+    dtype of q, k and v, by default fp32. Raises ValueError for heads of more than 128 columns.
     """
     if head_dim > MAX_HEAD_DIM:
         raise ValueError(f"heads of {head_dim} columns: a GPU kernel holds at most {MAX_HEAD_DIM}")
@@ -61,8 +66,14 @@ def attention(
     out_rows, dtype = out or RowFormat(heads * head_dim), operand_type(stored)
     warps = tiles.query_tile // attention_registers.ROWS
     body = attention_registers if dtype == "float32" else attention_tensor_cores
-    rows = HeadRows(head_dim, dtype, warps * WARP, (q, k, v))
-    attend = body.attend_macro(rows, Scores(scale, max_length, position_bias), out_rows)
+    rows = HeadRows(head_dim, dtype, warps * WARP, (q, k, v), heads // (kv_heads or heads))
+    attend = body.attend_macro(rows, Scores(scale, max_length, position_bias, window), out_rows)
+
+    def seen(first: Expr, begin: Expr, end: Expr) -> tuple[Expr, Expr]:
+        """The keys that a block visits."""
+        if window is None:
+            return begin, end
+        return T.max(begin, first - window), T.min(end, first + tiles.query_tile + window)
 
     @T.prim_func(private=True, s_tir=True)
     def kernel(
@@ -95,7 +106,7 @@ def attention(
                             first: T.let = query_tiles[tile, 0]
                             begin: T.let = query_tiles[tile, 1]
                             end: T.let = query_tiles[tile, 2]
-                            task = T.meta_var(Task(warp, lane, head, first, begin, end))
+                            task = T.meta_var(Task(warp, lane, head, first, *seen(first, begin, end)))
                             attend(task, q_rows, k_rows, v_rows, bias, result)
 
     return kernel if position_bias else without_parameters(kernel, ["bias"])

@@ -51,12 +51,16 @@ class Task:
 
 @dataclass(frozen=True)
 class HeadRows:
-    """The columns of a head in q, k and v, which lie in rows of (width, first column of head 0) each."""
+    """The columns of a head in q, k and v, which lie in rows of (width, first column of head 0) each.
+
+    group: heads of q that share one of k and v.
+    """
 
     head_dim: int
     dtype: str
     threads: int
     columns: tuple[tuple[int, int], ...]
+    group: int = 1
 
     @property
     def itemsize(self) -> int:
@@ -83,16 +87,17 @@ class HeadRows:
 
     def column(self, which: int, head: Expr) -> Expr:
         """The head's first column in q, k or v."""
-        return self.columns[which][1] + head * self.head_dim
+        return self.columns[which][1] + (head // self.group if which else head) * self.head_dim
 
 
 @dataclass(frozen=True)
 class Scores:
-    """How scores follow from products."""
+    """How scores follow from products. window: how far a key may be, or None."""
 
     scale: float
     max_length: int
     position_bias: bool
+    window: int | None = None
 
     def score(self, product: Expr, task: Task, key: Expr, bias: tvm.tirx.Buffer) -> Expr:
         """The score of a key, in units of log 2; one past the end weighs nothing."""
@@ -100,7 +105,10 @@ class Scores:
         if self.position_bias:
             distance = T.min(key, task.end - 1) - T.min(task.query, task.end - 1) + (self.max_length - 1)
             value = value + bias[task.head, distance] * T.float32(math.log2(math.e))
-        return T.Select(key < task.end, value, T.float32(_LOWEST))
+        seen = key < task.end
+        if self.window is not None:
+            seen = T.And(seen, T.max(key - task.query, task.query - key) <= self.window)
+        return T.Select(seen, value, T.float32(_LOWEST))
 
 
 def load_tile_macro(rows: HeadRows, which: int, height: int) -> Macro:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from . import memory, overhead, scheduling, serving, serving_report
+from . import families, memory, overhead, scheduling, serving, serving_report
 from .contenders import RIVALS
 from .encoder import PRECISIONS, Settings, run
 from .measure import Limits
@@ -48,7 +48,10 @@ SERVING_EXAMPLES = """examples:
   scripts/bench serving --out benchmarks/mine --resume                      everything, some hours"""
 SCHEDULER = """Time the scheduling policies on 1 to 1,000 waiting requests, and the simulator on a million requests over
 64 replicas. Writes scheduling.json (every sample) and scheduling.md."""
-COMMANDS = ("encoder", "memory", "serving", "scheduler", "overhead", "report")
+FAMILIES = """Compile one model of every supported family from PyTorch and from its ONNX file, compare it with PyTorch
+and time it beside PyTorch and ONNX Runtime on ragged requests. Some minutes per family.
+Writes models.json (every sample) and models.md, after every family."""
+COMMANDS = ("encoder", "models", "memory", "serving", "scheduler", "overhead", "report")
 QUICK_LIMITS = {"rounds": 3, "seconds": 5.0}
 
 
@@ -64,6 +67,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=raw,
     )
     _encoder_options(encoder)
+    _families_options(commands.add_parser("models", help="every family of models, by route", description=FAMILIES))
     _memory_options(
         commands.add_parser(
             "memory", help="memory between kernels, planned and measured", description=MEMORY, formatter_class=raw
@@ -107,6 +111,13 @@ def _encoder_options(encoder: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="of weights, lengths and token ids (default %(default)s)")
     add("--out", type=Path, default=Path("bench_results"), help="output directory (default %(default)s)")
     add("--resume", action="store_true", help="skip what the JSON there holds of this machine and these versions")
+
+
+def _families_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--only", metavar="SUBSTRING", help="families whose name contains this")
+    add("--threads", type=_positive, help="default: the physical cores")
+    add("--out", type=Path, default=Path("docs"), help="output directory (default %(default)s)")
 
 
 def _memory_options(memory: argparse.ArgumentParser) -> None:
@@ -246,6 +257,11 @@ def main(argv: list[str]) -> int:
             from turbo_tvm import config
 
             overhead.run(args.rounds, config.num_threads(args.threads), args.seed, args.out, console)
+        elif args.command == "models":
+            from turbo_tvm import config
+
+            command = shlex.join(["scripts/bench", *argv])
+            families.run(config.num_threads(args.threads), args.out, args.only, command, console)
         elif args.command == "scheduler":
             scheduling.run(shlex.join(["scripts/bench", *argv]), args.seed, args.requests, args.out, console)
         elif args.command == "serving":

@@ -91,9 +91,14 @@ def test_none_if_a_parameter_has_no_value(graph):
     assert evaluate(graph.rewriter, total, graph.dims, graph.value_of({"mask": MASK})) is None
 
 
+def test_an_expression_of_dimensions_alone(graph):
+    value = evaluate(graph.rewriter, distances(graph), graph.dims, graph.value_of({}))
+    places = np.arange(graph.dims[graph.s])
+    np.testing.assert_array_equal(value, places[None, :] - places[:, None])
+
+
 def test_none_if_a_dimension_remains_free(graph):
-    # No parameter has the length in its shape, so there is nothing to bind it to.
-    assert evaluate(graph.rewriter, distances(graph), graph.dims, graph.value_of({"mask": MASK})) is None
+    assert evaluate(graph.rewriter, distances(graph), {graph.b: 2}, graph.value_of({"mask": MASK})) is None
 
 
 def test_dimensions_that_do_not_occur_are_ignored(graph):

@@ -10,8 +10,11 @@ import tvm
 from tvm import relax, tirx
 
 from turbo_tvm.passes import composite
+from turbo_tvm.passes.evaluate import evaluate
 from turbo_tvm.passes.fuse_attention import fuse_attention
+from turbo_tvm.passes.measure_bias import sample_positions
 from turbo_tvm.passes.normalize import normalize
+from turbo_tvm.passes.rewriter import Rewriter
 
 HEADS, HEAD_DIM = 2, 4
 WINDOW = 50
@@ -143,12 +146,72 @@ def test_key_mask_is_fused_and_its_arithmetic_disappears(bias, eager):
 
 
 @pytest.mark.parametrize("eager", [False, True], ids=["sdpa", "eager"])
-@pytest.mark.parametrize("bias", [relative_bias, causal_mask, window])
+@pytest.mark.parametrize("bias", [relative_bias, causal_mask])
 def test_bias_over_distances_becomes_a_table(bias, eager):
     mod = fuse_attention(build(bias, eager=eager), max_length=64)
     (attention,) = fused_in(mod)
     table = attention.tensors[4]
     assert [int(d) for d in table.ty.shape.values] == [HEADS, 127]
+
+
+@pytest.mark.parametrize("max_length", [64, 8192])
+def test_a_window_becomes_an_attribute(max_length):
+    mod = fuse_attention(build(window, eager=False), max_length)
+    (attention,) = fused_in(mod)
+    assert attention.attrs["window"] == WINDOW and len(attention.tensors) == 4
+    short = fuse_attention(build(window, eager=False), max_length=WINDOW)
+    assert "window" not in fused_in(short)[0].attrs  # which everything lies in
+
+
+def test_a_table_for_long_sequences_is_made_from_a_sample_of_positions():
+    mod = fuse_attention(build(relative_bias, eager=False), max_length=4000)
+    (attention,) = fused_in(mod)
+    params, weight = mod["main"].params, np.random.default_rng(0).standard_normal((64, HEADS)).astype("float32")
+    table = tabulated(mod, attention.tensors[4], {params[3]: weight})
+    distances = np.arange(-3999, 4000)
+    np.testing.assert_array_equal(table, weight[np.clip(distances + 32, 0, 63)].T)
+
+
+def tabulated(mod: tvm.IRModule, table: relax.Expr, values: dict) -> np.ndarray:
+    """What an expression of weights is."""
+    rewriter = Rewriter(mod)
+    rewriter.bound = {b.var: b.value for block in mod["main"].body.blocks for b in block.bindings}
+    found = evaluate(rewriter, table, {}, lambda param: values[param])
+    assert found is not None
+    return found
+
+
+def far_chunks(emit, mask, weight, tokens, ids):
+    """Chunks of 3,000 tokens, which no short sequence shows."""
+    _, s = tokens
+    i = emit(relax.op.floor_divide(emit(relax.op.arange(0, s, 1, "int64")), relax.const(3000, "int64")))
+    other = emit(relax.op.not_equal(emit(relax.op.expand_dims(i, [0])), emit(relax.op.expand_dims(i, [1]))))
+    outside = emit(relax.op.multiply(emit(relax.op.astype(other, "float32")), relax.const(-1e9, "float32")))
+    return emit(relax.op.add(key_mask(emit, mask, weight, tokens, ids), emit(relax.op.expand_dims(outside, [0, 1]))))
+
+
+def lower_triangle(emit, mask, weight, tokens, ids):
+    """Causal, but not computed from one pair of positions at a time."""
+    _, s = tokens
+    later = emit(relax.op.triu(emit(relax.op.full((s, s), relax.const(-1e9, "float32"), "float32")), 1))
+    return emit(relax.op.add(key_mask(emit, mask, weight, tokens, ids), emit(relax.op.expand_dims(later, [0, 1]))))
+
+
+@pytest.mark.parametrize("bias", [far_chunks, lower_triangle])
+def test_what_cannot_be_measured_at_8192_positions_is_left_alone(bias):
+    assert fused_in(fuse_attention(build(bias, eager=False), max_length=8192)) == []
+
+
+def test_what_is_no_function_of_one_pair_is_measured_whole_where_it_is_short():
+    (attention,) = fused_in(fuse_attention(build(lower_triangle, eager=False), max_length=64))
+    assert [int(d) for d in attention.tensors[4].ty.shape.values] == [HEADS, 127]
+
+
+@pytest.mark.parametrize("max_length", [1, 2, 600, 1025, 8192])
+def test_every_distance_occurs_in_a_sample(max_length):
+    positions = sample_positions(max_length)
+    assert positions[0] == 0 and positions[-1] == max_length - 1 and len(positions) <= 600
+    assert len(np.unique(positions[None] - positions[:, None])) == 2 * max_length - 1
 
 
 @pytest.mark.parametrize("eager", [False, True], ids=["sdpa", "eager"])

@@ -190,13 +190,72 @@ def test_other_norms_are_left_alone(options):
     assert "turbo." not in fuse_norm(before).script()
 
 
-def test_norm_of_weights_is_left_alone():
+@pytest.mark.parametrize(
+    "norm",
+    [
+        lambda x, gamma, beta: relax.op.nn.layer_norm(x, gamma, beta, axes=[-1]),
+        lambda x, gamma, beta: relax.op.nn.rms_norm(x, gamma, axes=[-1]),
+    ],
+    ids=["layer_norm", "rms_norm"],
+)
+def test_norm_of_weights_is_left_alone(norm):
     gamma, beta = (relax.Var(name, relax.TensorType((8,), "float32")) for name in ("gamma", "beta"))
     table = relax.Var("table", relax.TensorType(ROWS, "float32"))
     bb = relax.BlockBuilder()
     with bb.function("main", [table, gamma, beta], attrs={"num_input": 0}):
         with bb.dataflow():
-            out = bb.emit_output(relax.op.nn.layer_norm(table, gamma, beta, axes=[-1]))
+            out = bb.emit_output(norm(table, gamma, beta))
         bb.emit_func_output(out)
     before = bb.finalize()
     tvm.ir.assert_structural_equal(fuse_norm(before), before)
+
+
+def rms_graph(spelling: str, *, power: float = 2.0, axis: int = -1, add: bool = False, read_sum: bool = False):
+    """x / sqrt(mean(x^2) + eps) * gamma as `spelling` has it, of x or of a sum."""
+    rows = relax.TensorType((tirx.Var("t", "int64"), *ROWS), "float32")
+    x, other = relax.Var("x", rows), relax.Var("other", rows)
+    gamma = relax.Var("gamma", relax.TensorType((8,), "float32"))
+    bb, op = relax.BlockBuilder(), relax.op
+    with bb.function("main", [x, other, gamma], attrs={"num_input": 2}):
+        with bb.dataflow():
+            source = bb.emit(op.add(x, other)) if add else x
+            square = op.multiply(source, source)
+            if spelling != "product":
+                square = op.power(source, relax.const(power, "float32"))
+            mean = bb.emit(op.mean(bb.emit(square), axis, keepdims=True))
+            inner = bb.emit(op.add(mean, relax.const(1e-6, "float32")))
+            if spelling == "quotient":  # as ONNX graphs have it
+                scaled = op.divide(source, bb.emit(op.sqrt(inner)))
+            elif spelling == "reciprocal":
+                root = bb.emit(op.sqrt(inner))
+                scaled = op.multiply(bb.emit(op.divide(relax.const(1.0, "float32"), root)), source)
+            else:
+                scaled = op.multiply(source, bb.emit(op.rsqrt(inner)))
+            pair = (bb.emit(scaled), gamma) if spelling == "product" else (gamma, bb.emit(scaled))
+            out = bb.emit(op.multiply(*pair))
+            result = bb.emit_output(bb.emit(op.add(out, source)) if read_sum else out)
+        bb.emit_func_output(result)
+    return bb.finalize()
+
+
+def norms_of(mod: tvm.IRModule) -> list[composite.Composite]:
+    found = [composite.match(b.value, "norm") for b in fuse_norm(mod)["main"].body.blocks[0].bindings]
+    return [f for f in found if f is not None]
+
+
+@pytest.mark.parametrize("spelling", ["rsqrt", "product", "quotient", "reciprocal"])
+@pytest.mark.parametrize("add", [False, True])
+def test_rms_norm_in_any_spelling(spelling, add):
+    (norm,) = norms_of(rms_graph(spelling, add=add))
+    assert norm.attrs == {"eps": pytest.approx(1e-6), "kind": "rms", "residual": add}
+    assert [t.name for t in norm.tensors] == ["x", *(["other"] if add else []), "gamma"]
+
+
+def test_rms_norm_of_a_sum_that_is_read_elsewhere_leaves_the_sum():
+    (norm,) = norms_of(rms_graph("rsqrt", add=True, read_sum=True))
+    assert not norm.attrs["residual"] and len(norm.tensors) == 2
+
+
+@pytest.mark.parametrize("change", [{"power": 3.0}, {"axis": 1}])
+def test_what_is_no_rms_norm_is_left_alone(change):
+    assert norms_of(rms_graph("rsqrt", **change)) == []

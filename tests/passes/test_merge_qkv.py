@@ -127,3 +127,51 @@ def test_one_projection_read_three_times_is_left_alone():
 def test_layers_with_the_same_weights_share_the_stacked_ones():
     after = merge_qkv(build(layers=2))
     assert (count(after, "linear"), concats(after)) == (2, 2)
+
+
+def turned(*, table_of_k: str = "table", turn_k: bool = True):
+    """Four heads of 4 for queries, two for keys and values; queries and keys are turned by position."""
+    tiles, queries = tirx.Var("t", "int64"), tirx.Var("q", "int64")
+    of = {name: relax.TensorType((tiles, 4, width), "float32") for name, width in zip("qkv", (16, 8, 8), strict=True)}
+    x = relax.Var("x", relax.TensorType((tiles, 4, 8), "float32"))
+    ids = relax.Var("position_ids", relax.TensorType((tiles, 4), "int32"))
+    bounds = relax.Var("bounds", relax.TensorType((queries, 3), "int32"))
+    tables = {name: relax.Var(name, relax.TensorType((16, 4), "float32")) for name in ("table", "other")}
+    weights = [relax.Var("w" + n, relax.TensorType((int(ty.shape.values[2]), 8), "float32")) for n, ty in of.items()]
+    biases = [relax.Var("b" + n, relax.TensorType((int(ty.shape.values[2]),), "float32")) for n, ty in of.items()]
+    bb = relax.BlockBuilder()
+    with bb.function("main", [x, ids, bounds, *tables.values(), *weights, *biases], attrs={"num_input": 3}):
+        with bb.dataflow():
+            rows = []
+            for i, (name, ty) in enumerate(of.items()):
+                plain = {"activation": None, "norm_eps": None, "residual": False}
+                part = bb.emit(composite.make("linear", [x, weights[i], biases[i]], ty, **plain))
+                if name == "q" or (name == "k" and turn_k):
+                    table, width = tables[table_of_k if name == "k" else "table"], int(ty.shape.values[2])
+                    spans = {"columns": width, "head_dim": 4, "spans": [[0, width // 4]]}
+                    part = bb.emit(composite.make("rotary", [part, ids, table], ty, **spans))
+                rows.append(part)
+            attrs = {"heads": 4, "kv_heads": 2, "head_dim": 4, "scale": 0.5, "max_length": 16}
+            columns = [[16, 0], [8, 0], [8, 0]]
+            out = bb.emit_output(composite.make("attention", [*rows, bounds], of["q"], columns=columns, **attrs))
+        bb.emit_func_output(out)
+    return bb.finalize()
+
+
+def calls_of(mod: tvm.IRModule, name: str) -> list[composite.Composite]:
+    found = [composite.match(b.value, name) for b in merge_qkv(mod)["main"].body.blocks[0].bindings]
+    return [f for f in found if f is not None]
+
+
+@pytest.mark.parametrize("turn_k", [True, False])
+def test_narrower_keys_and_rotations_are_merged_too(turn_k):
+    mod = turned(turn_k=turn_k)
+    (rotary,), (attention,) = calls_of(mod, "rotary"), calls_of(mod, "attention")
+    assert rotary.attrs == {"columns": 32, "head_dim": 4, "spans": [[0, 6 if turn_k else 4]]}
+    assert attention.attrs["columns"] == [[32, 0], [32, 16], [32, 24]] and attention.attrs["kv_heads"] == 2
+    assert len(calls_of(mod, "linear")) == 1
+
+
+def test_rotations_by_two_tables_are_left_alone():
+    mod = turned(table_of_k="other")
+    assert len(calls_of(mod, "rotary")) == 2 and len(calls_of(mod, "linear")) == 3

@@ -28,7 +28,7 @@ class Heads:
     """heads x head_dim, with Q, K and V side by side in one buffer or in three.
 
     distances: which tables there are over distances, of "keys" and "queries". dtype: of Q, K and V; out: of the result;
-    wider: by how much rows are wider than their columns.
+    wider: by how much rows are wider than their columns. kv_heads: of K and V, if fewer; window: how far a query sees.
     """
 
     heads: int
@@ -40,6 +40,8 @@ class Heads:
     out: str = FP32
     wider: int = 0
     scale: float | None = None
+    kv_heads: int | None = None
+    window: int | None = None
 
     @property
     def factor(self) -> float:
@@ -53,15 +55,24 @@ class Heads:
     def table(self) -> tuple[int, int, int]:
         return self.heads, self.head_dim, 2 * MAX_LENGTH - 1
 
+    @property
+    def widths(self) -> list[int]:
+        """Columns of Q, K and V."""
+        return [self.hidden, *[(self.kv_heads or self.heads) * self.head_dim] * 2]
+
     def kernel(self, tiles: CpuTiles) -> tvm.tirx.PrimFunc:
         h, more = self.hidden, self.wider
-        operands = [(3 * h + more, i * h) for i in range(3)] if self.merged else [(h + more, 0)] * 3
+        total, starts = sum(self.widths), np.cumsum([0, *self.widths]).tolist()
+        operands = [(total, start) for start in starts[:3]] if self.merged else [(width, 0) for width in self.widths]
+        operands = [(width + more, first) for width, first in operands]
         return attention(
             tiles,
             heads=self.heads,
             head_dim=self.head_dim,
             scale=self.factor,
             max_length=MAX_LENGTH,
+            kv_heads=self.kv_heads,
+            window=self.window,
             position_bias=self.bias,
             key_distances="keys" in self.distances,
             query_distances="queries" in self.distances,
@@ -85,7 +96,9 @@ def expected(
     out, begin = np.zeros((2, len(qkv), shape.hidden)), 0
     for length in lengths:
         rows = slice(begin, begin + length)
-        q, k, v = in_format(qkv[rows], shape.dtype).reshape(length, 3, shape.heads, -1).transpose(1, 2, 0, 3)
+        parts = np.split(in_format(qkv[rows], shape.dtype), np.cumsum(shape.widths)[:2], axis=1)
+        q, k, v = (part.reshape(length, -1, shape.head_dim).transpose(1, 0, 2) for part in parts)
+        k, v = (np.repeat(x, shape.heads // len(x), axis=0) for x in (k, v))
         scores = q @ k.transpose(0, 2, 1)
         distance = np.arange(length)[:, None] - np.arange(length) + MAX_LENGTH - 1
         for kind, table in zip(shape.distances, tables, strict=True):
@@ -96,6 +109,9 @@ def expected(
         scores = scores * shape.factor
         if bias is not None:
             scores += bias[:, np.arange(length) - np.arange(length)[:, None] + MAX_LENGTH - 1]
+        if shape.window is not None:
+            far = np.abs(np.arange(length) - np.arange(length)[:, None]) > shape.window
+            scores = np.where(far, -np.inf, scores)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         weights /= weights.sum(-1, keepdims=True)
         context = weights @ v
@@ -162,7 +178,7 @@ def compiled(stored, loaded, packed):
             kernels[shape, str(target)] = tvm.compile(module, target=target)["kernel"]
 
         def run(qkv: np.ndarray, lengths, bias: np.ndarray | None = None, tables=()) -> np.ndarray:
-            parts = [qkv] * 3 if shape.merged else np.split(qkv, 3, axis=1)
+            parts = [qkv] * 3 if shape.merged else np.split(qkv, np.cumsum(shape.widths)[:2], axis=1)
             surplus = -len(qkv) % tiles.row_tile
             parts = [np.pad(part, ((0, surplus), (0, 0))) for part in parts]
             parts = [stored(part, shape.dtype, part.shape[1] + shape.wider) for part in parts]
@@ -182,7 +198,7 @@ def compiled(stored, loaded, packed):
 
 
 def random_qkv(rows: int, shape: Heads, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal((rows, 3 * shape.hidden), dtype="float32")
+    return np.random.default_rng(seed).standard_normal((rows, sum(shape.widths)), dtype="float32")
 
 
 def random_bias(shape: Heads) -> np.ndarray | None:
@@ -197,6 +213,7 @@ SHAPES = [
     Heads(2, 36, merged=False),
     Heads(2, 7, bias=True),
     Heads(2, 80),
+    Heads(6, 32, kv_heads=2, window=40),
 ]
 FORMATS = [
     Heads(3, 32, wider=16),
@@ -205,6 +222,7 @@ FORMATS = [
     Heads(3, 64, out=BF16, wider=32),
     Heads(2, 32, scale=1.0),
     Heads(2, 48, bias=True, scale=0.03, out=BF16),
+    Heads(4, 128, merged=False, bias=True, kv_heads=1, window=3),
 ]
 
 
@@ -226,8 +244,16 @@ def test_ragged_batch_matches_float64(shape, as_stored, target, compiled):
 @pytest.mark.parametrize(
     "arithmetic", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in ("fp32", "bf16")], indirect=True
 )
-def test_tables_over_distances_match_float64(as_stored, target, compiled):
-    shape = as_stored(Heads(2, 19, bias=True, distances=("keys", "queries")))
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Heads(2, 19, bias=True, distances=("keys", "queries")),
+        pytest.param(Heads(2, 19, distances=("keys", "queries"), kv_heads=1, window=40), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_tables_over_distances_match_float64(shape, as_stored, target, compiled):
+    shape = as_stored(shape)
     lengths = np.random.default_rng(2).permutation([*RAGGED, *range(14, 22)])
     qkv, bias = random_qkv(sum(lengths), shape), random_bias(shape)
     tables = [np.random.default_rng(i).standard_normal(shape.table, "float32") for i, _ in enumerate(shape.distances)]
@@ -248,6 +274,17 @@ def test_every_short_length(length, as_stored, target, compiled):
     shape = as_stored(Heads(2, 36, merged=False))
     qkv = random_qkv(length, shape, seed=length)
     check(compiled(shape, target)(qkv, [length]), qkv, [length], shape)
+
+
+@pytest.mark.parametrize("length", [1, 31, 41, 75, 200])
+def test_what_a_window_does_not_reach_does_not_matter(length, as_stored, target, compiled):
+    shape = as_stored(Heads(6, 32, kv_heads=2, window=40))
+    run, qkv = compiled(shape, target), random_qkv(length, shape)
+    clean = run(qkv, [length])
+    qkv[0, shape.hidden :] = np.nan  # key and value of the first token
+    np.testing.assert_array_equal(run(qkv, [length])[41 + 32 : length], clean[41 + 32 : length])
+    qkv[0] = 1e4
+    np.testing.assert_array_equal(run(qkv, [length])[41:length], clean[41:length])
 
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf, 1e30])

@@ -39,6 +39,8 @@ class Heads:
     wider: int = 0
     scale: float | None = None
     max_length: int = MAX_LENGTH
+    kv_heads: int | None = None
+    window: int | None = None
 
     @property
     def factor(self) -> float:
@@ -48,17 +50,26 @@ class Heads:
     def hidden(self) -> int:
         return self.heads * self.head_dim
 
+    @property
+    def widths(self) -> list[int]:
+        """Columns of Q, K and V."""
+        return [self.hidden, *[(self.kv_heads or self.heads) * self.head_dim] * 2]
+
 
 @functools.cache
 def kernel_of(shape: Heads, **options) -> tvm.tirx.PrimFunc:
     h, more = shape.hidden, shape.wider
-    operands = [(3 * h + more, i * h) for i in range(3)] if shape.merged else [(h + more, 0)] * 3
+    total, starts = sum(shape.widths), np.cumsum([0, *shape.widths]).tolist()
+    operands = [(total, start) for start in starts[:3]] if shape.merged else [(width, 0) for width in shape.widths]
+    operands = [(width + more, first) for width, first in operands]
     return attention_amx.attention(
         tiles.AMX,
         heads=shape.heads,
         head_dim=shape.head_dim,
         scale=shape.factor,
         max_length=shape.max_length,
+        kv_heads=shape.kv_heads,
+        window=shape.window,
         x=RowFormat(operands[0][0], BF16),
         out=RowFormat(h + more, BF16),
         **dict(zip("qkv", operands, strict=True)),
@@ -79,8 +90,13 @@ def query_tiles(spans) -> np.ndarray:
 def expected(qkv: np.ndarray, span: tuple[int, int], shape: Heads) -> tuple[np.ndarray, np.ndarray]:
     """The result for a sequence, and how much rounding to bf16 may change it: that of the weights and of the result."""
     exact = qkv[slice(*span)].astype(ml_dtypes.bfloat16).astype("float64")
-    q, k, v = exact.reshape(len(exact), 3, shape.heads, -1).transpose(1, 2, 0, 3)
+    parts = np.split(exact, np.cumsum(shape.widths)[:2], axis=1)
+    q, k, v = (part.reshape(len(exact), -1, shape.head_dim).transpose(1, 0, 2) for part in parts)
+    k, v = (np.repeat(x, shape.heads // len(x), axis=0) for x in (k, v))
     scores = q @ k.transpose(0, 2, 1) * shape.factor
+    if shape.window is not None:
+        far = np.abs(np.arange(len(exact)) - np.arange(len(exact))[:, None]) > shape.window
+        scores = np.where(far, -np.inf, scores)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
     both = np.stack([weights @ v, HALF_ULP * (weights @ abs(v) + abs(weights @ v))])
@@ -102,7 +118,9 @@ def check_use(use, spans, shape) -> None:
     assert not use.fault and not use.active and not use.repeated
     tiles_of_tasks = 0
     for first, begin, end in query_tiles(spans):
-        tiles_of_tasks += -(-(end - begin) // BLOCK) * (4 if min(end - first, BLOCK) > 16 else 2)
+        last, reach = min(end, first + BLOCK), end - begin if shape.window is None else shape.window
+        seen = min(end, last + reach) - max(begin, first - reach)
+        tiles_of_tasks += -(-seen // BLOCK) * (4 if last - first > 16 else 2)
     assert use.products == 2 * shape.heads * shape.head_dim // BLOCK * tiles_of_tasks
 
 
@@ -115,7 +133,7 @@ def attend(run_kernel, stored, loaded, tile_machine):
     instructions, report = tile_machine.instructions, tile_machine.report
 
     def attend(shape: Heads, qkv: np.ndarray, spans) -> np.ndarray:
-        parts = [qkv] * 3 if shape.merged else np.split(qkv, 3, axis=1)
+        parts = [qkv] * 3 if shape.merged else np.split(qkv, np.cumsum(shape.widths)[:2], axis=1)
         parts = [np.pad(part, ((0, -len(qkv) % R), (0, 0)), constant_values=np.nan) for part in parts]
         parts = [stored(part, BF16, part.shape[1] + shape.wider) for part in parts]
         inputs = [*(part.reshape(-1, R, part.shape[1]) for part in parts), query_tiles(spans)]
@@ -131,7 +149,7 @@ def attend(run_kernel, stored, loaded, tile_machine):
 
 
 def random_qkv(rows: int, shape: Heads, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal((rows, 3 * shape.hidden), dtype=FP32)
+    return np.random.default_rng(seed).standard_normal((rows, sum(shape.widths)), dtype=FP32)
 
 
 # few heads: the tasks of a short batch are as many parallel iterations; 12: an iteration has several
@@ -146,6 +164,8 @@ SHAPES = [
     Heads(3, 96, merged=False, scale=0.5),
     Heads(2, 128, merged=False, wider=4, scale=0.03),
     Heads(4, 128),
+    Heads(6, 32, kv_heads=2, window=40),
+    Heads(4, 64, merged=False, kv_heads=1, window=3),
 ]
 
 

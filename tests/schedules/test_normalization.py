@@ -36,7 +36,7 @@ def layer_norm64(x, gamma, beta, eps=EPS):
 
 
 def run_layer_norm(run_kernel, target, x, gamma, beta, eps=EPS):
-    kernel = normalization.layer_norm(tiles.cpu_tiles(target), n=x.shape[-1], eps=eps)
+    kernel = normalization.norm(tiles.cpu_tiles(target), n=x.shape[-1], eps=eps)
     return run_kernel(kernel, [x, gamma, beta], x.shape, target)
 
 
@@ -45,10 +45,27 @@ def test_layer_norm(run_kernel, target, n, residual):
     geometry = tiles.cpu_tiles(target)
     x, extra = draw(1, 3, geometry.row_tile, n), draw(2, 3, geometry.row_tile, n)
     gamma, beta = draw(3, n), draw(4, n)
-    kernel = normalization.layer_norm(geometry, n=n, eps=1e-5, residual=residual)
+    kernel = normalization.norm(geometry, n=n, eps=1e-5, residual=residual)
     out = run_kernel(kernel, [x, *([extra] * residual), gamma, beta], x.shape, target)
     expected = layer_norm64(x.astype("float64") + extra * residual, gamma, beta, 1e-5)
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("n,residual", [(1, False), (7, True), (100, False), (768, True)])
+def test_rms_norm(run_kernel, target, n, residual):
+    geometry = tiles.cpu_tiles(target)
+    x, extra, gamma = draw(1, 3, geometry.row_tile, n), draw(2, 3, geometry.row_tile, n), draw(3, n)
+    x[0, 0] += 1e3
+    kernel = normalization.norm(geometry, n=n, eps=1e-5, kind="rms", residual=residual)
+    out = run_kernel(kernel, [x, *([extra] * residual), gamma], x.shape, target)
+    total = x.astype("float64") + extra * residual
+    wanted = total / np.sqrt((total * total).mean(-1, keepdims=True) + 1e-5) * gamma
+    np.testing.assert_allclose(out, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_an_unknown_kind_of_norm():
+    with pytest.raises(ValueError, match="unknown norm 'batch'"):
+        normalization.norm(tiles.AVX2, n=8, eps=EPS, kind="batch")
 
 
 def bound(wanted, dtype):
@@ -62,7 +79,7 @@ def test_formats_of_layer_norm(run_kernel, stored, loaded, target, formats, n):
     x, extra, out = (RowFormat(n + more, dtype) for more, dtype in zip(wider, dtypes, strict=True))
     rows = [stored(draw(i, 3, geometry.row_tile, n), f.dtype, f.width) for i, f in enumerate((x, extra))]
     gamma, beta = draw(3, n), draw(4, n)
-    kernel = normalization.layer_norm(geometry, n=n, eps=1e-5, residual=True, x=x, extra=extra, out=out)
+    kernel = normalization.norm(geometry, n=n, eps=1e-5, residual=True, x=x, extra=extra, out=out)
     shape = (3, geometry.row_tile, out.width)
     got = loaded(run_kernel(kernel, [*rows, gamma, beta], shape, target, out.dtype), n)
     wanted = layer_norm64(loaded(rows[0], n) + loaded(rows[1], n), gamma, beta, 1e-5)
@@ -124,7 +141,7 @@ def test_l2_normalize(run_kernel, target, n):
 def test_neon_compiles_to_vectors_without_allocations(assembly, neon_target):
     geometry = tiles.cpu_tiles(neon_target)
     for kernel in (
-        normalization.layer_norm(geometry, n=100, eps=EPS, residual=True),
+        normalization.norm(geometry, n=100, eps=EPS, residual=True),
         normalization.l2_normalize(geometry, n=100),
     ):
         text = assembly(kernel, neon_target)
@@ -136,7 +153,7 @@ def test_neon_compiles_to_vectors_without_allocations(assembly, neon_target):
 def test_layer_norm_in_the_place_of_an_input(run_kernel, target, over):
     geometry, n = tiles.cpu_tiles(target), 100
     rows, affine = [draw(i, 3, geometry.row_tile, n) for i in (1, 2)], [draw(3, n), draw(4, n)]
-    kernel = normalization.layer_norm(geometry, n=n, eps=1e-5, residual=True)
+    kernel = normalization.norm(geometry, n=n, eps=1e-5, residual=True)
     wanted = run_kernel(kernel, [*rows, *affine], rows[0].shape, target)
     got = run_kernel(kernel, [*rows, *affine], rows[0].shape, target, out=rows[over])
     np.testing.assert_array_equal(got, wanted)

@@ -38,7 +38,7 @@ def test_script_is_executable_bash(script: Path) -> None:
 
 def test_ci_runs_what_people_run() -> None:
     assert (ROOT / ".ci" / "run").read_text().splitlines()[1:] == [
-        'exec "$(dirname "${BASH_SOURCE[0]}")/../scripts/test"'
+        'exec "$(dirname "${BASH_SOURCE[0]}")/../scripts/test" --all'
     ]
 
 

@@ -75,6 +75,7 @@ def test_products_of_an_artifact_run_in_tiles(compiled, tmp_path):
     assert TDPBF16PS.search(code)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target,precision", [("cpu:znver4", "bf16"), ("cpu:sapphirerapids", "fp32")])
 def test_other_artifacts_do_without(compiled, target, precision, tmp_path):
     model = compiled(target, precision)

@@ -330,6 +330,7 @@ class TestMachineCode:
         assert type(chosen["sm_90"]).__name__ == "Nvcc"
         assert "sm_70" in chosen["sm_90"].architectures() or type(chosen["sm_70"]).__name__ == "Nvrtc"
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("precision", "target"),
         [("fp16", "cuda:sm_75,sm_80,sm_90"), ("fp32", "cuda:sm_75"), ("bf16", "cuda:sm_89")],

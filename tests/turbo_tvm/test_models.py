@@ -152,6 +152,7 @@ def cosine(got: np.ndarray, wanted: np.ndarray) -> float:
     return float(((got * wanted).sum(-1) / lengths).min())
 
 
+@pytest.mark.slow
 @needs_bf16
 @pytest.mark.parametrize("name", [p for p in GROUPED if p.values[0] not in ("xlm-roberta", "electra")])
 def test_bf16_points_where_pytorch_does(name):
@@ -195,6 +196,7 @@ def large(precision: str) -> tuple[torch.nn.Module, turbo_tvm.CompiledModel]:
     return model, turbo_tvm.compile(model, precision=precision)
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("large")
 def test_the_widths_of_bert_large():
     model, compiled = large("fp32")
@@ -203,6 +205,7 @@ def test_the_widths_of_bert_large():
         np.testing.assert_allclose(got, reference(model, sequence)["last_hidden_state"], rtol=0, atol=AGREEMENT)
 
 
+@pytest.mark.slow
 @needs_bf16
 @pytest.mark.xdist_group("large")
 def test_the_widths_of_bert_large_in_bf16_take_half_the_space(tmp_path):

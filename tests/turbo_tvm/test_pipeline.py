@@ -199,12 +199,13 @@ PACKED = [
     "02_fuse_pooling",
     "03_remove_padding",
     "04_fuse_linear",
-    "05_merge_qkv",
-    "06_fuse_norm",
-    "07_fuse_embedding",
-    "08_widen_rows",
-    "09_pack_weights",
-    "10_hoist_weights",
+    "05_fuse_gate",
+    "06_merge_qkv",
+    "07_fuse_norm",
+    "08_fuse_embedding",
+    "09_widen_rows",
+    "10_pack_weights",
+    "11_hoist_weights",
 ]
 
 
@@ -215,7 +216,7 @@ def test_every_pass_writes_what_it_made(imported, tmp_path, monkeypatch):
     assert sorted(p.stem for p in (directory / "packed").iterdir()) == PACKED
     assert "R.nn.attention" in (directory / "packed" / "00_normalize.py").read_text()
     assert "R.nn.attention" not in (directory / "packed" / "01_fuse_attention.py").read_text()
-    assert (directory / "packed" / "10_hoist_weights.py").read_text() == optimized.mod.script(show_meta=False)
+    assert (directory / "packed" / "11_hoist_weights.py").read_text() == optimized.mod.script(show_meta=False)
 
 
 def test_bf16_is_a_pass_of_its_own(imported, tmp_path, monkeypatch):

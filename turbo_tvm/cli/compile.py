@@ -1,4 +1,4 @@
-"""`turbo-tvm compile`: from a model folder to an artifact."""
+"""`turbo-tvm compile`: from a model folder or an ONNX file to an artifact."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from turbo_tvm.cli.options import Failure, debug_option
 
 if TYPE_CHECKING:
     from turbo_tvm.runtime.manifest import Manifest
+    from turbo_tvm.runtime.model import CompiledModel
 
 
 @click.command("compile")
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="A tokenizer.json to carry.  [default: the folder's own]",
 )
+@click.option("--check", is_flag=True, help="Run an ONNX file beside the result on random ragged batches and compare.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress and no summary.")
 @debug_option
 def compile_command(
@@ -53,25 +55,30 @@ def compile_command(
     max_length: int | None,
     name: str | None,
     tokenizer: Path | None,
+    check: bool,
     quiet: bool,
 ) -> None:
-    """Compile a model folder into one file.
+    """Compile a model folder or an ONNX file into one file.
 
     MODEL is a folder with config.json, model.safetensors and, for text input, a tokenizer, as Hugging Face and
-    sentence-transformers write them. The file serves every batch size and length up to --max-length.
+    sentence-transformers write them; or an ONNX file of opset 11 to 23. The result serves every batch size and length
+    up to --max-length.
 
-    Compiling needs PyTorch, transformers and a C++ compiler, and for GPUs nvcc or the packages of turbo-tvm[cuda12],
-    but no GPU; running the file needs none of them.
+    Compiling needs a C++ compiler, PyTorch and transformers for folders, turbo-tvm[onnx] for ONNX files, and for GPUs
+    nvcc or the packages of turbo-tvm[cuda12], but no GPU; running the file needs none of them.
 
     \b
     Examples:
       turbo-tvm compile path/to/minilm -o minilm.turbo
+      turbo-tvm compile path/to/bert.onnx -o bert.turbo --check
       turbo-tvm compile path/to/bert -o bert.turbo --max-length 128
       turbo-tvm compile path/to/bert -o bert-gpu.turbo --target cuda:sm_80,sm_90 --precision fp16
       turbo-tvm compile path/to/bert -o bert.turbo --precision bf16
       turbo-tvm compile path/to/bert -o bert.turbo --target cpu:x86-64-v3
     """
     _check_output(output)
+    if check and model.suffix != ".onnx":
+        raise Failure(f"--check is for ONNX files; {model} is compared with PyTorch at the end of every compile")
     from turbo_tvm import artifact, config
 
     config.quiet_model_loading()
@@ -89,6 +96,24 @@ def compile_command(
     compiled.save(output)
     if not quiet:
         click.echo(_summary(output, artifact.read(output).manifest))
+    if check:
+        _print_check(model, compiled, progress=not quiet)
+
+
+def _print_check(path: Path, compiled: CompiledModel, progress: bool) -> None:
+    """How far each output is from the file's own; a Failure if that is too far."""
+    from turbo_tvm.frontends.imported import TOLERANCES
+    from turbo_tvm.frontends.onnx_check import check
+
+    found = check(path, compiled, progress=progress)
+    count, shortest, longest = len(found.lengths), min(found.lengths), max(found.lengths)
+    click.echo(f"agreement with {found.reference} on {count} sequences of {shortest} to {longest} tokens:")
+    for one in found.outputs:
+        click.echo(f"  {one.output}  largest difference {one.difference:.2g}, largest value {one.largest:.3g}")
+    allowed = TOLERANCES[compiled.manifest.precision]
+    far = [one.output for one in found.outputs if not one.difference <= allowed * max(one.largest, 1e-6)]
+    if far:
+        raise Failure(f"{', '.join(far)}: differs by more than {allowed:.1%} of its largest value; do not use the file")
 
 
 def _check_output(output: Path) -> None:

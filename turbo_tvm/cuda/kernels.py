@@ -13,13 +13,14 @@ from turbo_tvm.kernels import (
     embedding_options,
     linear_options,
     overwritable,
+    rotary_options,
     row_formats,
 )
 from turbo_tvm.passes.composite import Composite
-from turbo_tvm.schedules.cuda import attention, embedding, linear, normalization, pooling, rows
+from turbo_tvm.schedules.cuda import attention, embedding, gate, linear, normalization, pooling, rotary, rows
 from turbo_tvm.schedules.cuda.tiles import CudaTiles
 
-_ON_HOST = ("pack_weight", "pack_bias", "cast_weight", "toeplitz")
+_ON_HOST = ("pack_weight", "pack_bias", "cast_weight")
 _TILED = ("linear", "attention")  # schedules that take tiles
 
 
@@ -47,6 +48,12 @@ class CudaKernels(WeightKernels):
     def _norm(self, fused: Composite, out: relax.TensorType) -> Recipe:
         vectors = str(fused.tensors[-1].ty.dtype)
         return normalization.norm, {"n": true_columns(fused, out), "vectors": vectors, **fused.attrs}
+
+    def _gate(self, fused: Composite, out: relax.TensorType) -> Recipe:
+        return gate.gate, fused.attrs
+
+    def _rotary(self, fused: Composite, out: relax.TensorType) -> Recipe:
+        return rotary.rotary, rotary_options(fused)
 
     def _normalize(self, fused: Composite, out: relax.TensorType) -> Recipe:
         return normalization.norm, {"n": last_dim(out), "kind": "l2", **fused.attrs}

@@ -12,6 +12,8 @@ from tvm import ir
 
 from turbo_tvm.runtime.manifest import Bounds, PositionRule
 
+DEFAULT_MAX_LENGTH = 512  # tokens, of models that name no limit
+
 # Of an output's largest value: well above rounding, well below another answer.
 TOLERANCES = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.02}
 
@@ -29,12 +31,17 @@ class Sample:
 
     def differences(self, answers: Mapping[str, Any]) -> dict[str, float]:
         """How far each output is from the model's own, relative to its largest value; padding does not count."""
+        return {
+            name: float(np.abs(got - wanted).max() / max(np.abs(wanted).max(), 1e-6))
+            for name, (got, wanted) in self.pairs(answers).items()
+        }
+
+    def pairs(self, answers: Mapping[str, Any]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Each output as answered and as the model's own, for real tokens."""
         found = {}
         for name, wanted in self.outputs.items():
             got, real = np.asarray(answers[name]), self.mask.astype(bool)
-            if wanted.shape[:2] == real.shape:
-                got, wanted = got[real], wanted[real]
-            found[name] = float(np.abs(got - wanted).max() / max(np.abs(wanted).max(), 1e-6))
+            found[name] = (got[real], wanted[real]) if wanted.shape[:2] == real.shape else (got, wanted)
         return found
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
 
 import torch
 import tvm
@@ -11,7 +10,8 @@ from torch import nn
 from tvm import ir, relax
 from tvm.relax.frontend.torch import from_exported_program
 
-from turbo_tvm.passes.rewriter import builder_without_main, shape_of, substitute
+from turbo_tvm.frontends.torch_operators import CONVERTERS
+from turbo_tvm.passes.rewriter import builder_without_main, substitute
 
 _KEPT_WHOLE = ("scaled_dot_product_attention", "linear", "layer_norm", "gelu", "matmul", "softmax")
 
@@ -28,8 +28,8 @@ def to_relax(
         program,
         keep_params_as_input=True,
         unwrap_unit_return_tuple=True,
-        custom_convert_map={"repeat.default": _repeat},
         run_ep_decomposition=False,
+        custom_convert_map=dict(CONVERTERS),
     )
     mod, params = relax.frontend.detach_params(mod)
     return _name_inputs(mod, names), list(params["main"])
@@ -47,18 +47,6 @@ def _export(module: nn.Module, example: tuple[torch.Tensor, ...], max_length: in
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         return torch.export.export(module, example, dynamic_shapes=shapes).run_decompositions(table)
-
-
-def _repeat(node: torch.fx.Node, importer: Any) -> relax.Expr:
-    """`x.repeat(...)` by broadcasting: TVM's own tile takes no symbolic count."""
-    x, *counts = importer.retrieve_args(node)
-    counts = counts[0] if isinstance(counts[0], tuple | list) else counts
-    shape = [1] * (len(counts) - len(shape_of(x))) + shape_of(x)
-    pairs = list(zip(counts, shape, strict=True))
-    emit = importer.block_builder.emit
-    apart = emit(relax.op.reshape(x, [d for size in shape for d in (1, size)]))
-    wide = emit(relax.op.broadcast_to(apart, [d for pair in pairs for d in pair]))
-    return emit(relax.op.reshape(wide, [count * size for count, size in pairs]))
 
 
 def _name_inputs(mod: ir.IRModule, names: tuple[str, ...]) -> ir.IRModule:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from turbo_tvm.errors import UnsupportedModelError, summary
-from turbo_tvm.frontends.imported import TOLERANCES, Imported, Sample
+from turbo_tvm.frontends.imported import DEFAULT_MAX_LENGTH, TOLERANCES, Imported, Sample
 from turbo_tvm.frontends.torch_export import to_relax
 from turbo_tvm.frontends.torch_wrapper import (
     FixedInputs,
@@ -27,8 +27,6 @@ from turbo_tvm.frontends.torch_wrapper import (
     vocab_size,
 )
 from turbo_tvm.runtime.manifest import Bounds, PositionRule
-
-DEFAULT_MAX_LENGTH = 512
 
 
 def import_module(

@@ -22,6 +22,7 @@ from turbo_tvm.runtime.batch import position_ids
 from turbo_tvm.runtime.manifest import PositionRule
 
 MASKED = -1e9  # added to the scores of masked keys
+SLIDING = "sliding_attention"  # what transformers calls layers with a window
 _BATCH, _LENGTH = 2, 7  # the example that is traced: sizes of 1 would be taken for constants
 
 
@@ -65,8 +66,9 @@ class FixedInputs(nn.Module):
         call = dict(inspect.signature(encoder.forward).bind(*args, **kwargs).arguments)
         call.update(call.pop("kwargs", {}))
         mask = call.get("attention_mask")
-        if mask is not None and mask.dim() == 2 and relative_encoder_of(self.model) is None:
-            call["attention_mask"] = (1.0 - mask.to(torch.float32))[:, None, None, :] * MASKED
+        reads_masks = relative_encoder_of(self.model) is None
+        if reads_masks and isinstance(mask, torch.Tensor) and mask.dim() == 2:
+            call["attention_mask"] = _additive_masks(mask, sliding_window(encoder))
         for name in ("token_type_ids", "position_ids"):
             if call.get(name) is None and name in self._given:
                 call[name] = self._given[name]
@@ -85,6 +87,16 @@ class FixedInputs(nn.Module):
     def output_names(self) -> tuple[str, ...]:
         """The names of the model's outputs, in order."""
         return tuple(self.named(*self.example(sample_ids(self.model))))
+
+
+def _additive_masks(mask: torch.Tensor, window: int | None) -> torch.Tensor | dict[str, torch.Tensor]:
+    """The mask, added to scores; by the kind of layer for a model some of whose layers see no farther than a window."""
+    keys = (1.0 - mask.to(torch.float32))[:, None, None, :] * MASKED
+    if window is None:
+        return keys
+    positions = torch.arange(mask.shape[1])
+    far = ((positions[None, :] - positions[:, None]).abs() > window).to(torch.float32) * MASKED
+    return {"full_attention": keys, SLIDING: keys + far[None, None]}
 
 
 def tensors_of(output: Any) -> dict[str, torch.Tensor]:
@@ -106,13 +118,21 @@ def input_names_of(model: nn.Module) -> tuple[str, ...]:
 
 
 def encoder_of(model: nn.Module) -> nn.Module | None:
-    """The Hugging Face model that this is, or the first one inside it."""
-    return next((m for m in model.modules() if isinstance(m, transformers.PreTrainedModel)), None)
+    """The Hugging Face model that this is, or the first one inside it, without its head."""
+    found = next((m for m in model.modules() if isinstance(m, transformers.PreTrainedModel)), None)
+    return found.base_model if found is not None else None
 
 
 def config_of(model: nn.Module) -> Any:
     """The configuration of the Hugging Face model that this is or holds."""
     return getattr(encoder_of(model), "config", None)
+
+
+def sliding_window(model: nn.Module) -> int | None:
+    """How far some of the layers see, in tokens to either side; None if all of them see everything."""
+    config = config_of(model)
+    window = getattr(config, "sliding_window", None)
+    return int(window) if window is not None and SLIDING in (getattr(config, "layer_types", None) or ()) else None
 
 
 def _fixed_names(model: nn.Module, positions: PositionRule) -> tuple[str, ...]:
@@ -143,9 +163,13 @@ def vocab_size(model: nn.Module) -> int:
 
 
 def sample_ids(model: nn.Module) -> torch.Tensor:
-    """Token ids with the pad id, if there is one, in the middle: what the position rules differ in."""
+    """Token ids with the pad id, if there is one, in the middle: what the position rules differ in.
+
+    Longer than a window, if the model has one: inside of it all layers see all tokens.
+    """
     vocabulary = vocab_size(model)
-    ids = torch.randint(0, vocabulary, (_BATCH, _LENGTH), generator=torch.Generator().manual_seed(0))
+    length = _LENGTH + (sliding_window(model) or 0)
+    ids = torch.randint(0, vocabulary, (_BATCH, length), generator=torch.Generator().manual_seed(0))
     pad = getattr(config_of(model), "pad_token_id", None)
     if pad is not None and 0 <= int(pad) < vocabulary:
         ids[:, 2] = int(pad)

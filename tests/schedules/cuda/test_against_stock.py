@@ -84,6 +84,7 @@ def count(gpu, modules, operator: str, n: int, dtype: str) -> tuple[simt.Counts,
     return total, gpu.counts()
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("cuda-stock")
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("operator", ["softmax", "norm", "add_norm"])

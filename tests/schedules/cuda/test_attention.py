@@ -16,10 +16,24 @@ from turbo_tvm.schedules.rows import RowFormat
 pytestmark = pytest.mark.xdist_group("cuda-attention")
 
 
-def kernel(heads, head_dim, dtype, longest, *, bias=False, out=None, scale=None, merged=True, wider=0):
+def kernel(
+    heads,
+    head_dim,
+    dtype,
+    longest,
+    *,
+    bias=False,
+    out=None,
+    scale=None,
+    merged=True,
+    wider=0,
+    kv_heads=None,
+    window=None,
+):
     inner = heads * head_dim
-    width = (3 * inner if merged else inner) + wider
-    places = [(width, i * inner) for i in range(3)] if merged else [(width, 0)] * 3
+    widths = [inner, *[(kv_heads or heads) * head_dim] * 2]
+    width = (sum(widths) if merged else inner) + wider
+    places = [(width, sum(widths[:i])) for i in range(3)] if merged else [(w + wider, 0) for w in widths]
     return attention(
         CUDA_TILES,
         heads=heads,
@@ -27,6 +41,8 @@ def kernel(heads, head_dim, dtype, longest, *, bias=False, out=None, scale=None,
         scale=scale or head_dim**-0.5,
         max_length=longest,
         position_bias=bias,
+        kv_heads=kv_heads,
+        window=window,
         x=RowFormat(width, dtype),
         out=RowFormat(inner, out or dtype),
         **dict(zip("qkv", places, strict=True)),
@@ -38,7 +54,8 @@ def check(gpu, heads, head_dim, dtype, lengths, *, change=lambda q, k, v: None, 
     merged, wider, biased = options.get("merged", True), options.get("wider", 0), options.get("bias", False)
     scale, out_type = options.get("scale") or head_dim**-0.5, options.get("out") or dtype
     rng, limits = np.random.default_rng(0), batch.boundaries(list(lengths))
-    q, k, v = (rng.normal(size=(sum(lengths), inner)) for _ in range(3))
+    shared, window = heads // (options.get("kv_heads") or heads), options.get("window")
+    q, k, v = (rng.normal(size=(sum(lengths), size)) for size in (inner, inner // shared, inner // shared))
     change(q, k, v)
     parts = [stored(part, dtype) for part in (q, k, v)]
     spare = np.full((len(q), wider), 0x7E, np.uint16 if dtype != "float32" else np.uint32).view(parts[0].dtype)
@@ -57,15 +74,18 @@ def check(gpu, heads, head_dim, dtype, lengths, *, change=lambda q, k, v: None, 
         index = np.arange(end - begin)
         for head in range(heads):
             at = np.s_[begin:end, head * head_dim : (head + 1) * head_dim]
-            scores = q[at] @ k[at].T * scale
+            kv_at = np.s_[begin:end, head // shared * head_dim : (head // shared + 1) * head_dim]
+            scores = q[at] @ k[kv_at].T * scale
             if biased:
                 scores += table[head][index[None] - index[:, None] + longest - 1]
+            if window is not None:
+                scores = np.where(np.abs(index[None] - index[:, None]) > window, -1e9, scores)
             weights = np.exp(scores - scores.max(1, keepdims=True))
             weights /= weights.sum(1, keepdims=True)
-            want = weights @ v[at]
+            want = weights @ v[kv_at]
             # The weights are rounded to the operands' format; scores are sums of head_dim products in fp32.
             rounded = 0 if dtype == "float32" else ULP[dtype]
-            error = (rounded + 2e-6 + 5e-7 * np.abs(scores).max()) * (weights @ np.abs(v[at]))
+            error = (rounded + 2e-6 + 5e-7 * np.abs(scores[weights > 0]).max()) * (weights @ np.abs(v[kv_at]))
             error += ULP[out_type] / 2 * np.abs(want) + 1e-7
             assert (np.abs(found[at] - want) <= error).all()
     return gpu.counts()
@@ -96,6 +116,12 @@ def test_heads_of_any_width(gpu, dtype, head_dim):
 )
 def test_options(gpu, dtype, options):
     check(gpu, 2, 32, dtype, (70, 3, 33), **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [0, 5, 70])
+def test_windows_and_grouped_heads(gpu, dtype, window):
+    check(gpu, 4, 32, dtype, (200, 3, 65), kv_heads=2, window=window, merged=window > 0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

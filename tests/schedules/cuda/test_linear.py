@@ -81,6 +81,7 @@ def kernels(gpu):
     return of
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("k", "n"), SIZES)
 def test_products_of_every_width_match_float64(gpu, kernels, dtype, k, n):

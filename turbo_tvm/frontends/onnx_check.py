@@ -1,0 +1,64 @@
+"""How well a compiled model agrees with the ONNX file it was compiled from, on random ragged batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from turbo_tvm.frontends.imported import Sample
+from turbo_tvm.frontends.onnx_file import load_file
+from turbo_tvm.frontends.onnx_inputs import read_inputs
+from turbo_tvm.frontends.onnx_reference import Reference, random_batch
+from turbo_tvm.progress import Progress
+from turbo_tvm.runtime.model import CompiledModel
+
+_LONGEST = 512  # tokens: the file computes every padding token too
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """One output: its largest difference over all batches, absolute, and the largest value that the file gave."""
+
+    output: str
+    difference: float
+    largest: float
+
+
+@dataclass(frozen=True)
+class Check:
+    """reference: what computed the file's answers. lengths: tokens per sequence, of all batches."""
+
+    reference: str
+    lengths: tuple[int, ...]
+    outputs: tuple[Agreement, ...]
+
+
+def check(path: Path, compiled: CompiledModel, batches: int = 4, progress: bool | None = None) -> Check:
+    """Compare answers for `batches` random batches of sequences of 1 to at most 512 tokens.
+
+    Raises UnsupportedModelError if the file cannot be run.
+    """
+    manifest = compiled.manifest
+    rng = np.random.default_rng(0)
+    with Progress("check", progress) as show:
+        show("loading the ONNX file")
+        model = load_file(path)
+        inputs, reference = read_inputs(path, model), Reference(path, model)
+        found: dict[str, tuple[float, float]] = {}
+        lengths: list[int] = []
+        for number in range(batches):
+            show(f"batch {number + 1} of {batches}, {reference.name}")
+            longest = int(rng.integers(1, min(_LONGEST, manifest.bounds.max_length) + 1))
+            ids, mask = random_batch(inputs, manifest.bounds, rng, 1 + 2 * number, longest)
+            sample = Sample(ids, mask, reference(inputs.feed(ids, mask, manifest.positions)))
+            lengths += mask.sum(1).tolist()
+            for name, (got, wanted) in sample.pairs(compiled(ids, mask)).items():
+                difference, largest = found.get(name, (0.0, 0.0))
+                found[name] = max(difference, _largest(got - wanted)), max(largest, _largest(wanted))
+    return Check(reference.name, tuple(lengths), tuple(Agreement(name, *both) for name, both in found.items()))
+
+
+def _largest(values: np.ndarray) -> float:
+    return float(np.abs(values).max())

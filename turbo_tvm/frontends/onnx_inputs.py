@@ -1,0 +1,74 @@
+"""What an ONNX file takes: which of its inputs is which, and a padded batch in its own types."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import helper
+
+from turbo_tvm.errors import UnsupportedModelError
+from turbo_tvm.runtime.batch import position_ids
+from turbo_tvm.runtime.manifest import PositionRule
+
+# Names that exporters give to inputs, by ours.
+_NAMES = {
+    "input_ids": ("input_ids", "input", "tokens", "ids"),
+    "attention_mask": ("attention_mask", "input_mask", "mask"),
+    "token_type_ids": ("token_type_ids", "segment_ids"),
+    "position_ids": ("position_ids",),
+}
+
+
+@dataclass(frozen=True)
+class OnnxInputs:
+    """roles: the file's names by ours. types: their dtypes. batch, length: the numbers that the file fixes, if any."""
+
+    roles: Mapping[str, str]
+    types: Mapping[str, np.dtype]
+    batch: int | None
+    length: int | None
+
+    def feed(self, ids: np.ndarray, mask: np.ndarray, rule: PositionRule) -> dict[str, np.ndarray]:
+        """The file's inputs for token ids and mask (batch, length)."""
+        values = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
+        if "position_ids" in self.roles:
+            values["position_ids"] = np.stack([position_ids(rule, row) for row in ids.astype(np.int32)])
+        return {name: values[role].astype(self.types[role]) for role, name in self.roles.items()}
+
+
+def read_inputs(path: Path, model: onnx.ModelProto) -> OnnxInputs:
+    """The inputs of a checked model. Raises UnsupportedModelError for those that no encoder of text has."""
+    constants = {tensor.name for tensor in model.graph.initializer}
+    given = {i.name: i.type.tensor_type for i in model.graph.input if i.name not in constants}
+    found = {role: next((n for n in names if n in given), None) for role, names in _NAMES.items()}
+    roles = {role: name for role, name in found.items() if name is not None}
+    _check_names(path, list(given), roles)
+    shapes = {name: [d.dim_value or None for d in kind.shape.dim] for name, kind in given.items()}
+    for name, shape in shapes.items():
+        if len(shape) != 2:
+            raise UnsupportedModelError(f"{path}: the input {name} has {len(shape)} dimensions, not (batch, length)")
+    batch, length = (_number(path, shapes, axis) for axis in range(2))
+    types = {role: helper.tensor_dtype_to_np_dtype(given[name].elem_type) for role, name in roles.items()}
+    return OnnxInputs(roles, types, batch, length)
+
+
+def _check_names(path: Path, given: list[str], roles: Mapping[str, str]) -> None:
+    left = [name for name in given if name not in roles.values()]
+    missing = [role for role in ("input_ids", "attention_mask") if role not in roles]
+    if left or missing:
+        why = f"{', '.join(missing)} is missing" if missing else f"{', '.join(left)} is not known"
+        raise UnsupportedModelError(
+            f"{path} takes {', '.join(given)}: {why}; an encoder with input_ids, attention_mask and, if it has them, "
+            "token_type_ids and position_ids is needed"
+        )
+
+
+def _number(path: Path, shapes: Mapping[str, list[int | None]], axis: int) -> int | None:
+    numbers = {shape[axis] for shape in shapes.values()} - {None}
+    if len(numbers) > 1:
+        raise UnsupportedModelError(f"{path}: its inputs have different dimensions: {shapes}")
+    return next(iter(numbers), None)
