@@ -10,7 +10,8 @@ Vocabulary (T = packed rows `(tiles, row_tile, columns)`; before padding is remo
                                                      columns [[width, offset] x 3]; kv_heads: of k and v, if fewer;
                                                      window: keys at most so far away; key_distances, query_distances:
                                                      whether there are these tables
-    pool(x, bounds)                                  mode "first" | "mean"
+    pool(x, bounds)                                  mode "first" | "mean"; of "first" [row], which one, or [token],
+                                                     the first of that id, -1 for that of the largest id
     linear(x, weight, bias, [residual], [gamma, beta])   activation, residual, norm_eps
     norm(x, [residual], gamma, [beta])               eps, residual, kind "rms" (then without beta)
     gate(x)                                          activation, columns, second: activation(one half) * other half
@@ -24,7 +25,8 @@ Vocabulary (T = packed rows `(tiles, row_tile, columns)`; before padding is remo
 
 Rows may be wider than their columns (`widen_rows`); a product then has the attribute `columns`, their true number.
 
-`bounds` is the attention mask while the graph is padded, afterwards `cu_seqlens` (pool) or `query_tiles` (attention).
+`bounds` is the attention mask while the graph is padded, afterwards `query_tiles` (attention), `cu_seqlens` (pool) or
+`pooled_rows` (pool of a token).
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ schedules for the host and look.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,19 +18,19 @@ from turbo_tvm.passes.rewriter import Rewriter, is_call, is_tensor, shape_of, su
 
 
 def cut(
-    rewriter: Rewriter, expr: relax.Expr, at: Collection[relax.Var] = ()
+    rewriter: Rewriter, expr: relax.Expr, at: Sequence[relax.Var] = ()
 ) -> tuple[list[relax.Var], list[tuple[relax.Var, relax.Expr]]]:
     """The parameters that `expr` depends on, and the bindings that compute it, in order.
 
-    at: variables taken for parameters, whether they are needed or not; they come first.
+    at: variables that count as parameters; what computes them is left out.
     """
-    pending, needed = _tensors(expr), set(at)
+    pending, needed = _tensors(expr), set()
     while pending:  # a recursion would be as deep as the model
         var = pending.pop()
-        if var not in needed and var in rewriter.bound:
+        if var not in needed and var in rewriter.bound and var not in at:
             pending.extend(_tensors(rewriter.bound[var]))
         needed.add(var)
-    params = [*at, *(param for param in rewriter.func.params if param in needed and param not in at)]
+    params = [param for param in (*at, *rewriter.func.params) if param in needed]
     return params, [(var, value) for var, value in rewriter.bound.items() if var in needed and var not in at]
 
 
@@ -55,9 +55,9 @@ def concrete(
     expr: relax.Expr,
     dims: Mapping[tirx.Var, int],
     positions: np.ndarray | None = None,
-    at: Collection[relax.Var] = (),
+    at: Sequence[relax.Var] = (),
 ) -> relax.Function:
-    """`expr` as a function of the parameters it depends on, or of `at`, with symbolic dimensions fixed.
+    """`expr` as a function of the parameters it depends on, as `cut` has it, with symbolic dimensions fixed.
 
     positions: what takes the place of 0, 1, 2, ... of as many elements. at: as in `cut`. What depends on a dimension
     alone gets the first input that has it as a last parameter.
@@ -95,17 +95,13 @@ def specialized(
     dims: Mapping[tirx.Var, int],
     values: Mapping[relax.Var, relax.Expr],
     positions: np.ndarray | None = None,
-    at: Collection[relax.Var] = (),
+    at: Sequence[relax.Var] = (),
 ) -> relax.Expr:
-    """Emit `expr` once more with symbolic dimensions fixed, and `values` in the place of inputs, or of some of `at`.
-
-    positions, at: as in `concrete`.
-    """
+    """Emit `expr` once more with symbolic dimensions fixed, and with `values` in the place of some parameters."""
+    params, _ = cut(rewriter, expr, at)
     func = concrete(rewriter, expr, dims, positions, at)
-    params, _ = cut(rewriter, expr, at)  # and behind them what has dimensions alone, which nothing reads
-    new: dict[relax.Var, relax.Expr] = {
-        inner: values.get(outer, outer) for inner, outer in zip(func.params, params, strict=False)
-    }
+    outer = [*params, *_carriers(rewriter, params, dims)]
+    new: dict[relax.Var, relax.Expr] = {i: values.get(o, o) for i, o in zip(func.params, outer, strict=True)}
     for block in func.body.blocks:
         for binding in block.bindings:
             new[binding.var] = rewriter.emit(substitute(binding.value, new))
@@ -118,7 +114,7 @@ def evaluate(
     dims: Mapping[tirx.Var, int],
     value_of: Callable[[relax.Var], np.ndarray | None],
     positions: np.ndarray | None = None,
-    at: Collection[relax.Var] = (),
+    at: Sequence[relax.Var] = (),
 ) -> Any:
     """The value of `expr`, an array, or a list of them for a tuple, when `value_of` gives its parameters' values.
 

@@ -10,7 +10,8 @@ The operands are columns of rows (see `head_operands.py`); those that are turned
 The bias is measured (see `measure_bias.py`): it is the key mask, plus a window, which becomes an attribute, or a
 relative position bias, which becomes one weight of `2 * max_length - 1` columns per head. Scores that multiply tokens
 with weights by their distance are recognised in `disentangled.py`, and get a table for either side. Anything else is
-left alone: per-pair masks, biases of absolute positions or of token ids.
+left alone: per-pair masks, biases of absolute positions or of token ids. Images have no padding: there the bias must be
+zero, or absent.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from tvm import ir, relax, tirx
 
 from turbo_tvm.passes import composite
 from turbo_tvm.passes.disentangled import DisentangledAttention
+from turbo_tvm.passes.evaluate import evaluate
 from turbo_tvm.passes.head_operands import HeadOperand, HeadOperands
 from turbo_tvm.passes.measure_bias import Bias, BiasMeasurement
 from turbo_tvm.passes.normalize import same_shape
@@ -69,7 +71,7 @@ class _FuseAttention(Rewriter):
         if len(shape) != 4 or not all(isinstance(d, int) for d in shape[2:]):
             return None
         batch, length, heads, head_dim = shape
-        if any(not isinstance(d, tirx.Var) for d in (batch, length)):
+        if not isinstance(batch, tirx.Var) or (isinstance(length, int) and "patches" not in self.inputs):
             return None
         if not same_shape(list(call.args[1].values), [batch, length, heads * head_dim]):
             return None
@@ -225,8 +227,15 @@ class _FuseAttention(Rewriter):
 
     def _bias(self, biases: tuple[relax.Expr, ...], tokens: tuple, heads: int) -> Bias | None:
         """What the biases are beside the key mask; None if they are not recognised."""
+        if "patches" in self.inputs:
+            return Bias() if self._all_zero(biases, tokens) else None
         if (biases, heads) not in self._biases:
             mask = self.inputs["attention_mask"]
             measurement = BiasMeasurement(self, tokens, self.max_length, mask)
             self._biases[biases, heads] = measurement.analyse(biases, heads)
         return self._biases[biases, heads]
+
+    def _all_zero(self, biases: tuple[relax.Expr, ...], tokens: tuple) -> bool:
+        """Whether tokens of images, which are never padded, all see each other."""
+        values = [evaluate(self, bias, {tokens[0]: 2}, lambda _param: None) for bias in biases]
+        return all(value is not None and not value.any() for value in values)

@@ -1,6 +1,8 @@
 """Fuse a matrix product with a weight, its bias and its activation.
 
     matmul(x, permute_dims(w)) + b, then gelu | gelu_tanh | relu | silu | tanh       --> turbo.linear(x, w, b)
+    y * sigmoid(1.702 * y), which is CLIP's quick_gelu, of a product y        --> the same
+    linear(x, w, b) * v, with a weight (n,) for v                             --> turbo.linear(x, w * v, b * v)
 
 `w` is stored as PyTorch stores it, `(out, in)`. A product without bias gets a zero one. A product of two activations,
 or with a weight of other rank, is left alone. An activation whose product has other readers keeps its own operator.
@@ -8,11 +10,13 @@ or with a weight of other rank, is left alone. An activation whose product has o
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from tvm import ir, relax
 
 from turbo_tvm.passes import composite
-from turbo_tvm.passes.rewriter import Rewriter, is_call, shape_of
+from turbo_tvm.passes.rewriter import Rewriter, is_call, scalar, shape_of
 
 ACTIVATIONS = {
     "nn.gelu": "gelu",
@@ -30,7 +34,7 @@ def fuse_linear(mod: ir.IRModule) -> ir.IRModule:
 
 class _FuseLinear(Rewriter):
     def rules(self):
-        return self._product, self._bias, self._activation
+        return self._product, self._bias, self._scale, self._activation, self._quick_gelu
 
     def _product(self, call: relax.Call) -> relax.Expr | None:
         if not is_call(call, "matmul"):
@@ -73,13 +77,45 @@ class _FuseLinear(Rewriter):
     def _is_vector(self, bias: relax.Expr, columns: object) -> bool:
         return len(shape_of(bias)) == 1 and shape_of(bias)[0] == columns and self.is_weight(bias)
 
+    def _scale(self, call: relax.Call) -> relax.Expr | None:
+        """LayerScale: the factors go into the weights."""
+        if not is_call(call, "multiply"):
+            return None
+        for product, factors in (call.args, reversed(call.args)):
+            linear = composite.match(self.definition(product), "linear")
+            if linear is None or linear.attrs["activation"] is not None or not self.used_once(product):
+                continue
+            if self._is_vector(factors, shape_of(product)[-1]):
+                x, weight, bias = linear.tensors
+                scaled = self.emit(relax.op.multiply(weight, self.emit(relax.op.expand_dims(factors, [1]))))
+                shifted = self.emit(relax.op.multiply(bias, factors))
+                return composite.Composite("linear", (x, scaled, shifted), linear.attrs).call(product.ty)
+        return None
+
     def _activation(self, call: relax.Call) -> relax.Expr | None:
         name = next((value for op, value in ACTIVATIONS.items() if is_call(call, op)), None)
-        linear = composite.match(self.definition(call.args[0]), "linear") if name else None
-        if not linear or linear.attrs["activation"] is not None or not self.used_once(call.args[0]):
+        return self._activated(call.args[0], name, readers=1) if name else None
+
+    def _quick_gelu(self, call: relax.Call) -> relax.Expr | None:
+        if not is_call(call, "multiply"):
             return None
-        fused = composite.Composite("linear", linear.tensors, linear.attrs | {"activation": name})
-        return fused.call(call.args[0].ty)
+        for product, gate in (call.args, reversed(call.args)):
+            sigmoid = self.call_of(gate, "sigmoid")
+            inner = self.call_of(sigmoid.args[0], "multiply") if sigmoid is not None else None
+            if sigmoid is None or inner is None or not self.used_once(gate) or not self.used_once(sigmoid.args[0]):
+                continue
+            for same, factor in (inner.args, reversed(inner.args)):
+                value = scalar(factor)
+                if same.same_as(product) and value is not None and math.isclose(value, 1.702, rel_tol=1e-6):
+                    return self._activated(product, "quick_gelu", readers=2)
+        return None
+
+    def _activated(self, product: relax.Expr, name: str, readers: int) -> relax.Expr | None:
+        """The product with that activation, if it has none and is read by nothing else."""
+        linear = composite.match(self.definition(product), "linear")
+        if linear is None or linear.attrs["activation"] is not None or self.uses(product) != readers:
+            return None
+        return composite.Composite("linear", linear.tensors, linear.attrs | {"activation": name}).call(product.ty)
 
 
 def _like(x: relax.Expr, columns: int) -> relax.TensorType:

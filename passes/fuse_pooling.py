@@ -1,22 +1,27 @@
 """Fuse pooling: from one row per token to one row per sequence.
 
     take(x, 0, axis=1)                                         --> turbo.pool(x, mask) mode "first"
+    take(x, i, axis=1), in images, which are all as long       --> turbo.pool(x, mask) mode "first" row i
+    index(x, (arange, argmax(ids == 7)))                       --> turbo.pool(x, mask) mode "first" token 7
+    index(x, (arange, argmax(ids)))                            --> turbo.pool(x, mask) mode "first" token -1
     sum(x * m, axis=1) / n    with m = mask, n = its row sums  --> turbo.pool(x, mask) mode "mean"
     x / max(sqrt(sum(x * x)), eps)                             --> turbo.normalize(x)
 
-`m` and `n` are evaluated on sample masks, so that every way to expand, cast or clamp them is recognised. Other pooling
-(max, weighted, the last token) is left alone.
+`m` and `n` are evaluated on sample masks, and indices on sample ids, so that every way to expand, cast or clamp them is
+recognised. Other pooling (max, weighted, the last token) is left alone.
 """
 
 from __future__ import annotations
 
 import numpy as np
-from tvm import ir, relax
+from tvm import ir, relax, tirx
 
 from turbo_tvm.passes import composite
-from turbo_tvm.passes.evaluate import equals_for_masks
+from turbo_tvm.passes.evaluate import cut, equals_for_masks, evaluate
 from turbo_tvm.passes.normalize import same_shape
 from turbo_tvm.passes.rewriter import Rewriter, is_call, scalar, shape_of
+
+LARGEST = -1  # in the place of a token id: the largest one of a sequence
 
 
 def fuse_pooling(mod: ir.IRModule) -> ir.IRModule:
@@ -30,20 +35,66 @@ class _FusePooling(Rewriter):
         self.inputs = {p.name: p for p in self.func.params[: int(self.func.attrs["num_input"])]}
 
     def rules(self):
-        return (self._first, self._mean, self._normalize) if "attention_mask" in self.inputs else ()
+        return (self._first, self._at, self._mean, self._normalize) if "attention_mask" in self.inputs else ()
 
-    def _pool(self, x: relax.Expr, mode: str) -> relax.Call:
+    def _pool(self, x: relax.Expr, mode: str, **attrs: int) -> relax.Call:
         batch, _, hidden = shape_of(x)
         out = relax.TensorType((batch, hidden), "float32")
-        return composite.make("pool", [x, self.inputs["attention_mask"]], out, mode=mode)
+        return composite.make("pool", [x, self.inputs["attention_mask"]], out, mode=mode, **attrs)
 
     def _first(self, call: relax.Call) -> relax.Expr | None:
         if not is_call(call, "take") or len(shape_of(call.args[0])) != 3:
             return None
-        if isinstance(shape_of(call.args[0])[1], int):  # not tokens: the head axis of a 4-D mask, say
-            return None
+        tokens, of_images = shape_of(call.args[0])[1], "patches" in self.inputs
+        if isinstance(tokens, int) and not (of_images and tokens == shape_of(self.inputs["attention_mask"])[1]):
+            return None  # not tokens: the head axis of a 4-D mask, say
         axis, index = call.attrs.axis, scalar(call.args[1]) if not shape_of(call.args[1]) else None
-        return self._pool(call.args[0], "first") if axis is not None and int(axis) == 1 and index == 0 else None
+        if axis is None or int(axis) != 1 or index is None:
+            return None
+        if index == 0:
+            return self._pool(call.args[0], "first")
+        known = of_images and 0 < index < tokens
+        return self._pool(call.args[0], "first", row=int(index)) if known else None
+
+    def _at(self, call: relax.Call) -> relax.Expr | None:
+        """The token of a certain id, as in CLIP's text encoder."""
+        indices = self.definition(call.args[1]) if is_call(call, "index_tensor") else None
+        if not isinstance(indices, relax.Tuple) or len(indices.fields) != 2 or len(shape_of(call.args[0])) != 3:
+            return None
+        sequences, places = indices.fields
+        tokens = shape_of(call.args[0])[:2]
+        if not all(isinstance(d, tirx.Var) for d in tokens) or not self._counts(sequences, tokens[0]):
+            return None
+        for token in (LARGEST, *self._numbers(places)):
+            ids = np.random.default_rng(0).integers(
+                token - 1, token + 3, (40, 5)
+            )  # also without it, and more than once
+            wanted = ids.argmax(1) if token == LARGEST else (ids == token).argmax(1)
+            if self._is_index(places, wanted, ids, tokens):
+                return self._pool(call.args[0], "first", token=token)
+        return None
+
+    def _counts(self, expr: relax.Expr, batch: tirx.Var) -> bool:
+        """Whether this is 0, 1, 2, ... up to the batch."""
+        arange = self.call_of(expr, "arange")
+        if arange is None or not same_shape(shape_of(arange), [batch]):
+            return False
+        start, _, step = arange.args
+        return same_shape([start, step], [0, 1])
+
+    def _numbers(self, expr: relax.Expr) -> list[int]:
+        """The whole numbers from 0 that an expression compares with, or whatever else it does with them."""
+        values = [self.definition(expr), *(value for _, value in cut(self, expr)[1])]
+        found = [scalar(arg) for value in values if isinstance(value, relax.Call) for arg in value.args]
+        return sorted({int(number) for number in found if number is not None and number >= 0 and number % 1 == 0})
+
+    def _is_index(self, expr: relax.Expr, wanted: np.ndarray, ids: np.ndarray, tokens: list) -> bool:
+        def value_of(param: relax.Var) -> np.ndarray | None:
+            is_ids = "input_ids" in self.inputs and param.same_as(self.inputs["input_ids"])
+            return ids.astype(str(param.ty.dtype)) if is_ids else None
+
+        value = evaluate(self, expr, dict(zip(tokens, ids.shape, strict=True)), value_of)
+        return value is not None and value.shape == wanted.shape and bool((value == wanted).all())
 
     def _mean(self, call: relax.Call) -> relax.Expr | None:
         total = self.call_of(call.args[0], "sum") if is_call(call, "divide") else None

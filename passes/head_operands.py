@@ -20,7 +20,7 @@ from turbo_tvm.passes.evaluate import cut, evaluate, specialized
 from turbo_tvm.passes.normalize import same_shape
 from turbo_tvm.passes.rewriter import Rewriter, is_call, shape_of
 
-_BATCH, _LENGTH = 2, 5  # of the numbers
+_BATCH, _LENGTH = 2, 5  # of the numbers, where they are symbolic
 
 _RESHAPED = ("reshape", "expand_dims", "squeeze")
 _MOVES = (*_RESHAPED, "permute_dims", "broadcast_to", "repeat", "strided_slice")
@@ -49,7 +49,8 @@ class HeadOperand:
 class HeadOperands:
     """Finds operands in the function that a rewriter is rebuilding.
 
-    tokens: the symbolic batch and length. max_length: positions of a table. position_ids: that input, if there is one.
+    tokens: batch and length; that of images is a number. max_length: positions of a table. position_ids: that input, if
+    there is one.
     """
 
     def __init__(self, rewriter: Rewriter, tokens: tuple, max_length: int, position_ids: relax.Var | None):
@@ -57,8 +58,12 @@ class HeadOperands:
         self.position_ids = position_ids
         self._tables: dict[tuple[relax.Expr, relax.Expr], relax.Expr | None] = {}
         self._analyzer = Analyzer()
-        for dim, size in zip(tokens, (_BATCH, _LENGTH), strict=True):
-            self._analyzer.bind(dim, tirx.IntImm("int64", size))
+        self.batch, self.length = (
+            dim if isinstance(dim, int) else size for dim, size in zip(tokens, (_BATCH, _LENGTH), strict=True)
+        )
+        for dim, size in zip(tokens, (self.batch, self.length), strict=True):
+            if not isinstance(dim, int):
+                self._analyzer.bind(dim, tirx.IntImm("int64", size))
 
     def find(self, x: relax.Expr) -> HeadOperand | None:
         """The operand `x`, (batch, length, heads, head_dim); None if its elements are not simply columns of rows."""
@@ -68,7 +73,8 @@ class HeadOperands:
         rows = self._source(start, self._is_rows)
         if rows is None:
             return None
-        numbers = np.arange(_BATCH * _LENGTH * int(shape_of(rows)[-1])).reshape(_BATCH, _LENGTH, -1)
+        count = self.batch * self.length * int(shape_of(rows)[-1])
+        numbers = np.arange(count).reshape(self.batch, self.length, -1)
         sent = self._send(start, {rows: numbers})
         if rotation is not None and sent is not None and turned is not None:
             sent = self._send(x, {turned: sent})
@@ -76,13 +82,13 @@ class HeadOperands:
 
     def _columns(self, sent: np.ndarray, rows: relax.Expr, table: relax.Expr | None) -> HeadOperand | None:
         width = int(shape_of(rows)[-1])
-        if sent.ndim != 4 or sent.shape[:2] != (_BATCH, _LENGTH):
+        if sent.ndim != 4 or sent.shape[:2] != (self.batch, self.length):
             return None
         columns, head_dim = sent[0, 0], sent.shape[3]
         group = int((columns[:, 0] == columns[0, 0]).sum())
         first, heads = int(columns[0, 0]), len(columns) // group
         expected = first + np.arange(len(columns))[:, None] // group * head_dim + np.arange(head_dim)
-        tokens = np.arange(_BATCH * _LENGTH).reshape(_BATCH, _LENGTH, 1, 1) * width
+        tokens = np.arange(self.batch * self.length).reshape(self.batch, self.length, 1, 1) * width
         if not np.array_equal(sent, tokens + expected):
             return None
         return HeadOperand(rows, first, heads, head_dim, table)

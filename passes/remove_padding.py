@@ -4,6 +4,7 @@
     h (b, s, 768) = layer_norm(...)                                        cu_seqlens (n,) i32, query_tiles (q, 3) i32)
     turbo.attention(q, k, v, mask)                                        turbo.attention(q, k, v, query_tiles)
     turbo.pool(h, mask) -> (b, 768)                                       turbo.pool(h, cu_seqlens) -> (p, R, 768)
+    patches (b, 197, 768) f32                                             patches (t, R, 768) f32
 
 Row-wise operators never mix tokens, so they carry over unchanged once their batch and length dimensions are read as
 tile and row of the tile. Pooled rows are packed into tiles in the same way. Everything computed from the mask or from
@@ -78,14 +79,15 @@ class _RemovePadding:
         self.row_tile = row_tile
         self.builder = builder_without_main(mod)
         self.num_input = int(self.func.attrs["num_input"])
-        self.batch, self.length = shape_of(self.func.params[0])
+        self.batch, self.length = shape_of(self.func.params[0])[:2]
         self.new: dict[relax.Var, relax.Expr] = {}
         self.kind: dict[relax.Var, str] = {}
         self.reason: dict[relax.Var, str] = {}
         tiles, boundaries, queries = (tirx.Var(name, "int64") for name in ("tiles", "boundaries", "queries"))
-        self.row_type = relax.TensorType((tiles, row_tile), "int32")
+        self.rows = (tiles, row_tile)
         self.cu_seqlens = relax.Var("cu_seqlens", relax.TensorType((boundaries,), "int32"))
         self.query_tiles = relax.Var("query_tiles", relax.TensorType((queries, 3), "int32"))
+        self.pooled_rows = relax.Var("pooled_rows", relax.TensorType((boundaries,), "int32"))
         self.pooled = sequence_tiles(boundaries, row_tile)
 
     def run(self) -> ir.IRModule:
@@ -111,12 +113,22 @@ class _RemovePadding:
             if old.name == "attention_mask":
                 self._leave(old, "it reads the attention mask")
                 continue
-            if not same_shape(shape_of(old), [self.batch, self.length]):
+            tokens, columns = shape_of(old)[:2], shape_of(old)[2:]
+            if not same_shape(tokens, [self.batch, self.length]) or len(columns) > 1:
                 raise Declined(f"the input {old.name} does not hold one number per token")
-            new = relax.Var(old.name, self.row_type)
-            self._keep(old, new, "ids")
+            new = relax.Var(old.name, relax.TensorType((*self.rows, *columns), old.ty.dtype if columns else "int32"))
+            self._keep(old, new, "token" if columns else "ids")
             packed.append(new)
-        return [*packed, self.cu_seqlens, self.query_tiles]
+        pooled = self._pooled_tokens()
+        if len(pooled) > 1:
+            raise Declined(f"the tokens {sorted(pooled)} are pooled; one of them is supported")
+        return [*packed, self.cu_seqlens, self.query_tiles, *([self.pooled_rows] if pooled else [])]
+
+    def _pooled_tokens(self) -> set[int]:
+        """The ids of tokens that are pooled."""
+        bindings = [binding for block in self.func.body.blocks for binding in block.bindings]
+        pools = [fused for b in bindings if (fused := composite.match(b.value, "pool")) is not None]
+        return {pool.attrs["token"] for pool in pools if "token" in pool.attrs}
 
     def _weights(self) -> list[relax.Var]:
         weights = list(self.func.params[self.num_input :])
@@ -171,7 +183,8 @@ class _RemovePadding:
         if fused.name == "pool":
             shape = (self.pooled, self.row_tile, shape_of(args[0])[2])
             out = relax.TensorType(shape, "float32")
-            return composite.make("pool", [args[0], self.cu_seqlens], out, **fused.attrs), "sequence"
+            bounds = self.pooled_rows if "token" in fused.attrs else self.cu_seqlens
+            return composite.make("pool", [args[0], bounds], out, **fused.attrs), "sequence"
         if fused.name == "normalize":
             return composite.make("normalize", args, args[0].ty, **fused.attrs), "sequence"
         if fused.name == "rotary":

@@ -7,13 +7,13 @@ each sequence begins; `query_tiles` lists the attention's tasks. (Method: ByteTr
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from turbo_tvm.errors import InputError
-from turbo_tvm.runtime.manifest import Bounds, PositionRule
+from turbo_tvm.runtime.manifest import Bounds, PooledToken, PositionRule
 
 # parts of these stand for arrays that many requests share; NumPy takes microseconds for each that it makes
 _COUNTED = np.arange(8192, dtype=np.int32)
@@ -27,7 +27,7 @@ class Batch(NamedTuple):
 
     token_ids, token_type_ids, positions: int32 (tokens,). boundaries: int32 (batch + 1,), where each sequence begins,
     and the end of the last. columns: where each sequence's tokens stood in the caller's padded matrix, None for
-    requests that came without padding.
+    requests that came without padding. images: float32 (channels, height, width) each, None for text; the ids are 0.
     """
 
     token_ids: np.ndarray
@@ -35,6 +35,7 @@ class Batch(NamedTuple):
     positions: np.ndarray
     boundaries: np.ndarray
     columns: tuple[np.ndarray, ...] | None = None
+    images: tuple[np.ndarray, ...] | None = None
 
     @property
     def lengths(self) -> np.ndarray:
@@ -46,7 +47,8 @@ class Batch(NamedTuple):
         first, last = self.boundaries[start], self.boundaries[end]
         ids, types, positions = (x[first:last] for x in self[:3])
         columns = self.columns and self.columns[start:end]
-        return Batch(ids, types, positions, self.boundaries[start : end + 1] - first, columns)
+        images = self.images and self.images[start:end]
+        return Batch(ids, types, positions, self.boundaries[start : end + 1] - first, columns, images)
 
 
 def join(parts: Sequence[Batch]) -> Batch:
@@ -54,7 +56,8 @@ def join(parts: Sequence[Batch]) -> Batch:
     if len(parts) == 1:
         return parts[0]
     ids, types, positions = (np.concatenate([part[i] for part in parts]) for i in range(3))
-    return Batch(ids, types, positions, boundaries([n for part in parts for n in part.lengths.tolist()]))
+    images = tuple(image for part in parts for image in part.images or ()) or None
+    return Batch(ids, types, positions, boundaries([n for part in parts for n in part.lengths.tolist()]), None, images)
 
 
 def position_ids(rule: PositionRule, token_ids: np.ndarray) -> np.ndarray:
@@ -142,6 +145,18 @@ def from_padded(
     kinds = _token_types([row[kept] for row, kept in zip(types, columns, strict=True)], limits, bounds)
     positions = [position_ids(rule, row)[kept] for row, kept in zip(ids, columns, strict=True)]
     return Batch(sequences, kinds, np.concatenate(positions), limits, columns)
+
+
+def pooled_rows(rule: PooledToken, token_ids: np.ndarray, boundaries: np.ndarray) -> np.ndarray:
+    """The row of the token that each sequence is pooled to, by the model's rule: int32 (batch + 1,); the last is none.
+
+    A sequence without such a token is pooled to its first.
+    """
+    rows = boundaries.copy()
+    values = token_ids if rule.kind == "largest" else token_ids == rule.token_id
+    for i, (begin, end) in enumerate(pairwise(boundaries.tolist())):
+        rows[i] += values[begin:end].argmax()
+    return rows
 
 
 def pack_rows(values: np.ndarray, row_tile: int) -> np.ndarray:

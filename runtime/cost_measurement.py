@@ -26,6 +26,7 @@ def measure(
     max_length: int,
     max_tokens: int,
     *,
+    min_length: int = 1,
     budget_s: float = 5.0,
     seed: int = 0,
     say: Say = lambda _text: None,
@@ -33,33 +34,42 @@ def measure(
 ) -> tuple[list[Point], list[Point]]:
     """Points to fit, and ragged ones to hold out, in about `budget_s` seconds.
 
-    run(lengths) answers a batch. Starts with what tells most: single sequences, then small batches. What would take too
-    long is left out, but a sequence of 8 tokens and of the greatest length are always measured, and a ragged batch.
+    run(lengths) answers a batch. min_length: tokens that a sequence has at least; of images, all of them. Starts with
+    what tells most: single sequences, then small batches. What would take too long is left out, but a sequence of 8
+    tokens and of the greatest length are always measured, and a ragged batch.
     """
     started = clock()
-    held_out = _sampled(run, _ragged(max_length, max_tokens, seed), 0.3 * budget_s, say, clock, "held-out batch")
+    held_out = _sampled(
+        run, _ragged(min_length, max_length, max_tokens, seed), 0.3 * budget_s, say, clock, "held-out batch"
+    )
     left = budget_s - (clock() - started)
-    return _sampled(run, _grid(max_length, max_tokens), max(left, 0.3 * budget_s), say, clock, "batch"), held_out
+    return _sampled(
+        run, _grid(min_length, max_length, max_tokens), max(left, 0.3 * budget_s), say, clock, "batch"
+    ), held_out
 
 
-def _grid(max_length: int, max_tokens: int) -> list[tuple[int, ...]]:
+def _grid(min_length: int, max_length: int, max_tokens: int) -> list[tuple[int, ...]]:
     """Batches of equal lengths: the shortest and the longest sequence first, then the others from short to long."""
-    longest = min(max_length, LENGTHS[-1])
-    lengths = sorted({*(n for n in LENGTHS if n < longest), longest})
+    longest = max(min_length, min(max_length, LENGTHS[-1]))
+    lengths = sorted({*(n for n in LENGTHS if min_length <= n < longest), longest})
     single = sorted(lengths, key=lambda n: n not in (lengths[0], lengths[-1]))
     # a coarser grid for batches: every second length, from the shortest
     batched = sorted(((n,) * k for k in BATCHES[1:] for n in lengths[::2]), key=sum)
     return [*((n,) for n in single), *(b for b in batched if sum(b) <= max_tokens)]
 
 
-def _ragged(max_length: int, max_tokens: int, seed: int) -> list[tuple[int, ...]]:
+def _ragged(min_length: int, max_length: int, max_tokens: int, seed: int) -> list[tuple[int, ...]]:
     """Batches of random lengths."""
     rng = np.random.default_rng(seed)
+
+    def allowed(length: int) -> int:
+        return max(min_length, min(length, max_length))
+
     made = [
-        tuple(int(n) for n in rng.integers(min(low, max_length), min(high, max_length) + 1, size))
+        tuple(int(n) for n in rng.integers(allowed(low), allowed(high) + 1, size))
         for (low, high), size in zip(RAGGED, RAGGED_SIZES, strict=True)
     ]
-    return [b for b in made if sum(b) <= max_tokens] or [(min(max_length, max_tokens),)]
+    return [b for b in made if sum(b) <= max_tokens] or [(max(min_length, min(max_length, max_tokens)),)]
 
 
 def _sampled(

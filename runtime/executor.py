@@ -18,6 +18,7 @@ from tvm.runtime.vm import VirtualMachine
 from turbo_tvm import config
 from turbo_tvm.errors import TurboError
 from turbo_tvm.runtime import batch as packing
+from turbo_tvm.runtime import images
 from turbo_tvm.runtime.batch import Batch
 from turbo_tvm.runtime.buffers import Buffers
 from turbo_tvm.runtime.cpu_features import machine_name
@@ -169,7 +170,9 @@ class Executor:
             "token_ids": lambda: packing.pack_rows(batch.token_ids, row_tile),
             "token_type_ids": lambda: packing.pack_rows(batch.token_type_ids, row_tile),
             "position_ids": lambda: packing.pack_rows(batch.positions, row_tile),
+            "patches": lambda: self._patches(batch, row_tile),
             "cu_seqlens": lambda: limits,
+            "pooled_rows": lambda: packing.pooled_rows(self.manifest.pooled, batch.token_ids, limits),
             "query_tiles": lambda: packing.query_tiles(limits, self.manifest.query_tile, self._longest_first),
         }
         symbols = packing.packed_symbols(row_tile, len(batch.token_ids), len(limits) - 1)
@@ -183,6 +186,7 @@ class Executor:
             "token_ids": lambda: _pad(batch.token_ids, mask),
             "token_type_ids": lambda: _pad(batch.token_type_ids, mask),
             "position_ids": lambda: _pad(batch.positions, mask),
+            "patches": lambda: self._patches(batch, 1).reshape(*mask.shape, -1),
             "attention_mask": lambda: mask,
         }
         return {
@@ -192,6 +196,11 @@ class Executor:
             ]
             for spec, result in self._call(arrays, self.buffers.tensors(self.symbols(lengths.tolist())), output)
         }
+
+    def _patches(self, batch: Batch, row_tile: int) -> np.ndarray:
+        bounds = self.manifest.bounds.image
+        assert bounds is not None and batch.images is not None  # `CompiledModel` lets no other batch in
+        return images.pack_patches(batch.images, bounds, row_tile)
 
 
 class ForeignExecutor:

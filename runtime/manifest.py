@@ -22,17 +22,19 @@ __all__ = [
     "BufferSpec",
     "CostSpec",
     "DeviceKernelSpec",
+    "ImageBounds",
     "KernelSpec",
     "Manifest",
     "MemberSpec",
     "OutputSpec",
     "ParameterSpec",
+    "PooledToken",
     "PositionRule",
     "TargetSpec",
     "TensorSpec",
 ]
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 
 # What a batch says about itself, by layout: tiles of token rows and of sequence rows; or sequences, the longest one in
 # tokens, and tiles of the rows of all of them.
@@ -44,7 +46,16 @@ Positive = Annotated[int, 1]
 
 Dtype = Literal["float64", "float32", "float16", "int64", "int32", "uint16", "int8", "uint8", "bool"]
 RowKind = Literal["token", "sequence"]
-InputKind = Literal["token_ids", "token_type_ids", "position_ids", "cu_seqlens", "query_tiles", "attention_mask"]
+InputKind = Literal[
+    "token_ids",
+    "token_type_ids",
+    "position_ids",
+    "patches",
+    "cu_seqlens",
+    "query_tiles",
+    "pooled_rows",
+    "attention_mask",
+]
 
 
 @dataclass(frozen=True)
@@ -88,12 +99,51 @@ class OutputSpec:
 
 
 @dataclass(frozen=True)
+class ImageBounds:
+    """What an image is: float32 (channels, height, width), cut into patches, which are tokens, from left to right.
+
+    prefix: tokens before the first patch that hold none, such as a class token.
+    """
+
+    channels: Positive
+    height: Positive
+    width: Positive
+    patch_height: Positive
+    patch_width: Positive
+    prefix: Natural = 0
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of an image."""
+        return self.channels, self.height, self.width
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches; what is left of the image at the right and below is not looked at."""
+        return self.height // self.patch_height, self.width // self.patch_width
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of an image."""
+        return self.prefix + self.grid[0] * self.grid[1]
+
+    @property
+    def columns(self) -> int:
+        """Values of a patch."""
+        return self.channels * self.patch_height * self.patch_width
+
+
+@dataclass(frozen=True)
 class Bounds:
-    """What a request may hold. max_length in tokens; type_vocab_size 0: the model takes no token types."""
+    """What a request may hold: token ids, or an image.
+
+    max_length in tokens; vocab_size 0: the model takes images; type_vocab_size 0: it takes no token types.
+    """
 
     max_length: Positive
-    vocab_size: Positive
+    vocab_size: Natural
     type_vocab_size: Natural = 0
+    image: ImageBounds | None = None
 
 
 @dataclass(frozen=True)
@@ -107,6 +157,18 @@ class PositionRule:
     kind: Literal["arange", "count_non_pad", "none"] = "none"
     offset: Natural = 0
     pad_id: Natural | None = None
+
+
+@dataclass(frozen=True)
+class PooledToken:
+    """Which token of a sequence the input `pooled_rows` names.
+
+    first_of: the first one of that id, of a sequence without it the first of all. largest: the first one of the largest
+    id (CLIP's old way to find the end of the text). none: the model has no such input.
+    """
+
+    kind: Literal["first_of", "largest", "none"] = "none"
+    token_id: Natural = 0
 
 
 @dataclass(frozen=True)
@@ -214,6 +276,7 @@ class Manifest:
     positions: PositionRule = PositionRule()
     relative_positions: bool = False
     pools_first: bool = False
+    pooled: PooledToken = PooledToken()
     buffers: tuple[BufferSpec, ...] = ()
     steps: tuple[str, ...] = ()
     parameters: tuple[ParameterSpec, ...] = ()
@@ -254,10 +317,20 @@ def _from_plain(plain: Any) -> Manifest:
         free[buffer.name] = buffer
     for machine, cost in manifest.costs.items():
         check_cost(cost, f"costs.{show(machine)}")
+    _check_bounds(manifest.bounds)
     names = [output.name for output in manifest.outputs]
     if manifest.primary is not None and manifest.primary not in names:
         raise wrong_field("primary", f"one of the outputs {names}", manifest.primary)
     return manifest
+
+
+def _check_bounds(bounds: Bounds) -> None:
+    if bounds.image is None and not bounds.vocab_size:
+        raise wrong_field("bounds.vocab_size", "at least 1", 0)
+    if bounds.image is not None and not all(bounds.image.grid):
+        raise wrong_field("bounds.image", "an image of at least one patch", bounds.image)
+    if bounds.image is not None and bounds.image.tokens != bounds.max_length:
+        raise wrong_field("bounds.max_length", f"{bounds.image.tokens}, an image's tokens", bounds.max_length)
 
 
 def _check_buffer(buffer: BufferSpec, steps: int, symbols: tuple[str, ...], free: dict[str, BufferSpec]) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from numbers import Integral
 from os import PathLike
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ import numpy as np
 
 from turbo_tvm.errors import InputError, TurboError
 from turbo_tvm.runtime import batch as packing
-from turbo_tvm.runtime import cost_measurement, cost_model, profiler
+from turbo_tvm.runtime import cost_measurement, cost_model, images, profiler
 from turbo_tvm.runtime.batch import Batch
 from turbo_tvm.runtime.cost_model import PackedCost, PaddedCost
 from turbo_tvm.runtime.cost_spec import CostSpec
@@ -131,10 +132,11 @@ class CompiledModel:
         token_type_ids: Sequence[Any] | None = None,
         output: str | None = None,
     ) -> list[Any]:
-        """Answer a list of token id sequences of any lengths.
+        """Answer a list of token id sequences of any lengths, or of images.
 
         sequences: one list or integer array of token ids, shape (length,), per sequence. token_type_ids: the same
-        shapes; 0 by default. output: which output to return; by default the model's main one.
+        shapes; 0 by default. A model of images takes float arrays (channels, height, width), as its processor makes
+        them. output: which output to return; by default the model's main one.
 
         Returns a list in the same order: fp32 arrays (length, hidden) for an output per token, (columns,) for one per
         sequence. A model without one main output (question answering) gives a `ModelOutput` per sequence. They are the
@@ -143,7 +145,12 @@ class CompiledModel:
         Long lists run in groups of at most `max_batch_tokens` tokens. Raises InputError before anything runs.
         """
         name = self.output_name(output)
-        batch = packing.from_sequences(sequences, token_type_ids, self.manifest.bounds, self.manifest.positions)
+        bounds = self.manifest.bounds
+        if bounds.image is None:
+            batch = packing.from_sequences(sequences, token_type_ids, bounds, self.manifest.positions)
+        else:
+            _refuse({"token_type_ids": token_type_ids})
+            batch = images.from_images(sequences, bounds.image)
         return self._answers(batch, name)
 
     def _answers(self, batch: Batch, name: str | None) -> list[Any]:
@@ -173,8 +180,11 @@ class CompiledModel:
         return ids, types if self.manifest.bounds.type_vocab_size > 1 else None
 
     def prepare(self, sequence: Any, token_type_ids: Any = None) -> Batch:
-        """One sequence of token ids, checked and ready for `answer`. Raises InputError."""
+        """One sequence of token ids, or one image, checked and ready for `answer`. Raises InputError."""
         manifest = self._artifact.manifest
+        if manifest.bounds.image is not None:
+            _refuse({"token_type_ids": token_type_ids})
+            return images.from_image(sequence, manifest.bounds.image)
         return packing.from_sequence(sequence, token_type_ids, manifest.bounds, manifest.positions)
 
     def answer(self, parts: Sequence[Batch], output: str | None = None) -> list[Any]:
@@ -182,18 +192,23 @@ class CompiledModel:
         return self._answers(packing.join(parts), output)
 
     def __call__(
-        self, input_ids: Any, attention_mask: Any = None, token_type_ids: Any = None, **options: Any
+        self, input_ids: Any = None, attention_mask: Any = None, token_type_ids: Any = None, **options: Any
     ) -> ModelOutput:
         """The PyTorch model's call: padded matrices `(batch, length)` in, padded outputs out.
 
         Torch tensors give torch tensors, NumPy arrays NumPy arrays. Only tokens under the mask are computed; outputs at
         the others are 0. Padding may stand on either side; see the errors for what a model refuses.
+
+        A model of images takes `pixel_values`, (batch, channels, height, width), also as the first argument.
         """
-        if options.get("return_dict") not in (None, True):
+        if options.pop("return_dict", None) not in (None, True):
             raise InputError("return_dict=False is not supported: outputs are always named")
-        extra = [key for key, value in options.items() if not (key == "return_dict" or value is None or value is False)]
-        if extra:
-            raise InputError(f"the compiled model takes no {', '.join(extra)}")
+        if self.manifest.bounds.image is not None:
+            given = {"attention_mask": attention_mask, "token_type_ids": token_type_ids}
+            return self._images(input_ids, **{**given, **options})
+        _refuse(options)
+        if input_ids is None:
+            raise InputError("input_ids are missing")
         ids, mask, types = (to_numpy(x) for x in (input_ids, attention_mask, token_type_ids))
         batch = packing.from_padded(
             ids,
@@ -204,15 +219,27 @@ class CompiledModel:
             contiguous=self.manifest.relative_positions or self.manifest.layout == "padded",
             first_token=self.manifest.pools_first or self.manifest.layout == "padded",
         )
+        return self._matrices(batch, np.shape(ids), input_ids)
+
+    def _images(self, first: Any, pixel_values: Any = None, interpolate_pos_encoding: Any = None, **options: Any):
+        """The call of a model of images. Its size is fixed: positions were interpolated when it was compiled."""
+        _refuse(options)
+        pixels = first if pixel_values is None else pixel_values
+        if pixels is None or (pixel_values is not None and first is not None):
+            raise InputError("this model takes images: pixel_values (batch, channels, height, width), and nothing else")
+        batch = images.from_images(pixels, self.manifest.bounds.image)  # type: ignore[arg-type]
+        return self._matrices(batch, (), pixels)
+
+    def _matrices(self, batch: Batch, shape: tuple[int, ...], example: Any) -> ModelOutput:
+        """All outputs as arrays over the batch, of the example's kind. shape: of the padded matrix of token ids."""
         results = self._run(batch)
-        shape = np.shape(ids)
         padded = {s.name: to_matrix(s, results[s.name], batch, shape) for s in self.manifest.outputs}
-        return ModelOutput((name, like(value, input_ids)) for name, value in padded.items())
+        return ModelOutput((name, like(value, example)) for name, value in padded.items())
 
     def profile(
         self, lengths: Sequence[int], *, rounds: int = 20, limits: MachineLimits | None = None, seed: int = 0
     ) -> ProfileReport:
-        """Time every kernel on random token ids of these lengths; other threads wait meanwhile.
+        """Time every kernel on random token ids of these lengths, or on images; other threads wait meanwhile.
 
         limits: what the machine can do (`turbo_tvm.machine_limits`), for the fractions of it. Raises InputError for
         lengths that the model cannot answer, and TurboError if this machine cannot run the model.
@@ -229,14 +256,19 @@ class CompiledModel:
         """
         if isinstance(self._executor, ForeignExecutor):
             raise self._executor.error
-        rng = np.random.default_rng(0)
         bounds = self.manifest.bounds
 
-        def run(lengths: Sequence[int]) -> None:
-            self.run([rng.integers(0, bounds.vocab_size, n) for n in lengths], output=self.manifest.outputs[0].name)
+        @lru_cache(maxsize=1)  # what is measured is the model, not the making of images
+        def request(lengths: tuple[int, ...]) -> list[np.ndarray]:
+            return profiler.random_sequences(lengths, bounds, seed=0)
 
+        def run(lengths: Sequence[int]) -> None:
+            self.run(request(tuple(lengths)), output=self.manifest.outputs[0].name)
+
+        longest = self._longest_in_memory()
+        shortest = 1 if bounds.image is None else bounds.max_length  # images are all of one size
         points, held_out = cost_measurement.measure(
-            run, self._longest_in_memory(), self.max_batch_tokens, budget_s=budget_s, say=say
+            run, longest, self.max_batch_tokens, min_length=shortest, budget_s=budget_s, say=say
         )
         spec = cost_model.fit(points, held_out)
         costs = {**self.manifest.costs, self.machine: spec}
@@ -284,6 +316,13 @@ class CompiledModel:
         else:
             self._executor.check_memory(lengths)
             yield batch
+
+
+def _refuse(options: Mapping[str, Any]) -> None:
+    """InputError for options that are set."""
+    extra = [key for key, value in options.items() if value is not None and value is not False]
+    if extra:
+        raise InputError(f"the compiled model takes no {', '.join(extra)}")
 
 
 def _groups(batch: Batch, max_tokens: int) -> Iterator[Batch]:

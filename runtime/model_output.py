@@ -49,7 +49,9 @@ def to_numpy(value: Any) -> Any:
     try:
         return value.detach().numpy()
     except TypeError as error:  # bfloat16 and other types that NumPy has not
-        raise InputError(f"a {value.dtype} tensor holds no token ids or mask: use torch.int64") from error
+        raise InputError(
+            f"a {value.dtype} tensor holds no token ids or mask: use torch.int64, or torch.float32 for images"
+        ) from error
 
 
 def like(value: np.ndarray, example: Any) -> Any:

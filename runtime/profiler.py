@@ -21,6 +21,7 @@ import tvm_ffi
 from turbo_tvm.errors import InputError
 from turbo_tvm.runtime.batch import check_lengths
 from turbo_tvm.runtime.executor import Executor
+from turbo_tvm.runtime.images import random_images
 from turbo_tvm.runtime.manifest import Bounds, KernelSpec, Manifest
 from turbo_tvm.runtime.roofline import KernelProfile, MachineLimits, ProfileReport, Work, floor
 
@@ -43,7 +44,7 @@ def profile(
     limits: MachineLimits | None = None,
     seed: int = 0,
 ) -> ProfileReport:
-    """Profile `run`, which answers sequences on the executor, on random token ids of these lengths.
+    """Profile `run`, which answers sequences on the executor, on random token ids of these lengths, or on images.
 
     Every round runs once as usual and once with the hook. Other threads wait meanwhile. Raises InputError for lengths
     that the model cannot answer and for fewer than one round.
@@ -62,8 +63,12 @@ def profile(
 
 
 def random_sequences(lengths: Sequence[int], bounds: Bounds, seed: int) -> list[np.ndarray]:
-    """Token ids, int32 (length,) each."""
+    """Token ids, int32 (length,) each; or images, if the model takes them: all of its lengths are one then."""
     check_lengths(lengths, bounds)
+    if bounds.image is not None:
+        if min(lengths) < bounds.max_length:
+            raise InputError(f"an image of this model is {bounds.max_length} tokens, and not {min(lengths)}")
+        return random_images(len(lengths), bounds.image, seed)
     rng = np.random.default_rng(seed)
     return [rng.integers(0, bounds.vocab_size, length, np.int32) for length in lengths]
 

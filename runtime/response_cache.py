@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,12 @@ ENTRY_BYTES = 256  # what an entry takes beside its key and its arrays, about
 
 
 def request_key(answers_of: bytes, request: Batch) -> bytes:
-    """What is asked, as bytes: what answers it, the token ids, the token types. No digest: it would take longer."""
+    """What is asked, as bytes: what answers it, the token ids, the token types. No digest: it would take longer.
+
+    Of images there is one: their own bytes would fill the cache.
+    """
+    if request.images is not None:
+        return b"".join((answers_of, *(sha256(image.data).digest() for image in request.images)))
     ids = request.token_ids.tobytes()
     return b"".join((answers_of, len(ids).to_bytes(8, "little"), ids, request.token_type_ids.tobytes()))
 

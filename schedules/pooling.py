@@ -65,8 +65,11 @@ def _zero(column: Expr) -> Expr:
     return T.float32(0)
 
 
-def pool(tiles: CpuTiles, *, hidden: int, mode: str, x: RowFormat | None = None) -> tvm.tirx.PrimFunc:
+def pool(tiles: CpuTiles, *, hidden: int, mode: str, row: int = 0, x: RowFormat | None = None) -> tvm.tirx.PrimFunc:
     """`(x, cu_seqlens, out)`: out row i = the first row of sequence i, or the mean of its rows.
+
+    In mode "first", cu_seqlens may be any rows of x in the place of the first ones, and one number more. row: not that
+    one but so many after it; every sequence must have it.
 
     x: fp32 `(t, R, hidden)` unless the format says else. cu_seqlens: int32 `(b + 1,)`, ascending from 0: every sequence
     has a row. out: fp32 `(bt, R, hidden)`; its rows from b on become zero.
@@ -97,18 +100,18 @@ def pool(tiles: CpuTiles, *, hidden: int, mode: str, x: RowFormat | None = None)
         source = T.match_buffer(x_arg, (t, row_tile, x_rows.width), x_rows.dtype)
         cu_seqlens = T.match_buffer(cu_seqlens_arg, (bounds,), "int32")
         out = T.match_buffer(out_arg, (bt, row_tile, hidden), "float32")
-        for row in T.parallel(bt * row_tile):
+        for i in T.parallel(bt * row_tile):
             with T.sblock("row"):
                 T.reads()
                 T.writes()
-                if row < bounds - 1:
-                    begin: T.let = T.cast(cu_seqlens[row], "int64")
-                    length: T.let = T.cast(cu_seqlens[row + 1], "int64") - begin
+                if i < bounds - 1:
+                    begin: T.let = T.cast(cu_seqlens[i], "int64")
+                    length: T.let = T.cast(cu_seqlens[i + 1], "int64") - begin
                     if mode == "mean":
-                        mean(source, out, row, begin, length)
+                        mean(source, out, i, begin, length)
                     else:
-                        assign(out, row, _sum_of_rows(source, [begin]))
+                        assign(out, i, _sum_of_rows(source, [begin + row]))
                 else:
-                    assign(out, row, _zero)
+                    assign(out, i, _zero)
 
     return kernel

@@ -10,6 +10,7 @@ polynomials and quotients of them: they vectorise on every target and inline int
     tanh        4e-7 absolute                     odd rational 13 / 6 on [-7.9, 7.9] (Eigen)
     gelu_tanh   4e-7 max(1, |x|) absolute         x sigmoid(2 u), which is x (1 + tanh u) / 2
     silu        4e-7 max(1, |x|) absolute         x sigmoid(x)
+    quick_gelu  4e-7 max(1, |x|) absolute         x sigmoid(1.702 x)
 
 Arguments beyond an interval are clamped to it, so large ones saturate and none makes a NaN. A NaN does not
 propagate.
@@ -135,6 +136,11 @@ def silu(x: Expr) -> Expr:
     return x / (exp(-x) + _constant(1))
 
 
+def quick_gelu(x: Expr) -> Expr:
+    """GELU as CLIP has it, x sigmoid(1.702 x)."""
+    return x / (exp(x * _constant(-1.702)) + _constant(1))
+
+
 def relu(x: Expr) -> Expr:
     """max(x, 0)."""
     return T.max(x, _constant(0))
@@ -148,6 +154,7 @@ def identity(x: Expr) -> Expr:
 _ACTIVATIONS: dict[str, Activation] = {
     "gelu": gelu,
     "gelu_tanh": gelu_tanh,
+    "quick_gelu": quick_gelu,
     "relu": relu,
     "silu": silu,
     "tanh": tanh,

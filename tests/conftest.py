@@ -59,6 +59,22 @@ def _answers() -> Any:
     return transformers.BertForQuestionAnswering(transformers.BertConfig(**SIZES))
 
 
+def _vit() -> Any:
+    """Images of 32 x 48 in patches of 8 x 8: 25 tokens."""
+    import transformers
+
+    sizes = {key: value for key, value in SIZES.items() if key not in ("vocab_size", "max_position_embeddings")}
+    return transformers.ViTModel(transformers.ViTConfig(**sizes, image_size=(32, 48), patch_size=8))
+
+
+def _clip_text() -> Any:
+    """Texts end at the token 7."""
+    import transformers
+
+    ends = {"bos_token_id": 5, "eos_token_id": 7, "pad_token_id": 1}
+    return transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig(**SIZES, **ends, projection_dim=24))
+
+
 def _padded() -> Any:
     """The largest value of every column over the sequence, which no pass recognises."""
     import torch
@@ -82,6 +98,8 @@ MODELS: dict[str, Callable[[], Any]] = {
     "mpnet": _mpnet,
     "mean": _mean,
     "answers": _answers,
+    "vit": _vit,
+    "clip_text": _clip_text,
     "padded": _padded,
 }
 

@@ -19,12 +19,13 @@ from turbo_tvm.cuda import machine_code
 from turbo_tvm.errors import ArtifactError, CompileError, TargetError, TurboError, UnsupportedModelError, summary
 from turbo_tvm.frontends.imported import TOLERANCES, Imported
 from turbo_tvm.loader import open_model
+from turbo_tvm.passes.fuse_pooling import LARGEST
 from turbo_tvm.passes.rewriter import dims_of
 from turbo_tvm.progress import Progress
 from turbo_tvm.runtime import gpu
 from turbo_tvm.runtime.cpu_features import check_host
 from turbo_tvm.runtime.executor import ForeignExecutor
-from turbo_tvm.runtime.manifest import BufferSpec, Manifest, OutputSpec, ParameterSpec, TensorSpec
+from turbo_tvm.runtime.manifest import BufferSpec, Manifest, OutputSpec, ParameterSpec, PooledToken, TensorSpec
 from turbo_tvm.runtime.model import CompiledModel
 from turbo_tvm.runtime.text import TextTokenizer
 from turbo_tvm.schedules.cuda.tiles import CUDA_TILES
@@ -32,7 +33,15 @@ from turbo_tvm.schedules.tiles import cpu_tiles
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 _KINDS = {"input_ids": "token_ids"}  # other inputs are named after their kind
-_MAIN_OUTPUTS = ("sentence_embedding", "logits", "last_hidden_state", "output", "output_0")
+_MAIN_OUTPUTS = (
+    "sentence_embedding",
+    "text_embeds",
+    "image_embeds",
+    "logits",
+    "last_hidden_state",
+    "output",
+    "output_0",
+)
 
 
 def compile(
@@ -42,6 +51,7 @@ def compile(
     precision: str = "fp32",
     name: str | None = None,
     max_length: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
     tokenizer: str | PathLike[str] | None = None,
     threads: int | None = None,
     progress: bool | None = None,
@@ -49,14 +59,16 @@ def compile(
     """Compile a transformer encoder for requests of any batch size and length.
 
     model: a `torch.nn.Module` (a Hugging Face encoder with or without head, or any module whose forward takes
-        input_ids and attention_mask), or the path of a model folder with config.json and model.safetensors, or of an
-        ONNX file.
+        input_ids and attention_mask, or pixel_values), or the path of a model folder with config.json and
+        model.safetensors, or of an ONNX file.
     target: "cpu" for this machine, or "cpu:<name>" for another CPU, such as "cpu:x86-64-v3"; "cuda:sm_80" for an NVIDIA
         GPU, "cuda:sm_80,sm_90" for several. Needs nvcc or the packages of turbo-tvm[cuda12], and no GPU.
     precision: "fp32"; or "bf16": weights, products and the rows between kernels in bf16, sums, norms and softmax in
         fp32, outputs in fp32, on a CPU with AVX512-BF16 or a GPU from sm_80 on; or "fp16", the same on any GPU.
     name: what the artifact is called; by default the folder's or class's name.
     max_length: the longest sequence in tokens; by default what the model allows.
+    image_size: (height, width) of all images, or one number for both; by default the configuration's. For another one
+        the model's positions are interpolated, if it can.
     tokenizer: the path of a `tokenizer.json` for `encode`; a model folder brings its own.
     threads: threads per call; by default one per physical core.
     progress: whether to show progress on stderr; by default if it is a terminal.
@@ -75,7 +87,7 @@ def compile(
         machine_code.choose_compilers(architectures)
     with Progress("compile", progress) as show:
         show("importing the model")
-        imported = _import(model, name, max_length, tokenizer)
+        imported = _import(model, name, max_length, tokenizer, image_size)
         show("optimising the graph")
         tiles = CUDA_TILES if architectures else cpu_tiles(machine)
         optimized = pipeline.optimize(imported.mod, tiles, imported.bounds.max_length, precision)
@@ -101,7 +113,7 @@ def _check_answers(compiled: CompiledModel, imported: Imported) -> None:
     """UnsupportedModelError if the model answers otherwise than the original: no such model leaves here."""
     if imported.sample is None or not compiled.threads:  # it was compiled for another machine
         return
-    answers = compiled(imported.sample.token_ids, imported.sample.mask)
+    answers = compiled(**imported.sample.inputs)
     for name, difference in imported.sample.differences(answers).items():
         if not difference <= TOLERANCES[compiled.manifest.precision]:  # NaN too
             raise UnsupportedModelError(
@@ -121,21 +133,33 @@ def _open(artifact: Artifact, threads: int) -> CompiledModel:
     return open_model(artifact, threads)
 
 
-def _import(model: Any, name: str | None, max_length: int | None, tokenizer: str | PathLike[str] | None) -> Imported:
+def _import(
+    model: Any,
+    name: str | None,
+    max_length: int | None,
+    tokenizer: str | PathLike[str] | None,
+    image_size: int | tuple[int, int] | None,
+) -> Imported:
     text = _read_tokenizer(tokenizer)
     if isinstance(model, str | PathLike):
-        return _import_path(Path(model), name, max_length, text)
+        return _import_path(Path(model), name, max_length, text, image_size)
     _need_torch()
     from turbo_tvm.frontends.torch_module import import_module
 
-    return import_module(model, name, max_length, text)
+    return import_module(model, name, max_length, text, image_size)
 
 
-def _import_path(path: Path, name: str | None, max_length: int | None, tokenizer: str | None) -> Imported:
+def _import_path(
+    path: Path,
+    name: str | None,
+    max_length: int | None,
+    tokenizer: str | None,
+    image_size: int | tuple[int, int] | None,
+) -> Imported:
     if not path.exists():
         raise UnsupportedModelError(f"there is no model at {path}")
     if path.suffix == ".onnx":
-        return _import_onnx(path, name, max_length, tokenizer)
+        return _import_onnx(path, name, max_length, tokenizer, image_size)
     if not path.is_dir():
         raise UnsupportedModelError(
             f"{path} is a file; an ONNX file (.onnx) or a model folder with config.json and model.safetensors is needed"
@@ -145,17 +169,25 @@ def _import_path(path: Path, name: str | None, max_length: int | None, tokenizer
     from turbo_tvm.frontends.torch_module import import_module
 
     module, own_tokenizer, own_length = load_folder(path)
-    return import_module(module, name or path.resolve().name, max_length or own_length, tokenizer or own_tokenizer)
+    return import_module(
+        module, name or path.resolve().name, max_length or own_length, tokenizer or own_tokenizer, image_size
+    )
 
 
-def _import_onnx(path: Path, name: str | None, max_length: int | None, tokenizer: str | None) -> Imported:
+def _import_onnx(
+    path: Path,
+    name: str | None,
+    max_length: int | None,
+    tokenizer: str | None,
+    image_size: int | tuple[int, int] | None,
+) -> Imported:
     try:
         import onnx  # noqa: F401
     except ImportError as error:
         raise CompileError(f"compiling ONNX files needs onnx ({error}): pip install 'turbo-tvm[onnx]'") from error
     from turbo_tvm.frontends.onnx_model import import_file
 
-    return import_file(path, name, max_length, tokenizer)
+    return import_file(path, name, max_length, tokenizer, image_size)
 
 
 def _need_torch() -> None:
@@ -237,6 +269,7 @@ def _manifest(
         positions=imported.positions,
         relative_positions=optimized.relative_positions,
         pools_first=optimized.pools_first,
+        pooled=_pooled(optimized.pooled_token),
         buffers=tuple(BufferSpec(**vars(b)) for b in built.memory.buffers),
         steps=built.memory.steps,
         parameters=tuple(ParameterSpec(n, tuple(a.shape), str(a.dtype)) for n, a in built.parameters.items()),  # type: ignore[arg-type]
@@ -246,13 +279,22 @@ def _manifest(
     )
 
 
+def _pooled(token: int | None) -> PooledToken:
+    if token is None:
+        return PooledToken()
+    return PooledToken("largest") if token == LARGEST else PooledToken("first_of", token)
+
+
 def _output(name: str, ty: ir.Type, tiles: pipeline.Tiles, optimized: pipeline.Optimized) -> OutputSpec:
     """How to read one output, from its type: rows per token or per sequence, and how many columns."""
     dims = dims_of(ty)
     if optimized.layout == "packed":
         per_token = dims[0].same_as(dims_of(optimized.mod["main"].params[0].ty)[0])
         return OutputSpec(name, "token" if per_token else "sequence", dims[2] if len(dims) > 2 else 1, len(dims) == 2)
-    per_token = len(dims) > 1 and not isinstance(dims[1], int)
+    length = dims_of(optimized.mod["main"].params[0].ty)[1]  # of images it is a number
+    per_token = len(dims) > 1 and (
+        not isinstance(dims[1], int) or (isinstance(length, int) and len(dims) == 3 and dims[1] == length)
+    )
     columns = dims[1 + per_token :]
     if len(columns) > 1:
         raise UnsupportedModelError(f"output {name!r} has rank {len(dims)}; at most a vector per token is supported")

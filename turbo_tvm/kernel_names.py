@@ -88,7 +88,7 @@ def kernel_name(fused: Composite, out: relax.TensorType, amx: bool = False) -> s
     return "".join(c if c.isalnum() or c == "_" else "_" for c in text)
 
 
-_IN_SHAPE = ("k", "n", "shape", "columns", "heads", "head_dim", "max_length", "scale", "spans", "width")
+_IN_SHAPE = ("k", "n", "shape", "columns", "heads", "head_dim", "max_length", "scale", "spans", "token", "width")
 
 
 def _shape(fused: Composite, out: relax.TensorType) -> list[str]:

@@ -108,7 +108,7 @@ class CpuKernels(WeightKernels):
         return embedding.embedding, embedding_options(fused, out)
 
     def _pool(self, fused: Composite, out: relax.TensorType) -> Recipe:
-        return pooling.pool, {"hidden": last_dim(out), **fused.attrs}
+        return pooling.pool, pool_options(fused, out)
 
     def _cast_rows(self, fused: Composite, out: relax.TensorType) -> Recipe:
         return rows.cast_rows, {"columns": last_dim(out)}
@@ -129,6 +129,11 @@ def linear_options(fused: Composite, out: relax.TensorType) -> dict[str, Any]:
     """A product's parameters, as its schedules take them."""
     options = {key: value for key, value in fused.attrs.items() if key != "columns"}
     return options | {"k": reduced_columns(fused), "n": true_columns(fused, out)}
+
+
+def pool_options(fused: Composite, out: relax.TensorType) -> dict[str, Any]:
+    """A pooling's; which row a token is, the runtime says."""
+    return {"hidden": last_dim(out)} | {key: value for key, value in fused.attrs.items() if key != "token"}
 
 
 def attention_options(fused: Composite) -> dict[str, Any]:

@@ -76,6 +76,12 @@ class Optimized:
         return any(has_position_bias(fused) or has_distances(fused) for fused, _ in composites(self.mod["main"]))
 
     @property
+    def pooled_token(self) -> int | None:
+        """The id of the token that is pooled, if any, `fuse_pooling.LARGEST` for the largest one."""
+        pools = [fused for fused, _ in composites(self.mod["main"]) if fused.name == "pool"]
+        return next((fused.attrs["token"] for fused in pools if "token" in fused.attrs), None)
+
+    @property
     def pools_first(self) -> bool:
         """Whether an output is made from a sequence's first token."""
         return any(fused.attrs.get("mode") == "first" for fused, _ in composites(self.mod["main"]))
@@ -255,10 +261,11 @@ def _capture_graphs(mod: ir.IRModule, _ctx) -> ir.IRModule:
 
 
 def _memory_symbols(main: relax.Function, row_tile: int) -> dict[str, ir.Expr]:
-    """What sizes are made of, by `manifest.SYMBOLS`: the dimensions of token ids, and what follows from them."""
-    first, second = dims_of(main.params[0].ty)
-    if isinstance(second, int):
-        (boundaries,) = next(dims_of(p.ty) for p in main.params if p.name == "cu_seqlens")
+    """What sizes are made of, by `manifest.SYMBOLS`: the dimensions of the first input, and what follows from them."""
+    first, second = dims_of(main.params[0].ty)[:2]
+    packed = next((dims_of(p.ty) for p in main.params if p.name == "cu_seqlens"), None)
+    if packed is not None:
+        (boundaries,) = packed
         return {"token_tiles": first, "sequence_tiles": sequence_tiles(boundaries, row_tile)}
     return {"batch": first, "length": second, "row_tiles": (first * second + row_tile - 1) // row_tile}
 

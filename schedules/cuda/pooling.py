@@ -22,10 +22,11 @@ from turbo_tvm.schedules.rows import RowFormat
 _WARPS = 8
 
 
-def pool(*, hidden: int, mode: str, x: RowFormat | None = None) -> tvm.tirx.PrimFunc:
+def pool(*, hidden: int, mode: str, row: int = 0, x: RowFormat | None = None) -> tvm.tirx.PrimFunc:
     """`(x, cu_seqlens, out)`: out row i = the first row of sequence i, or the mean of its rows.
 
-    x: fp32 `(m, 1, hidden)` unless the format says else.
+    row: not the first one but that many after it; every sequence must have it. x: fp32 `(m, 1, hidden)` unless the
+    format says else.
     """
     if mode not in MODES:
         raise ValueError(f"unknown pooling mode {mode!r}: use one of {', '.join(MODES)}")
@@ -78,7 +79,7 @@ def pool(*, hidden: int, mode: str, x: RowFormat | None = None) -> tvm.tirx.Prim
                                     for i in range((length - warp + warps - 1) // warps):
                                         add_row(sums, source, begin + i * warps + warp, column)
                                 else:
-                                    add_row(sums, source, begin, column)
+                                    add_row(sums, source, begin + row, column)
                             if mode == "mean":
                                 for j in T.vectorized(vector):
                                     partials[warp, lane * vector + j] = sums[j]

@@ -244,3 +244,29 @@ def test_heads_that_are_merged_into_another_shape_are_left_alone():
             out = bb.emit_output(relax.op.reshape(out4, (b, s * HEADS, HEAD_DIM)))
         bb.emit_func_output(out)
     assert fused_in(fuse_attention(bb.finalize(), max_length=64)) == []
+
+
+def of_images(bias: np.ndarray | None) -> tvm.IRModule:
+    """Attention over images of five tokens, without a mask."""
+    b = tirx.Var("b", "int64")
+    patches = relax.Var("patches", relax.TensorType((b, 5, HEADS * HEAD_DIM), "float32"))
+    mask = relax.Var("attention_mask", relax.TensorType((b, 5), "int64"))
+    bb = relax.BlockBuilder()
+    with bb.function("main", [patches, mask], attrs={"num_input": 2}):
+        with bb.dataflow():
+            heads = [bb.emit(relax.op.reshape(patches, (b, 5, HEADS, HEAD_DIM))) for _ in range(3)]
+            added = [] if bias is None else [bb.emit(relax.op.multiply(relax.const(bias), relax.const(1.0, "float32")))]
+            out4 = bb.emit(relax.op.nn.attention(*heads, *added))
+            out = bb.emit_output(relax.op.reshape(out4, (b, 5, HEADS * HEAD_DIM)))
+        bb.emit_func_output(out)
+    return fuse_attention(bb.finalize(), max_length=5)
+
+
+@pytest.mark.parametrize("bias", [None, np.zeros((1, 1, 1, 5), "float32")])
+def test_tokens_of_images_all_see_each_other(bias):
+    (attention,) = fused_in(of_images(bias))
+    assert [t.name for t in attention.tensors[3:]] == ["attention_mask"]
+
+
+def test_a_bias_over_the_tokens_of_images_is_left_alone():
+    assert fused_in(of_images(np.eye(5, dtype="float32")[None, None])) == []

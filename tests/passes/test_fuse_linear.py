@@ -106,7 +106,7 @@ def test_every_activation_of_the_kernel_is_fused(activation):
 
 
 def test_other_activations_keep_their_operator():
-    mod = fuse_linear(build(lambda emit, x, w: relax.op.nn.silu(emit(relax.op.matmul(x, w))), (8, 4)))
+    mod = fuse_linear(build(lambda emit, x, w: relax.op.sigmoid(emit(relax.op.matmul(x, w))), (8, 4)))
     assert [f.attrs["activation"] for f in linears(mod)] == [None]
     assert "relax.nn.silu" in operators(mod)
 
@@ -198,3 +198,46 @@ def test_deep_models_do_not_exhaust_the_stack():
         return relax.op.matmul(x, w)
 
     assert len(linears(fuse_linear(build(body, (8, 4))))) == 1
+
+
+def gated(factor: float = 1.702, swapped: bool = False, other: bool = False, again: bool = False):
+    def body(emit, x, w):
+        y = emit(relax.op.matmul(x, emit(relax.op.permute_dims(w))))
+        scaled = emit(relax.op.multiply(emit(relax.op.negative(y)) if other else y, relax.const(factor, "float32")))
+        gate = emit(relax.op.sigmoid(scaled))
+        out = emit(relax.op.multiply(gate, y) if swapped else relax.op.multiply(y, gate))
+        return emit(relax.op.add(out, y)) if again else out
+
+    return body
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_quick_gelu(swapped):
+    mod = fuse_linear(build(gated(swapped=swapped), (4, 8)))
+    assert [f.attrs["activation"] for f in linears(mod)] == ["quick_gelu"] and operators(mod) == []
+
+
+@pytest.mark.parametrize("options", [{"factor": 1.7}, {"other": True}, {"again": True}])
+def test_what_only_looks_like_quick_gelu_keeps_its_operators(options):
+    mod = fuse_linear(build(gated(**options), (4, 8)))
+    assert [f.attrs["activation"] for f in linears(mod)] == [None] and "relax.sigmoid" in operators(mod)
+
+
+def test_factors_of_columns_go_into_the_weights():
+    def body(emit, x, w, bias, factors):
+        product = emit(relax.op.matmul(x, emit(relax.op.permute_dims(w))))
+        return emit(relax.op.multiply(factors, emit(relax.op.add(product, bias))))
+
+    mod = fuse_linear(build(body, (4, 8), (4,), (4,)))
+    (linear,) = linears(mod)
+    bound = {b.var: b.value for block in mod["main"].body.blocks for b in block.bindings}
+    weight, bias = (bound[t] for t in linear.tensors[1:])
+    assert (weight.op.name, weight.args[0].name, bias.args[0].name) == ("relax.multiply", "w0", "w1")
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 4), (1,)])
+def test_other_factors_are_left_alone(shape):
+    def body(emit, x, w, factors):
+        return emit(relax.op.multiply(emit(relax.op.matmul(x, emit(relax.op.permute_dims(w)))), factors))
+
+    assert operators(fuse_linear(build(body, (4, 8), shape)))[-1] == "relax.multiply"

@@ -233,3 +233,85 @@ def test_large_upper_bound_is_none():
         return emit(relax.op.divide(pooled, clip(emit, length_of(emit, pooled), ceiling=largest)))
 
     assert [f.name for f in fused(body)] == ["pool", "normalize"]
+
+
+def at_token(rows, sequences=None):
+    """`main(input_ids, attention_mask, x)`: x at `rows(emit, ids)` of every sequence."""
+    batch, length = tirx.Var("b", "int64"), tirx.Var("s", "int64")
+    ids = relax.Var("input_ids", relax.TensorType((batch, length), "int64"))
+    mask = relax.Var("attention_mask", relax.TensorType((batch, length), "int64"))
+    x = relax.Var("x", relax.TensorType((batch, length, 8), "float32"))
+    bb = relax.BlockBuilder()
+    with bb.function("main", [ids, mask, x], attrs={"num_input": 3}):
+        with bb.dataflow():
+            counted = bb.emit(relax.op.arange(*(sequences or (0,)), batch, 1, dtype="int64"))
+            out = bb.emit_output(relax.op.index_tensor(x, [counted, rows(bb.emit, ids)]))
+        bb.emit_func_output(out)
+    bindings = [b for block in fuse_pooling(bb.finalize())["main"].body.blocks for b in block.bindings]
+    return [f.attrs for b in bindings if (f := composite.match(b.value)) is not None]
+
+
+def is_token(emit, ids, token=7):
+    return emit(relax.op.equal(ids, relax.const(token, "int64")))
+
+
+AT_TOKENS = {
+    "the first of an id": (lambda emit, ids: _argmax(emit, emit(relax.op.astype(is_token(emit, ids), "int32"))), 7),
+    "the same by where": (
+        lambda emit, ids: _argmax(
+            emit, emit(relax.op.where(is_token(emit, ids, 0), relax.const(3, "int32"), relax.const(1, "int32")))
+        ),
+        0,
+    ),
+    "the largest": (lambda emit, ids: _argmax(emit, emit(relax.op.astype(ids, "int32"))), -1),
+}
+
+
+def _argmax(emit, x):
+    return emit(relax.op.argmax(x, axis=-1))
+
+
+@pytest.mark.parametrize("name", AT_TOKENS)
+def test_the_row_of_a_token(name):
+    rows, token = AT_TOKENS[name]
+    assert at_token(rows) == [{"mode": "first", "token": token}]
+
+
+OTHER_ROWS = {
+    "the smallest": lambda emit, ids: emit(relax.op.argmin(ids, axis=-1)),
+    "the first of any other id": lambda emit, ids: emit(
+        relax.op.argmin(emit(relax.op.astype(is_token(emit, ids), "int32")), axis=-1)
+    ),
+    "the last of an id": lambda emit, ids: emit(
+        relax.op.subtract(
+            emit(relax.op.sum(emit(relax.op.astype(is_token(emit, ids), "int64")), axis=[1])),
+            relax.const(1, "int64"),
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_ROWS)
+def test_any_other_row_is_left_alone(name):
+    assert at_token(OTHER_ROWS[name]) == []
+
+
+def test_rows_of_other_sequences_are_left_alone():
+    assert at_token(AT_TOKENS["the largest"][0], sequences=(1,)) == []
+
+
+@pytest.mark.parametrize(("patches", "index", "attrs"), [(True, 0, {}), (True, 1, {"row": 1}), (False, 0, None)])
+def test_any_row_of_images(patches, index, attrs):
+    """All of them are as long; another fixed length is something else."""
+    batch = tirx.Var("b", "int64")
+    first_input = relax.Var("patches" if patches else "ids", relax.TensorType((batch, 5, 6), "float32"))
+    mask = relax.Var("attention_mask", relax.TensorType((batch, 5), "int64"))
+    x = relax.Var("x", relax.TensorType((batch, 5, 8), "float32"))
+    bb = relax.BlockBuilder()
+    with bb.function("main", [first_input, mask, x], attrs={"num_input": 2}):
+        with bb.dataflow():
+            out = bb.emit_output(relax.op.take(x, relax.const(index, "int64"), axis=1))
+        bb.emit_func_output(out)
+    bindings = [b for block in fuse_pooling(bb.finalize())["main"].body.blocks for b in block.bindings]
+    found = [f.attrs for b in bindings if (f := composite.match(b.value)) is not None]
+    assert found == ([] if attrs is None else [{"mode": "first", **attrs}])

@@ -294,3 +294,32 @@ def test_what_no_output_reads_is_not_declined():
         return g.tokens()
 
     assert shapes(pack(body)) == [["tiles", 4, 8]]
+
+
+def pools(*tokens: int | None) -> tvm.IRModule:
+    """`main(patches (b, 5, 6), ids, mask)`: the patches themselves, pooled in each of these ways."""
+    batch = tirx.Var("b", "int64")
+    patches = relax.Var("patches", relax.TensorType((batch, 5, 6), "float32"))
+    ids, mask = (relax.Var(name, relax.TensorType((batch, 5), "int64")) for name in ("position_ids", "attention_mask"))
+    out = relax.TensorType((batch, 6), "float32")
+    bb = relax.BlockBuilder()
+    with bb.function("main", [patches, mask, ids], attrs={"num_input": 3}):
+        with bb.dataflow():
+            attrs = [{"mode": "first"} if token is None else {"mode": "first", "token": token} for token in tokens]
+            pooled = [bb.emit(composite.make("pool", [patches, mask], out, **a)) for a in attrs]
+            result = bb.emit_output(relax.Tuple(pooled))
+        bb.emit_func_output(result)
+    return bb.finalize()
+
+
+def test_patches_are_rows_and_tokens_are_pooled_by_their_rows():
+    main = remove_padding(pools(None, 7, 7), 4)["main"]
+    assert [p.name for p in main.params] == ["patches", "position_ids", "cu_seqlens", "query_tiles", "pooled_rows"]
+    assert main.params[0].ty.shape.values[2] == 6 and str(main.params[0].ty.dtype) == "float32"
+    found = [composite.match(b.value, "pool") for block in main.body.blocks for b in block.bindings]
+    assert [f.tensors[1].name for f in found if f is not None] == ["cu_seqlens", *["pooled_rows"] * 2]
+
+
+def test_two_different_tokens_are_declined():
+    with pytest.raises(Declined, match=r"the tokens \[7, 9\] are pooled; one of them is supported"):
+        remove_padding(pools(7, 9), 4)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from turbo_tvm.errors import InputError
 from turbo_tvm.runtime import batch as packing
-from turbo_tvm.runtime.manifest import Bounds, PositionRule
+from turbo_tvm.runtime.manifest import Bounds, PooledToken, PositionRule
 
 BOUNDS = Bounds(max_length=512, vocab_size=100, type_vocab_size=2)
 ARANGE = PositionRule("arange", 0)
@@ -215,3 +215,11 @@ def test_query_tiles_of_long_sequences_come_first_where_asked(lengths):
     assert sorted(map(tuple, plain)) == sorted(map(tuple, sorted_tiles))
     keys = sorted_tiles[:, 2] - sorted_tiles[:, 1]
     assert (np.diff(keys) <= 0).all()
+
+
+def test_pooled_rows_are_those_of_the_first_such_token():
+    ids, cu = np.array([5, 7, 9, 7, 1, 2, 9, 9], np.int32), packing.boundaries([4, 2, 2])
+    for rule, rows in ((PooledToken("first_of", 7), [1, 4, 6]), (PooledToken("largest"), [2, 5, 6])):
+        found = packing.pooled_rows(rule, ids, cu)
+        assert found.dtype == np.int32 and found.shape == (4,)
+        assert found[:3].tolist() == rows  # the second sequence has no 7

@@ -232,6 +232,14 @@ class TestMeasurement:
         assert all(sum(b) <= max(256, max_length) for b in device.ran)
         assert fit(found, held_out).points == len(found) + len(held_out)
 
+    def test_images_are_all_of_one_length(self):
+        device = Device(packed_truth)
+        found, held_out = device.measure(max_length=577, max_tokens=8192, min_length=577)
+        assert {n for b in device.ran for n in b} == {577}
+        assert {len(p.lengths) for p in found} == {1, 4}
+        spec = fit(found, held_out)
+        assert cost_of(spec)((577,) * 3) == pytest.approx(packed_truth((577,) * 3), rel=0.2)
+
     def test_says_what_it_does(self):
         said: list[str] = []
         Device(packed_truth).measure(max_length=512, max_tokens=8192, say=said.append)

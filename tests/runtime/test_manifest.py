@@ -15,15 +15,19 @@ from turbo_tvm.runtime.manifest import (
     Bounds,
     BufferSpec,
     CostSpec,
+    ImageBounds,
     KernelSpec,
     Manifest,
     MemberSpec,
     OutputSpec,
     ParameterSpec,
+    PooledToken,
     PositionRule,
     TargetSpec,
     TensorSpec,
 )
+
+IMAGE = {"channels": 3, "height": 224, "width": 230, "patch_height": 16, "patch_width": 16, "prefix": 1}
 
 SMALL = Manifest(
     turbo_version="0.1.0",
@@ -93,7 +97,11 @@ WRONG = [
     (["outputs", 1, "squeeze"], 1, r"field outputs\[1\].squeeze must be true or false"),
     (["outputs", 0, "dtype"], "float8", r"field outputs\[0\].dtype must be one of"),
     (["inputs", 1, "name"], "ids", "field inputs has the name 'ids' 2 times"),
-    (["bounds", "vocab_size"], -1, "field bounds.vocab_size must be at least 1"),
+    (["bounds", "vocab_size"], 0, "field bounds.vocab_size must be at least 1"),
+    (["bounds", "vocab_size"], -1, "field bounds.vocab_size must be at least 0"),
+    (["bounds", "image"], 224, "field bounds.image must be an object"),
+    (["bounds", "image"], IMAGE | {"patch_width": 231}, "field bounds.image must be an image of at least one patch"),
+    (["bounds", "image"], IMAGE, "field bounds.max_length must be 197, an image's tokens, is 512"),
     (["positions", "pad_id"], -1, "field positions.pad_id must be at least 0"),
     (["parameters", 0, "shape", 1], 0, r"field parameters\[0\].shape\[1\] must be at least 1"),
     (["kernels", 0, "flops_per_token"], "9", r"field kernels\[0\].flops_per_token must be a finite number"),
@@ -239,3 +247,10 @@ def test_any_value_anywhere_is_accepted_or_an_artifact_error(path, value):
 def test_a_buffer_that_cannot_be_planned_is_refused(buffers, message):
     with pytest.raises(ArtifactError, match=message):
         replace(SMALL, buffers=tuple(buffers), steps=("gemm",)).to_json()
+
+
+def test_an_image_and_its_tokens():
+    image = ImageBounds(**IMAGE)
+    assert (image.shape, image.grid, image.tokens, image.columns) == ((3, 224, 230), (14, 14), 197, 768)
+    made = replace(SMALL, bounds=Bounds(197, 0, image=image), pooled=PooledToken("first_of", 7))
+    assert Manifest.from_json(made.to_json()) == made

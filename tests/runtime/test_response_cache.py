@@ -9,7 +9,8 @@ import pytest
 
 from turbo_tvm.errors import InputError
 from turbo_tvm.runtime.batch import from_sequences
-from turbo_tvm.runtime.manifest import Bounds, PositionRule
+from turbo_tvm.runtime.images import from_image
+from turbo_tvm.runtime.manifest import Bounds, ImageBounds, PositionRule
 from turbo_tvm.runtime.model import ModelOutput
 from turbo_tvm.runtime.response_cache import ENTRY_BYTES, ResponseCache, own_copy, request_key
 
@@ -32,6 +33,13 @@ def test_keys_tell_requests_apart():
     keys = [request_key(*pair) for pair in asked]
     assert len(set(keys)) == 6  # the last two are the same: token types are 0 by default
     assert keys[0] == request_key(b"a", request(np.array([1, 2], np.int64)))
+
+
+def test_keys_tell_images_apart():
+    bounds = ImageBounds(1, 2, 2, 2, 2)
+    black, white = np.zeros((1, 2, 2), np.float32), np.ones((1, 2, 2), np.float32)
+    keys = [request_key(b"a", from_image(image, bounds)) for image in (black, white, black.copy())]
+    assert keys[0] == keys[2] != keys[1] and len(keys[0]) < 64
 
 
 def test_what_goes_in_and_out_is_a_copy():

@@ -28,6 +28,7 @@ ACTIVATIONS = {
     None: lambda x: x,
     "gelu": gelu64,
     "gelu_tanh": lambda x: 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+    "quick_gelu": lambda x: x / (1 + np.exp(-1.702 * x)),
     "relu": lambda x: np.maximum(x, 0),
     "tanh": np.tanh,
 }

@@ -26,6 +26,7 @@ R = GEOMETRY.row_tile
 ACTIVATIONS = {
     None: lambda x: x,
     "gelu": lambda x: 0.5 * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))),
+    "quick_gelu": lambda x: x / (1 + np.exp(-1.702 * x)),
     "relu": lambda x: np.maximum(x, 0),
     "tanh": np.tanh,
 }

@@ -69,6 +69,17 @@ def test_other_sequences_do_not_leak(mode, host_target, run_kernel):
     assert np.isnan(out[[0, 2]]).all()
 
 
+@pytest.mark.parametrize("row", [0, 2])
+def test_rows_that_are_named(row, host_target, run_kernel):
+    """In the place of cu_seqlens, any rows and one more; or a row after each."""
+    tiles, x = cpu_tiles(host_target), np.random.default_rng(0).standard_normal((5, 4, 40), dtype="float32")
+    rows = np.array([7, 3, 3, 12, -99], "int32")
+    kernel = pool(tiles, hidden=40, mode="first", row=row)
+    shape = (-(-4 // tiles.row_tile), tiles.row_tile, 40)
+    out = run_kernel(kernel, [x.reshape(-1, tiles.row_tile, 40), rows], shape, host_target).reshape(-1, 40)
+    np.testing.assert_array_equal(out[:4], x.reshape(-1, 40)[rows[:4] + row])
+
+
 def test_an_unknown_mode_is_refused():
     with pytest.raises(ValueError, match="unknown pooling mode 'max': use one of first, mean"):
         pool(NEON, hidden=64, mode="max")

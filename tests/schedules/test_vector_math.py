@@ -42,6 +42,7 @@ REFERENCES = {
     "gelu": gelu64,
     "gelu_bf16": gelu64,
     "gelu_tanh": lambda x: x * 0.5 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+    "quick_gelu": lambda x: x * 0.5 * (1 + np.tanh(1.702 / 2 * x)),
     "tanh": np.tanh,
     "relu": lambda x: np.maximum(x, 0),
     "silu": lambda x: x / (1 + np.exp(-x)),
@@ -94,7 +95,7 @@ def test_tanh_keeps_its_relative_accuracy_near_zero(run_kernel, target):
     assert np.abs(y / np.tanh(x) - 1).max() <= 6e-7
 
 
-@pytest.mark.parametrize("name", ["exp", "gelu", "gelu_bf16", "gelu_tanh", "tanh", "relu"])
+@pytest.mark.parametrize("name", ["exp", *REFERENCES])
 @pytest.mark.parametrize("target_fixture", ["host_target", "neon_target"])
 def test_no_function_calls_libm(name, target_fixture, assembly, request):
     target = request.getfixturevalue(target_fixture)

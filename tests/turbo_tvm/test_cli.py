@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -59,6 +60,12 @@ def command(*args: object, **options) -> subprocess.CompletedProcess:
 
 def answers(output: str) -> list[dict]:
     return [json.loads(line) for line in output.splitlines()]
+
+
+def _npy(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
 
 
 class TestHelp:
@@ -199,6 +206,16 @@ class TestRun:
     )
     def test_usage(self, tiny_artifact, args, message):
         assert message in fail("run", tiny_artifact, *args, code=2)
+
+    def test_a_file_that_is_no_image(self, tiny_artifact, tmp_path):
+        for content, message in (
+            (b"\x93NUMPY\x01\x00", "the input is a damaged .npy file"),
+            (_npy(np.zeros(3)), r"array of shape (3,); images are (channels, height, width)"),
+            (_npy(np.zeros((1, 1, 1), object)), "the input is a damaged .npy file"),
+            (_npy(np.zeros((1, 2, 2))), "sequence 0 holds float64 values"),  # the model takes text
+        ):
+            assert message in fail("run", tiny_artifact, "--input", "-", input=content)
+        assert "cannot be mixed" in fail("run", tiny_artifact, "--input", "-", "--text", "a", input=content, code=2)
 
     @pytest.mark.parametrize(
         ("args", "message"),

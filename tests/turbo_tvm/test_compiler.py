@@ -107,6 +107,32 @@ class TestModelsThatAreRefused:
     def test_not_a_module(self, model):
         refuse(UnsupportedModelError, "a torch.nn.Module is needed, not", model)
 
+    def test_images_and_text_at_once(self):
+        sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+        config = transformers.CLIPConfig(text_config={**sizes, "vocab_size": 101}, vision_config=sizes)
+        message = "CLIPModel takes images and text at once; .*: compile model.text_model and model.vision_model instead"
+        refuse(UnsupportedModelError, message, transformers.CLIPModel(config))
+
+    def test_images_that_do_not_become_patches(self, bert):
+        class Overlapping(torch.nn.Module):
+            def __init__(self, stem):
+                super().__init__()
+                self.stem = stem
+
+            def forward(self, pixel_values):
+                return self.stem(pixel_values)
+
+        overlapping = Overlapping(torch.nn.Conv2d(3, 8, 4, 2))
+        refuse(UnsupportedModelError, "Overlapping does not begin with patches", overlapping, image_size=16)
+        refuse(UnsupportedModelError, "Overlapping says no image size: give image_size=", overlapping)
+        refuse(UnsupportedModelError, "cannot be run on pixel_values of 2 x 3 alone", overlapping, image_size=(2, 3))
+        refuse(UnsupportedModelError, r"in pixels, or one number for both, not \(16,\)", overlapping, image_size=(16,))
+        refuse(UnsupportedModelError, "max_length=9 is for models of text", overlapping, max_length=9)
+        refuse(UnsupportedModelError, "has no convolution", Overlapping(torch.nn.Linear(3, 3)), image_size=16)
+        refuse(
+            UnsupportedModelError, "image_size=16 is for models of images; BertModel is not one", bert, image_size=16
+        )
+
     def test_inputs_of_another_kind(self):
         refuse(
             UnsupportedModelError,

@@ -67,6 +67,7 @@ class TestModels:
             ("mpnet", "bf16"),
             ("mean", "fp16"),
             ("answers", "fp16"),
+            ("clip_text", "fp16"),
         ],
     )
     def test_agree_with_pytorch(self, simulated, served, name, precision):
@@ -76,6 +77,15 @@ class TestModels:
         agree(module, compiled, TOLERANCES[precision])
         counts = simulated.counts()
         assert (counts.mma > 0) == (precision != "fp32")
+
+    def test_images(self, simulated, served):
+        module = served("vit").module
+        compiled = turbo_tvm.compile(module, target="cuda:sm_80", precision="fp16")
+        pixels = torch.randn(3, 3, 32, 48, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            wanted = module(pixel_values=pixels)
+        for name, got in compiled(pixel_values=pixels).items():
+            assert (got - wanted[name]).abs().max() < TOLERANCES["fp16"] * max(1, wanted[name].abs().max())
 
     def test_what_no_pass_recognises_is_padded(self, simulated, served):
         module = served("padded").module

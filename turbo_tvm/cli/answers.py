@@ -57,9 +57,8 @@ def _text(request: Request, answers: list[Answer], form: str) -> str:
 
 def _json_lines(request: Request, answers: list[Answer]) -> Iterator[str]:
     for i, answer in enumerate(answers):
-        asked = {"ids": request.ids[i]} if request.is_ids else {"text": request.texts[i]}
         outputs = {name: _plain(value) for name, value in answer.items()}
-        yield json.dumps({"index": i, **asked, "outputs": outputs})
+        yield json.dumps({"index": i, **request.asked(i), "outputs": outputs})
 
 
 def _plain(value: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from turbo_tvm.cli.options import Failure, debug_option
+from turbo_tvm.cli.options import Failure, debug_option, image_size_callback
 
 if TYPE_CHECKING:
     from turbo_tvm.runtime.manifest import Manifest
@@ -37,6 +37,12 @@ if TYPE_CHECKING:
 @click.option(
     "--max-length", metavar="N", type=click.IntRange(1), help="Longest sequence in tokens.  [default: the model's]"
 )
+@click.option(
+    "--image-size",
+    metavar="N|HxW",
+    callback=image_size_callback,
+    help="Height and width of images in pixels.  [default: the model's]",
+)
 @click.option("--name", metavar="NAME", help="What the artifact calls the model.  [default: the folder's name]")
 @click.option(
     "--tokenizer",
@@ -53,6 +59,7 @@ def compile_command(
     target: str,
     precision: str,
     max_length: int | None,
+    image_size: tuple[int, int] | None,
     name: str | None,
     tokenizer: Path | None,
     check: bool,
@@ -62,7 +69,7 @@ def compile_command(
 
     MODEL is a folder with config.json, model.safetensors and, for text input, a tokenizer, as Hugging Face and
     sentence-transformers write them; or an ONNX file of opset 11 to 23. The result serves every batch size and length
-    up to --max-length.
+    up to --max-length, or images of one size.
 
     Compiling needs a C++ compiler, PyTorch and transformers for folders, turbo-tvm[onnx] for ONNX files, and for GPUs
     nvcc or the packages of turbo-tvm[cuda12], but no GPU; running the file needs none of them.
@@ -75,6 +82,7 @@ def compile_command(
       turbo-tvm compile path/to/bert -o bert-gpu.turbo --target cuda:sm_80,sm_90 --precision fp16
       turbo-tvm compile path/to/bert -o bert.turbo --precision bf16
       turbo-tvm compile path/to/bert -o bert.turbo --target cpu:x86-64-v3
+      turbo-tvm compile path/to/vit -o vit.turbo --image-size 384
     """
     _check_output(output)
     if check and model.suffix != ".onnx":
@@ -90,6 +98,7 @@ def compile_command(
         precision=precision,
         name=name,
         max_length=max_length,
+        image_size=image_size,
         tokenizer=tokenizer,
         progress=not quiet,
     )
@@ -147,5 +156,7 @@ def _spills(manifest: Manifest) -> str:
 def _next_command(output: Path, manifest: Manifest) -> str:
     if manifest.target.architectures:  # this machine may have no such GPU
         return f"turbo-tvm inspect {shlex.quote(str(output))} --kernels"
+    if manifest.bounds.image is not None:
+        return f"turbo-tvm run {shlex.quote(str(output))} --input images.npy"
     request = '--text "any text"' if "tokenizer.json" in manifest.members else "--ids 1,2,3"
     return f"turbo-tvm run {shlex.quote(str(output))} {request}"

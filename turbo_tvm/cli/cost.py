@@ -13,6 +13,7 @@ from turbo_tvm.cli.options import debug_option
 
 if TYPE_CHECKING:
     from turbo_tvm.runtime.cost_spec import CostSpec
+    from turbo_tvm.runtime.manifest import Bounds
 
 _LENGTHS = (8, 16, 32, 64, 128, 256, 512)
 _BATCHES = (1, 4, 16, 64)
@@ -50,10 +51,10 @@ def cost_command(file: Path, seconds: float, threads: int | None, remeasure: boo
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(spec)))
     else:
-        _show(spec, model.machine, model.manifest.bounds.max_length)
+        _show(spec, model.machine, model.manifest.bounds)
 
 
-def _show(spec: CostSpec, machine: str, max_length: int) -> None:
+def _show(spec: CostSpec, machine: str, bounds: Bounds) -> None:
     from turbo_tvm.cli.console import add_row, console, table
     from turbo_tvm.runtime.cost_model import cost_of
 
@@ -63,6 +64,8 @@ def _show(spec: CostSpec, machine: str, max_length: int) -> None:
         f"{machine}: {spec.kind} cost, from {spec.points} measured batches; off by {spec.error:.1%} on "
         "average on batches that it was not fitted to"
     )
-    for n in [n for n in _LENGTHS if n < max_length] + [max_length] * (max_length not in _LENGTHS):
+    longest = bounds.max_length
+    shorter = [n for n in _LENGTHS if n < longest and bounds.image is None]  # images are all as long
+    for n in [*shorter, longest]:
         add_row(rows, str(n), *(f"{1e3 * cost([n] * k):.3g}" for k in _BATCHES))
     console().print(rows)

@@ -11,7 +11,7 @@ from turbo_tvm.cli import numbers
 from turbo_tvm.cli.console import add_row, console, plain, print_fields, table
 from turbo_tvm.errors import TurboError
 from turbo_tvm.runtime import cpu_features
-from turbo_tvm.runtime.manifest import KernelSpec, Manifest, OutputSpec, ParameterSpec
+from turbo_tvm.runtime.manifest import Bounds, KernelSpec, Manifest, OutputSpec, ParameterSpec, PooledToken
 
 
 def show(file: Path, manifest: Manifest, lengths: list[int] | None) -> None:
@@ -30,7 +30,6 @@ def show(file: Path, manifest: Manifest, lengths: list[int] | None) -> None:
 
 
 def _overview(file: Path, m: Manifest) -> dict[str, str]:
-    bounds = m.bounds
     return {
         "file": f"{file}, {numbers.size(file.stat().st_size)}",
         "model": f"{m.name} ({m.model_type}), {m.source_parameters:,} parameters",
@@ -43,9 +42,9 @@ def _overview(file: Path, m: Manifest) -> dict[str, str]:
         "layout": f"{m.layout}{numbers.why_padded(m)}, {m.row_tile} rows per tile",
         "inputs": ", ".join(f"{i.name} {i.dtype}" for i in m.inputs),
         "outputs": ", ".join(_output(o, m.primary) for o in m.outputs),
-        "bounds": f"up to {bounds.max_length} tokens per sequence, vocabulary {bounds.vocab_size:,}, "
-        f"token types {bounds.type_vocab_size}",
+        "bounds": _bounds(m.bounds),
         "positions": m.positions.kind,
+        **({} if m.pooled.kind == "none" else {"pooled token": _pooled(m.pooled)}),
         "weights": _weights(m.parameters),
         "costs": "; ".join(f"{name} (off by {cost.error:.1%})" for name, cost in m.costs.items())
         or "not measured: turbo-tvm cost",
@@ -60,6 +59,23 @@ def _verdict(manifest: Manifest) -> str:
     except TurboError as error:
         return f"cannot run it: {error}"
     return "can run it"
+
+
+def _bounds(bounds: Bounds) -> str:
+    image = bounds.image
+    if image is None:
+        return (
+            f"up to {bounds.max_length} tokens per sequence, vocabulary {bounds.vocab_size:,}, "
+            f"token types {bounds.type_vocab_size}"
+        )
+    return (
+        f"images of {image.channels} x {image.height} x {image.width} in patches of {image.patch_height} x "
+        f"{image.patch_width}, {image.tokens} tokens"
+    )
+
+
+def _pooled(rule: PooledToken) -> str:
+    return "the first of the largest id" if rule.kind == "largest" else f"the first of id {rule.token_id}"
 
 
 def _output(spec: OutputSpec, primary: str | None) -> str:

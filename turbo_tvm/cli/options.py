@@ -64,6 +64,16 @@ def lengths_callback(_ctx: click.Context, _param: click.Parameter, value: str | 
     return lengths
 
 
+def image_size_callback(_ctx: click.Context, _param: click.Parameter, value: str | None) -> tuple[int, int] | None:
+    """The value of `--image-size`, as height and width; None where it is not given."""
+    if value is None:
+        return None
+    parts = value.lower().split("x")
+    if len(parts) > 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise click.BadParameter(f"{value!r} is no size in pixels such as 224, or 224x320 for height and width")
+    return int(parts[0]), int(parts[-1])
+
+
 def print_version(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
     """Print versions and leave; TVM is asked for its version without being imported."""
     if not value or ctx.resilient_parsing:

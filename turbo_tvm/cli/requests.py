@@ -1,44 +1,56 @@
-"""What a user asks `turbo-tvm run` to answer: texts or token ids, from options, files or stdin."""
+"""What a user asks `turbo-tvm run` to answer: texts, token ids or images, from options, files or stdin."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import IO
+from typing import IO, TYPE_CHECKING, Any
 
 import click
 
 from turbo_tvm.errors import InputError
 
-_HINT = "give texts with --text or --input, or token ids with --ids or --ids-file"
+if TYPE_CHECKING:
+    import numpy as np
+
+_HINT = "give texts with --text or --input, token ids with --ids or --ids-file, or images in a .npy file with --input"
+_NUMPY = b"\x93NUMPY"  # how a .npy file begins
 
 
 @dataclass(frozen=True)
 class Request:
-    """Texts or token id sequences, in order; the other one is empty."""
+    """Texts, token id sequences or images, in order; the others are empty."""
 
     texts: tuple[str, ...] = ()
     ids: tuple[list[int], ...] = ()
-
-    @property
-    def is_ids(self) -> bool:
-        """Whether this asks with token ids."""
-        return bool(self.ids)
+    images: tuple[np.ndarray, ...] = ()
 
     @property
     def labels(self) -> list[str]:
         """What was asked, one line each."""
-        return [" ".join(map(str, ids)) for ids in self.ids] or list(self.texts)
+        images = [f"image of {' x '.join(map(str, image.shape))}" for image in self.images]
+        return images or [" ".join(map(str, ids)) for ids in self.ids] or list(self.texts)
+
+    def asked(self, index: int) -> dict[str, Any]:
+        """One of them for programs, by its kind; of an image its shape."""
+        if self.images:
+            return {"image": list(self.images[index].shape)}
+        return {"ids": self.ids[index]} if self.ids else {"text": self.texts[index]}
 
 
 def read_request(
     texts: Iterable[str], text_file: IO[bytes] | None, ids: Iterable[str], ids_file: IO[bytes] | None
 ) -> Request:
     """The request of the four options; those on the command line come before those in a file."""
-    all_texts = [*texts, *_lines(text_file)]
-    all_ids = [*ids, *_lines(ids_file)]
-    if all_texts and all_ids:
-        raise click.UsageError(f"texts and token ids cannot be mixed: {_HINT}")
+    data = _bytes(text_file)
+    images = _images(data) if data.startswith(_NUMPY) else ()
+    all_texts = [*texts, *_lines(b"" if images else data)]
+    all_ids = [*ids, *_lines(_bytes(ids_file))]
+    if sum(map(bool, (all_texts, all_ids, images))) > 1:
+        raise click.UsageError(f"texts, token ids and images cannot be mixed: {_HINT}")
+    if images:
+        return Request(images=images)
     if not all_texts and not all_ids:
         if text_file is not None or ids_file is not None:
             raise InputError("the input is empty: at least one line is needed")
@@ -46,15 +58,36 @@ def read_request(
     return Request(tuple(all_texts), tuple(_parse_ids(line) for line in all_ids))
 
 
-def _lines(file: IO[bytes] | None) -> list[str]:
-    if file is None:
-        return []
+def _bytes(file: IO[bytes] | None) -> bytes:
     try:
-        text = file.read().decode()
-    except UnicodeDecodeError as error:
-        raise InputError(f"the input is not UTF-8 text: {error}") from error
+        return b"" if file is None else file.read()
     except OSError as error:
         raise InputError(f"the input cannot be read: {error.strerror or error}") from error
+
+
+def _images(data: bytes) -> tuple[np.ndarray, ...]:
+    """One image, (channels, height, width), or an array of them."""
+    import numpy as np
+
+    try:
+        array = np.load(io.BytesIO(data), allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise InputError(f"the input is a damaged .npy file: {error}") from error
+    if array.ndim not in (3, 4) or not array.size:
+        raise InputError(
+            f"the input is an array of shape {array.shape}; images are (channels, height, width), or several of them "
+            "(count, channels, height, width)"
+        )
+    return tuple(array) if array.ndim == 4 else (array,)
+
+
+def _lines(data: bytes) -> list[str]:
+    if not data:
+        return []
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"the input is not UTF-8 text: {error}") from error
     lines = text.split("\n")  # and not at the other characters that str.splitlines takes for line ends
     return [line.removesuffix("\r") for line in (lines if lines[-1] else lines[:-1])]
 

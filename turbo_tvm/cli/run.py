@@ -1,4 +1,4 @@
-"""`turbo-tvm run`: answer texts or token ids with an artifact. Imports TVM's runtime only, never PyTorch."""
+"""`turbo-tvm run`: answer texts, token ids or images with an artifact. Imports TVM's runtime only, never PyTorch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,13 @@ _FORMATS = ("table", "json", "npy", "npz")
 @click.argument("file", metavar="FILE", type=click.Path(path_type=Path))
 @click.option("--text", "texts", metavar="TEXT", multiple=True, help="A text. Repeat it for more.")
 @click.option("--ids", metavar="N,N,...", multiple=True, help="A sequence of token ids. Repeat it for more.")
-@click.option("--input", "text_file", metavar="FILE", type=click.File("rb"), help="One text per line; - is stdin.")
+@click.option(
+    "--input",
+    "text_file",
+    metavar="FILE",
+    type=click.File("rb"),
+    help="One text per line, or images in a .npy file; - is stdin.",
+)
 @click.option(
     "--ids-file", metavar="FILE", type=click.File("rb"), help="One sequence of token ids per line; - is stdin."
 )
@@ -44,9 +50,10 @@ def run_command(
     form: str | None,
     threads: int | None,
 ) -> None:
-    """Answer texts or token ids with an artifact.
+    """Answer texts, token ids or images with an artifact.
 
-    All of them run as one ragged batch, in order, without padding. Texts need an artifact with a tokenizer.
+    All of them run as one ragged batch, in order, without padding. Texts need an artifact with a tokenizer. Images are
+    float32, (channels, height, width) or several of them in one array, scaled as the model's image processor does.
 
     \b
     Formats:
@@ -60,6 +67,7 @@ def run_command(
       turbo-tvm run minilm.turbo --text "a first text" --text "and another, longer one"
       turbo-tvm run minilm.turbo --ids 101,7592,102
       turbo-tvm run minilm.turbo --input texts.txt -o vectors.npy
+      turbo-tvm run vit.turbo --input images.npy -o logits.npy
       cat texts.txt | turbo-tvm run minilm.turbo --input - | jq '.outputs.sentence_embedding[0]'
     """
     form = _format(form, save)
@@ -68,7 +76,10 @@ def run_command(
 
     model = turbo_tvm.load(file, threads=threads)
     start = time.perf_counter()
-    answers = model.run(request.ids, output=output) if request.is_ids else model.encode(request.texts, output=output)
+    if request.texts:
+        answers = model.encode(request.texts, output=output)
+    else:
+        answers = model.run(request.ids or request.images, output=output)
     seconds = time.perf_counter() - start
     _emit(request, _named(answers, output or model.manifest.primary), form, save)
     if sys.stderr.isatty():

@@ -13,6 +13,7 @@ from turbo_tvm.kernels import (
     embedding_options,
     linear_options,
     overwritable,
+    pool_options,
     rotary_options,
     row_formats,
 )
@@ -62,7 +63,7 @@ class CudaKernels(WeightKernels):
         return embedding.embedding, embedding_options(fused, out) | {"vectors": str(fused.tensors[-1].ty.dtype)}
 
     def _pool(self, fused: Composite, out: relax.TensorType) -> Recipe:
-        return pooling.pool, {"hidden": last_dim(out), **fused.attrs}
+        return pooling.pool, pool_options(fused, out)
 
     def _cast_rows(self, fused: Composite, out: relax.TensorType) -> Recipe:
         return rows.cast_rows, {"columns": last_dim(out)}

@@ -29,12 +29,14 @@ class Sample:
     mask: np.ndarray
     outputs: dict[str, np.ndarray]
 
+    @property
+    def inputs(self) -> dict[str, np.ndarray]:
+        """The arguments of the model's call."""
+        return {"input_ids": self.token_ids, "attention_mask": self.mask}
+
     def differences(self, answers: Mapping[str, Any]) -> dict[str, float]:
         """How far each output is from the model's own, relative to its largest value; padding does not count."""
-        return {
-            name: float(np.abs(got - wanted).max() / max(np.abs(wanted).max(), 1e-6))
-            for name, (got, wanted) in self.pairs(answers).items()
-        }
+        return {name: _difference(*pair) for name, pair in self.pairs(answers).items()}
 
     def pairs(self, answers: Mapping[str, Any]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Each output as answered and as the model's own, for real tokens."""
@@ -46,11 +48,37 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class ImageSample:
+    """The same for images: pixels fp32 (batch, channels, height, width)."""
+
+    pixels: np.ndarray
+    outputs: dict[str, np.ndarray]
+
+    @property
+    def inputs(self) -> dict[str, np.ndarray]:
+        """The arguments of the model's call."""
+        return {"pixel_values": self.pixels}
+
+    def differences(self, answers: Mapping[str, Any]) -> dict[str, float]:
+        """How far each output is from the model's own, relative to its largest value."""
+        return {name: _difference(*pair) for name, pair in self.pairs(answers).items()}
+
+    def pairs(self, answers: Mapping[str, Any]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Each output as answered and as the model's own."""
+        return {name: (np.asarray(answers[name]), wanted) for name, wanted in self.outputs.items()}
+
+
+def _difference(got: np.ndarray, wanted: np.ndarray) -> float:
+    return float(np.abs(got - wanted).max() / max(np.abs(wanted).max(), 1e-6))
+
+
+@dataclass(frozen=True)
 class Imported:
     """A model as a Relax module with symbolic batch and length.
 
     mod: `main(inputs..., weights...)`, inputs `(batch, length)` int64 and named input_ids, attention_mask,
-        token_type_ids, position_ids (those that the model takes).
+        token_type_ids, position_ids (those that the model takes); of images, patches fp32 (batch, length, columns) in
+        the place of input_ids.
     weights: the values of `main`'s weight parameters, in order.
     output_names: one per output of `main`.
     tokenizer: the text of a `tokenizer.json`, if the model came with one.
@@ -66,4 +94,4 @@ class Imported:
     positions: PositionRule
     parameter_count: int
     tokenizer: str | None = None
-    sample: Sample | None = None
+    sample: Sample | ImageSample | None = None

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from turbo_tvm.frontends.imported import Sample
+from turbo_tvm.frontends.imported import ImageSample, Sample
 from turbo_tvm.frontends.onnx_file import load_file
-from turbo_tvm.frontends.onnx_inputs import read_inputs
-from turbo_tvm.frontends.onnx_reference import Reference, random_batch
+from turbo_tvm.frontends.onnx_inputs import OnnxInputs, read_inputs
+from turbo_tvm.frontends.onnx_reference import Reference, random_batch, random_images
 from turbo_tvm.progress import Progress
+from turbo_tvm.runtime.manifest import Bounds, Manifest
 from turbo_tvm.runtime.model import CompiledModel
 
 _LONGEST = 512  # tokens: the file computes every padding token too
@@ -28,7 +29,7 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Check:
-    """reference: what computed the file's answers. lengths: tokens per sequence, of all batches."""
+    """reference: what computed the file's answers. lengths: tokens per sequence or image, of all batches."""
 
     reference: str
     lengths: tuple[int, ...]
@@ -45,19 +46,34 @@ def check(path: Path, compiled: CompiledModel, batches: int = 4, progress: bool 
     with Progress("check", progress) as show:
         show("loading the ONNX file")
         model = load_file(path)
-        inputs, reference = read_inputs(path, model), Reference(path, model)
+        inputs, reference = read_inputs(path, model, _image_size(manifest.bounds)), Reference(path, model)
         found: dict[str, tuple[float, float]] = {}
         lengths: list[int] = []
         for number in range(batches):
             show(f"batch {number + 1} of {batches}, {reference.name}")
-            longest = int(rng.integers(1, min(_LONGEST, manifest.bounds.max_length) + 1))
-            ids, mask = random_batch(inputs, manifest.bounds, rng, 1 + 2 * number, longest)
-            sample = Sample(ids, mask, reference(inputs.feed(ids, mask, manifest.positions)))
-            lengths += mask.sum(1).tolist()
-            for name, (got, wanted) in sample.pairs(compiled(ids, mask)).items():
+            sample, some = _sample(inputs, reference, manifest, rng, 1 + 2 * number)
+            lengths += some
+            for name, (got, wanted) in sample.pairs(compiled(**sample.inputs)).items():
                 difference, largest = found.get(name, (0.0, 0.0))
                 found[name] = max(difference, _largest(got - wanted)), max(largest, _largest(wanted))
     return Check(reference.name, tuple(lengths), tuple(Agreement(name, *both) for name, both in found.items()))
+
+
+def _image_size(bounds: Bounds) -> tuple[int, int] | None:
+    return None if bounds.image is None else (bounds.image.height, bounds.image.width)
+
+
+def _sample(
+    inputs: OnnxInputs, reference: Reference, manifest: Manifest, rng: np.random.Generator, batch: int
+) -> tuple[Sample | ImageSample, list[int]]:
+    """A random batch with the file's answers, and how many tokens each of its requests has."""
+    bounds = manifest.bounds
+    if inputs.image is not None:
+        pixels = random_images(inputs, rng, batch)
+        return ImageSample(pixels, reference(inputs.feed_images(pixels))), [bounds.max_length] * len(pixels)
+    longest = int(rng.integers(1, min(_LONGEST, bounds.max_length) + 1))
+    ids, mask = random_batch(inputs, bounds, rng, batch, longest)
+    return Sample(ids, mask, reference(inputs.feed(ids, mask, manifest.positions))), mask.sum(1).tolist()
 
 
 def _largest(values: np.ndarray) -> float:

@@ -32,9 +32,9 @@ _WEIGHT_ELEMENTS = 2  # smaller floating-point constants are part of the code, n
 class OnnxGraph:
     """Imports the graph of a checked model.
 
-    inputs: `main`'s parameters by the graph's names for them, int64 (batch, length); they are cast to what the graph
-    declares. dims: the symbolic dimensions. fixed: the numbers that the graph has in their place, None where it has
-    none (`onnx_fixed.py`).
+    inputs: `main`'s parameters by the graph's names for them, int64 (batch, length) or images; they are cast to what
+    the graph declares. dims: the symbolic dimensions. fixed: the numbers that the graph has in their place, None where
+    it has none (`onnx_fixed.py`).
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class OnnxGraph:
                 continue
             dtype = str(helper.tensor_dtype_to_np_dtype(declared.type.tensor_type.elem_type))
             var = self.inputs[declared.name]
-            self.nodes[declared.name] = var if dtype == "int64" else self.emit(relax.op.astype(var, dtype))
+            self.nodes[declared.name] = var if dtype == str(var.ty.dtype) else self.emit(relax.op.astype(var, dtype))
 
     # Nodes
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from tvm import ir, relax, tirx
+from tvm import ir, tirx
 
 from turbo_tvm.errors import UnsupportedModelError, summary
-from turbo_tvm.frontends.imported import DEFAULT_MAX_LENGTH, Imported, Sample
+from turbo_tvm.frontends.imported import DEFAULT_MAX_LENGTH, ImageSample, Imported, Sample
 from turbo_tvm.frontends.onnx_file import load_file
 from turbo_tvm.frontends.onnx_graph import OnnxGraph
 from turbo_tvm.frontends.onnx_inputs import OnnxInputs, read_inputs
-from turbo_tvm.frontends.onnx_reference import Reference, random_batch
+from turbo_tvm.frontends.onnx_reference import Reference, random_batch, random_images
+from turbo_tvm.frontends.patches import Size, patches_of
 from turbo_tvm.passes.extract_inputs import Positions, extract_inputs
 from turbo_tvm.passes.normalize import normalize
 from turbo_tvm.passes.rewriter import is_call, shape_of
@@ -20,44 +21,44 @@ from turbo_tvm.runtime.manifest import Bounds, PositionRule
 
 
 def import_file(
-    path: Path, name: str | None = None, max_length: int | None = None, tokenizer: str | None = None
+    path: Path,
+    name: str | None = None,
+    max_length: int | None = None,
+    tokenizer: str | None = None,
+    image_size: Size | None = None,
 ) -> Imported:
     """Import an encoder from an ONNX file of opset 11 to 23.
 
     Its inputs are token ids, attention mask and, where it has them, token types and positions, all (batch, length), of
-    any integer or floating-point type; dimensions may be symbolic or fixed. max_length: the longest sequence in tokens;
-    by default what its table of positions allows.
+    any integer or floating-point type; or images. Dimensions may be symbolic or fixed. max_length: the longest sequence
+    in tokens; by default what its table of positions allows. image_size: of images, where the file leaves it open.
 
     Raises UnsupportedModelError with the reason.
     """
     try:
-        return _import(path, name, max_length, tokenizer)
+        return _import(path, name or path.stem, max_length, tokenizer, image_size)
     except UnsupportedModelError:
         raise
     except Exception as error:  # whatever ONNX and TVM raise for a file that passed the checks
         raise UnsupportedModelError(f"{path} cannot be imported: {summary(error)}") from error
 
 
-def _import(path: Path, name: str | None, max_length: int | None, tokenizer: str | None) -> Imported:
+def _import(path: Path, name: str, max_length: int | None, tokenizer: str | None, image_size: Size | None) -> Imported:
     model = load_file(path)
-    inputs = read_inputs(path, model)
-    batch, length = tirx.Var("batch", "int64"), tirx.Var("length", "int64")
-    variables = {role: relax.Var(role, relax.TensorType((batch, length), "int64")) for role in inputs.roles}
-    given = {name: variables[role] for role, name in inputs.roles.items()}
-    graph = OnnxGraph(model, given, (batch, length), (inputs.batch, inputs.length))
+    inputs = read_inputs(path, model, image_size)
+    dims = tirx.Var("batch", "int64"), tirx.Var("length", "int64")
+    graph = OnnxGraph(model, inputs.parameters(*dims), dims, (inputs.batch, inputs.length))
     mod, weights = graph.run()
-    mod, positions = extract_inputs(normalize(mod))
-    rows = _table_rows(mod)
-    if "input_ids" not in rows:
-        raise UnsupportedModelError(f"{path}: no table of embeddings is looked up with {inputs.roles['input_ids']!r}")
-    if "position_ids" in inputs.roles:  # those that a caller of the file supplies are counted from 0
-        positions = Positions("arange", 0, None, rows.get("position_ids", 1 << 30))
-    rule = PositionRule(positions.kind, positions.offset, positions.pad_id) if positions else PositionRule()  # type: ignore[arg-type]
-    limits = [*graph.sliced, *([positions.longest] if positions else []), *([inputs.length] if inputs.length else [])]
-    bounds = Bounds(_max_length(limits, max_length), rows["input_ids"], _token_types(inputs, rows))
-    ids, mask = random_batch(inputs, bounds, np.random.default_rng(0), 2, min(7, bounds.max_length))
+    reference = Reference(path, model)
+    sample: Sample | ImageSample
+    if inputs.image is not None:
+        mod, bounds = patches_of(mod, str(path))
+        rule, sample = PositionRule("arange"), _image_sample(inputs, reference)
+    else:
+        mod, bounds, rule = _text(path, mod, inputs, graph.sliced, max_length)
+        sample = _text_sample(inputs, reference, bounds, rule)
     return Imported(
-        name=name or path.stem,
+        name=name,
         model_type="onnx",
         mod=mod,
         weights=weights,
@@ -66,8 +67,35 @@ def _import(path: Path, name: str | None, max_length: int | None, tokenizer: str
         positions=rule,
         parameter_count=sum(int(np.prod(w.shape)) for w in weights),
         tokenizer=tokenizer,
-        sample=Sample(ids, mask, Reference(path, model)(inputs.feed(ids, mask, rule))),
+        sample=sample,
     )
+
+
+def _text(
+    path: Path, mod: ir.IRModule, inputs: OnnxInputs, sliced: list[int], max_length: int | None
+) -> tuple[ir.IRModule, Bounds, PositionRule]:
+    """The module with positions as an input, what a request may hold, and how positions follow from token ids."""
+    mod, positions = extract_inputs(normalize(mod))
+    rows = _table_rows(mod)
+    if "input_ids" not in rows:
+        raise UnsupportedModelError(f"{path}: no table of embeddings is looked up with {inputs.roles['input_ids']!r}")
+    if "position_ids" in inputs.roles:  # those that a caller of the file supplies are counted from 0
+        positions = Positions("arange", 0, None, rows.get("position_ids", 1 << 30))
+    limits = [*sliced, *([positions.longest] if positions else []), *([inputs.length] if inputs.length else [])]
+    bounds = Bounds(_max_length(limits, max_length), rows["input_ids"], _token_types(inputs, rows))
+    if positions is None:
+        return mod, bounds, PositionRule()
+    return mod, bounds, PositionRule(positions.kind, positions.offset, positions.pad_id)  # type: ignore[arg-type]
+
+
+def _text_sample(inputs: OnnxInputs, reference: Reference, bounds: Bounds, rule: PositionRule) -> Sample:
+    ids, mask = random_batch(inputs, bounds, np.random.default_rng(0), 2, min(7, bounds.max_length))
+    return Sample(ids, mask, reference(inputs.feed(ids, mask, rule)))
+
+
+def _image_sample(inputs: OnnxInputs, reference: Reference) -> ImageSample:
+    pixels = random_images(inputs, np.random.default_rng(0), 2)
+    return ImageSample(pixels, reference(inputs.feed_images(pixels)))
 
 
 def _token_types(inputs: OnnxInputs, rows: dict[str, int]) -> int:

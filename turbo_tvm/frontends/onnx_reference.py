@@ -74,3 +74,8 @@ def random_batch(
     if batch > 1 and inputs.length is None:
         ends[0] = length
     return ids, (np.arange(length)[None, :] < ends[:, None]).astype(np.int64)
+
+
+def random_images(inputs: OnnxInputs, rng: np.random.Generator, batch: int) -> np.ndarray:
+    """Images of noise, fp32 (batch, channels, height, width); as many as the file fixes, if it does."""
+    return rng.standard_normal((inputs.batch or batch, *(inputs.image or ()))).astype(np.float32)

@@ -17,11 +17,12 @@ _KEPT_WHOLE = ("scaled_dot_product_attention", "linear", "layer_norm", "gelu", "
 
 
 def to_relax(
-    module: nn.Module, names: tuple[str, ...], example: tuple[torch.Tensor, ...], max_length: int
+    module: nn.Module, names: tuple[str, ...], example: tuple[torch.Tensor, ...], max_length: int | None
 ) -> tuple[ir.IRModule, list[tvm.runtime.Tensor]]:
     """`main(inputs..., weights...)` and the weights' values. Raises whatever PyTorch and TVM raise.
 
-    names, example: the module's inputs, all of them (batch, length) int64, neither of them 1.
+    names, example: the module's inputs, all of them (batch, length) int64, neither of them 1; with max_length None of
+        any shape and type, of which the batch alone stays symbolic.
     """
     program = _export(module, example, max_length)
     mod = from_exported_program(
@@ -35,11 +36,14 @@ def to_relax(
     return _name_inputs(mod, names), list(params["main"])
 
 
-def _export(module: nn.Module, example: tuple[torch.Tensor, ...], max_length: int) -> torch.export.ExportedProgram:
+def _export(
+    module: nn.Module, example: tuple[torch.Tensor, ...], max_length: int | None
+) -> torch.export.ExportedProgram:
     batch = torch.export.Dim("batch", min=1, max=4096)
-    # the example must be allowed too; shorter limits are the runtime's to check
-    length = torch.export.Dim("length", min=1, max=max(max_length, example[0].shape[1]))
-    shapes = (tuple({0: batch, 1: length} for _ in example),)
+    dims = {0: batch}
+    if max_length is not None:  # the example must be allowed too; shorter limits are the runtime's to check
+        dims[1] = torch.export.Dim("length", min=1, max=max(max_length, example[0].shape[1]))
+    shapes = (tuple(dims for _ in example),)
     table = torch.export.default_decompositions()
     for op in list(table):
         if str(op).split(".")[1] in _KEPT_WHOLE:  # "aten.linear.default"

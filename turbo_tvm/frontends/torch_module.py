@@ -1,8 +1,8 @@
 """PyTorch modules to Relax: what a model takes and allows is found out, then `torch_export` brings it over.
 
 How a model derives position ids from token ids is found by trying: the rule whose explicit ids give the model's own
-outputs is its rule. A model whose own mask says more than which tokens are padding, such as a decoder's, answers
-otherwise behind fixed inputs, and is refused.
+outputs is its rule. So is whether a token sees those after it. A model whose own mask says still more, and a decoder,
+which answers otherwise behind fixed inputs, are refused.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import torch
 from torch import nn
 
 from turbo_tvm.errors import UnsupportedModelError, summary
+from turbo_tvm.frontends.images import import_images
 from turbo_tvm.frontends.imported import DEFAULT_MAX_LENGTH, TOLERANCES, Imported, Sample
+from turbo_tvm.frontends.patches import PIXELS, Size
 from turbo_tvm.frontends.torch_export import to_relax
 from turbo_tvm.frontends.torch_wrapper import (
     FixedInputs,
@@ -30,26 +32,34 @@ from turbo_tvm.runtime.manifest import Bounds, PositionRule
 
 
 def import_module(
-    model: nn.Module, name: str | None = None, max_length: int | None = None, tokenizer: str | None = None
+    model: nn.Module,
+    name: str | None = None,
+    max_length: int | None = None,
+    tokenizer: str | None = None,
+    image_size: Size | None = None,
 ) -> Imported:
     """Import an encoder.
 
     model: a Hugging Face encoder with or without head, or any module whose `forward` takes `input_ids` and
-        `attention_mask`, both `(batch, length)`. fp32 weights on the CPU; it is put in evaluation mode while traced.
+        `attention_mask`, both `(batch, length)`, or `pixel_values`, `(batch, channels, height, width)`. fp32 weights on
+        the CPU; it is put in evaluation mode while traced.
     max_length: the longest sequence in tokens; by default what the model's configuration allows.
+    image_size: of a model of images, see `import_images`.
 
     Raises UnsupportedModelError with the reason.
     """
     _check_module(model)
+    _check_options(model, max_length, image_size)
     modes = [(part, part.training) for part in model.modules()]
     model.eval()
     try:
+        if takes_images(model):
+            return import_images(model, name or type(model).__name__, image_size)
         _sample(model, None)  # whether it runs at all
         positions = _position_rule(model)
         limit = _max_length(model, positions, max_length)
-        wrapper = FixedInputs(model, positions, limit)
         sample = _sample(model, limit)
-        _check_wrapper(wrapper, sample)
+        wrapper = _wrapper(model, positions, limit, sample)
         mod, weights = _imported(wrapper, limit)
         return Imported(
             name=name or type(model).__name__,
@@ -83,11 +93,39 @@ def _check_module(model: Any) -> None:
         raise UnsupportedModelError(
             f"{type(model).__name__} is a decoder (model type {config.model_type!r}); only encoders are supported"
         )
+    if takes_images(model):
+        _check_tower(model)
+        return
     missing = {"input_ids", "attention_mask"} - set(input_names_of(model))
     if missing:
         raise UnsupportedModelError(
             f"{type(model).__name__}.forward takes no {' and no '.join(sorted(missing))}; "
             "an encoder's forward(input_ids, attention_mask, ...) is needed"
+        )
+
+
+def _check_options(model: nn.Module, max_length: int | None, image_size: Size | None) -> None:
+    if image_size is not None and not takes_images(model):
+        raise UnsupportedModelError(
+            f"image_size={image_size!r} is for models of images; {type(model).__name__} is not one"
+        )
+    if max_length is not None and takes_images(model):
+        raise UnsupportedModelError(
+            f"max_length={max_length} is for models of text; {type(model).__name__} takes images: give image_size"
+        )
+
+
+def takes_images(model: nn.Module) -> bool:
+    """Whether its forward takes pixels."""
+    return PIXELS in input_names_of(model)
+
+
+def _check_tower(model: nn.Module) -> None:
+    if "input_ids" in input_names_of(model):
+        towers = [f"model.{part}" for part in ("text_model", "vision_model") if hasattr(model, part)]
+        hint = f": compile {' and '.join(towers)} instead" if towers else ""
+        raise UnsupportedModelError(
+            f"{type(model).__name__} takes images and text at once; models of one of them are supported{hint}"
         )
 
 
@@ -108,14 +146,22 @@ def _sample(model: nn.Module, longest: int | None) -> Sample:
 
 
 @torch.inference_mode()
-def _check_wrapper(wrapper: FixedInputs, sample: Sample) -> None:
-    """UnsupportedModelError if the wrapper changes what the model answers for real tokens."""
-    inputs = wrapper.example(torch.from_numpy(sample.token_ids), torch.from_numpy(sample.mask))
-    if any(difference > TOLERANCES["fp32"] for difference in sample.differences(wrapper.named(*inputs)).values()):
-        raise UnsupportedModelError(
-            f"{type(wrapper.model).__name__} attends otherwise than an encoder, where every token sees every token "
-            "that is not padding (is it a decoder?); only encoders are supported"
-        )
+def _wrapper(model: nn.Module, positions: PositionRule, longest: int, sample: Sample) -> FixedInputs:
+    """The wrapper that leaves what the model answers for real tokens as it is; UnsupportedModelError if none does.
+
+    A causal mask is tried for models without a cache: what has one generates text.
+    """
+    encoder = encoder_of(model)
+    encodes = encoder is not None and "past_key_values" not in input_names_of(encoder)
+    for causal in (False, True) if encodes else (False,):
+        wrapper = FixedInputs(model, positions, causal, longest)
+        inputs = wrapper.example(torch.from_numpy(sample.token_ids), torch.from_numpy(sample.mask))
+        if all(d <= TOLERANCES["fp32"] for d in sample.differences(wrapper.named(*inputs)).values()):
+            return wrapper
+    raise UnsupportedModelError(
+        f"{type(model).__name__} attends otherwise than an encoder, where every token sees every token "
+        "that is not padding (is it a decoder?); only encoders are supported"
+    )
 
 
 @torch.inference_mode()

@@ -29,15 +29,17 @@ _BATCH, _LENGTH = 2, 7  # the example that is traced: sizes of 1 would be taken 
 class FixedInputs(nn.Module):
     """Fixes a model's inputs to `names`, in order, and its outputs to a tuple of tensors.
 
-    longest: the longest sequence, in tokens; relative positions are tabulated up to it.
+    causal: a token sees those before it only, as in CLIP's text encoder. longest: the longest sequence, in tokens;
+    relative positions are tabulated up to it.
     """
 
-    def __init__(self, model: nn.Module, positions: PositionRule, longest: int = 0):
+    def __init__(self, model: nn.Module, positions: PositionRule, causal: bool = False, longest: int = 0):
         super().__init__()
         self.model = model
         self.encoder = encoder_of(model)
         self.relative = relative_positions_of(model, max(longest, _LENGTH))
         self.positions = positions
+        self.causal = causal
         self.names = _fixed_names(model, positions)
         self._given: dict[str, torch.Tensor] = {}
 
@@ -68,7 +70,7 @@ class FixedInputs(nn.Module):
         mask = call.get("attention_mask")
         reads_masks = relative_encoder_of(self.model) is None
         if reads_masks and isinstance(mask, torch.Tensor) and mask.dim() == 2:
-            call["attention_mask"] = _additive_masks(mask, sliding_window(encoder))
+            call["attention_mask"] = _additive_masks(mask, sliding_window(encoder), self.causal)
         for name in ("token_type_ids", "position_ids"):
             if call.get(name) is None and name in self._given:
                 call[name] = self._given[name]
@@ -89,13 +91,19 @@ class FixedInputs(nn.Module):
         return tuple(self.named(*self.example(sample_ids(self.model))))
 
 
-def _additive_masks(mask: torch.Tensor, window: int | None) -> torch.Tensor | dict[str, torch.Tensor]:
-    """The mask, added to scores; by the kind of layer for a model some of whose layers see no farther than a window."""
+def _additive_masks(mask: torch.Tensor, window: int | None, causal: bool) -> torch.Tensor | dict[str, torch.Tensor]:
+    """The mask, added to scores, and of later tokens if it is causal.
+
+    By the kind of layer for a model some of whose layers see no farther than a window.
+    """
     keys = (1.0 - mask.to(torch.float32))[:, None, None, :] * MASKED
+    places = torch.arange(mask.shape[1])
+    distance = places[None, :] - places[:, None]
+    if causal:
+        keys = keys + (distance > 0).to(torch.float32) * MASKED
     if window is None:
         return keys
-    positions = torch.arange(mask.shape[1])
-    far = ((positions[None, :] - positions[:, None]).abs() > window).to(torch.float32) * MASKED
+    far = (distance.abs() > window).to(torch.float32) * MASKED
     return {"full_attention": keys, SLIDING: keys + far[None, None]}
 
 
@@ -165,14 +173,17 @@ def vocab_size(model: nn.Module) -> int:
 def sample_ids(model: nn.Module) -> torch.Tensor:
     """Token ids with the pad id, if there is one, in the middle: what the position rules differ in.
 
+    The largest id and that of the end of a text, which may be pooled, are among the first, which `sample_mask` keeps.
     Longer than a window, if the model has one: inside of it all layers see all tokens.
     """
     vocabulary = vocab_size(model)
     length = _LENGTH + (sliding_window(model) or 0)
     ids = torch.randint(0, vocabulary, (_BATCH, length), generator=torch.Generator().manual_seed(0))
-    pad = getattr(config_of(model), "pad_token_id", None)
-    if pad is not None and 0 <= int(pad) < vocabulary:
-        ids[:, 2] = int(pad)
+    ids[:, 1] = vocabulary - 1
+    for column, name in ((2, "pad_token_id"), (3, "eos_token_id")):
+        token = getattr(config_of(model), name, None)
+        if isinstance(token, int) and 0 <= token < vocabulary:
+            ids[:, column] = token
     return ids
 
 

@@ -26,6 +26,7 @@ ACTIVATIONS = {
     None: lambda x: x,
     "gelu": gelu,
     "gelu_tanh": lambda x: x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2,
+    "quick_gelu": lambda x: x / (1 + np.exp(-1.702 * x)),
     "relu": lambda x: np.maximum(x, 0),
     "tanh": np.tanh,
 }

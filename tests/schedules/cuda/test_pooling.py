@@ -30,6 +30,16 @@ def test_matches_float64(gpu, dtype, mode, hidden, wider):
     np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("row", [0, 2])
+def test_rows_that_are_named(gpu, row):
+    """In the place of cu_seqlens, any rows and one more; or a row after each."""
+    x = np.random.default_rng(0).normal(size=(20, 1, 40)).astype("float32")
+    rows = np.array([7, 3, 3, 12, -99], "int32")
+    module = gpu.build({"f": pool(hidden=40, mode="first", row=row)})
+    found = gpu.run(module, "f", [x, rows], np.zeros((4, 1, 40), np.float32))
+    np.testing.assert_array_equal(found, x[rows[:4] + row])
+
+
 def test_an_unknown_mode():
     with pytest.raises(ValueError, match="unknown pooling mode 'max'"):
         pool(hidden=8, mode="max")

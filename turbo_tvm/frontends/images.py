@@ -1,0 +1,126 @@
+"""Models of images: what they take is found out, and images become patches, one token each."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+
+from turbo_tvm.errors import UnsupportedModelError, summary
+from turbo_tvm.frontends.imported import ImageSample, Imported
+from turbo_tvm.frontends.patches import PIXELS, Size, patches_of, size_of
+from turbo_tvm.frontends.torch_export import to_relax
+from turbo_tvm.frontends.torch_wrapper import config_of, encoder_of, input_names_of, tensors_of
+from turbo_tvm.runtime.manifest import PositionRule
+
+_INTERPOLATE = "interpolate_pos_encoding"
+
+
+def import_images(model: nn.Module, name: str, image_size: Size | None) -> Imported:
+    """Import a model whose `forward` takes `pixel_values`, (batch, channels, height, width), for images of one size.
+
+    model: checked, in evaluation mode. image_size: height and width, or both in one number; by default the
+        configuration's. Another one needs a model that interpolates its positions, which is then done once, here.
+
+    Raises UnsupportedModelError with the reason.
+    """
+    pixels = _sample(model, image_size)
+    wrapper = FixedImages(model, _options(model, pixels))
+    outputs = _answers(wrapper, pixels)
+    try:
+        mod, weights = to_relax(wrapper, (PIXELS,), (pixels,), None)
+    except Exception as error:  # whatever PyTorch's exporter and TVM's importer raise
+        raise UnsupportedModelError(f"{type(model).__name__} cannot be imported: {summary(error)}") from error
+    mod, bounds = patches_of(mod, type(model).__name__)
+    return Imported(
+        name=name,
+        model_type=str(getattr(config_of(model), "model_type", type(model).__name__)),
+        mod=mod,
+        weights=weights,
+        output_names=tuple(outputs),
+        bounds=bounds,
+        positions=PositionRule("arange"),
+        parameter_count=sum(p.numel() for p in model.parameters()),
+        sample=ImageSample(pixels.numpy(), {key: value.numpy() for key, value in outputs.items()}),
+    )
+
+
+class FixedImages(nn.Module):
+    """A model of images with its outputs as a tuple of tensors, and without a mask: its images have no padding.
+
+    Left to itself a Hugging Face model makes a mask in ways that cannot be exported; it takes an additive one as it is.
+    """
+
+    def __init__(self, model: nn.Module, options: dict[str, Any]):
+        super().__init__()
+        self.model = model
+        self.encoder = encoder_of(model)
+        self.options = options
+        self.length = 0  # tokens of an image, once it ran
+
+    def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        with ExitStack() as hooks:
+            if self.encoder is not None and self.length and "attention_mask" in input_names_of(self.encoder):
+                handle = self.encoder.register_forward_pre_hook(self._unmasked, with_kwargs=True)
+                hooks.callback(handle.remove)
+            return tuple(tensors_of(self.model(**{PIXELS: inputs[0]}, **self.options)).values())
+
+    def plain(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the model itself answers, by name; notes how many tokens an image is."""
+        with ExitStack() as hooks:
+            if self.encoder is not None:
+                handle = self.encoder.base_model.register_forward_hook(self._count)  # type: ignore[union-attr]
+                hooks.callback(handle.remove)
+            return tensors_of(self.model(**{PIXELS: pixels}, **self.options))
+
+    def _unmasked(self, _encoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        return args, kwargs | {"attention_mask": torch.zeros(1, 1, 1, self.length)}
+
+    def _count(self, _encoder: nn.Module, _args: tuple, output: Any) -> None:
+        hidden = getattr(output, "last_hidden_state", None)
+        self.length = hidden.shape[1] if isinstance(hidden, torch.Tensor) and hidden.dim() == 3 else 0
+
+
+def _sample(model: nn.Module, image_size: Size | None) -> torch.Tensor:
+    """Two images of noise."""
+    height, width = size_of(_configured(model) if image_size is None else image_size)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(2, _channels(model), height, width, generator=generator)
+
+
+def _configured(model: nn.Module) -> Size:
+    size = getattr(config_of(model), "image_size", None)
+    if size is None:
+        raise UnsupportedModelError(f"{type(model).__name__} says no image size: give image_size=(height, width)")
+    return size
+
+
+def _channels(model: nn.Module) -> int:
+    conv = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    if conv is None:
+        raise UnsupportedModelError(f"{type(model).__name__} has no convolution (torch.nn.Conv2d) to embed patches")
+    return int(conv.in_channels)
+
+
+def _options(model: nn.Module, pixels: torch.Tensor) -> dict[str, Any]:
+    """What the call needs for images of this size."""
+    size = tuple(pixels.shape[2:])
+    known = getattr(config_of(model), "image_size", None)
+    if known is None or size_of(known) == size or _INTERPOLATE not in input_names_of(model):
+        return {}
+    return {_INTERPOLATE: True}
+
+
+@torch.inference_mode()
+def _answers(wrapper: FixedImages, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+    try:
+        return wrapper.plain(pixels)
+    except UnsupportedModelError:
+        raise
+    except Exception as error:  # whatever the model's own code raises
+        size = " x ".join(map(str, pixels.shape[2:]))
+        raise UnsupportedModelError(
+            f"{type(wrapper.model).__name__} cannot be run on pixel_values of {size} alone: {summary(error)}"
+        ) from error
