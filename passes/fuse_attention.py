@@ -129,18 +129,13 @@ class _FuseAttention(Rewriter):
         return [q, k, v] if v.table is None else None
 
     def _turned(self, operands: list[HeadOperand]) -> list[relax.Expr]:
-        """The rows of the operands, turned by position; queries and keys of the same rows together."""
-        q, k, _ = operands
+        """The rows of the operands, turned by position; those of the same rows together, so that one buffer does."""
+        q, k, v = operands
         together = q.rows.same_as(k.rows) and q.table is not None and k.table is not None and q.table.same_as(k.table)
-        done: list[relax.Expr] = []
-        for x in operands:
-            if x.table is None:
-                done.append(x.rows)
-            elif together and done:
-                done.append(done[0])
-            else:
-                done.append(self._rotary(x, [q, k] if together else [x]))
-        return done
+        if together:
+            rows = self._rotary(q, [q, k])
+            return [rows, rows, rows if v.rows.same_as(q.rows) else v.rows]
+        return [x.rows if x.table is None else self._rotary(x, [x]) for x in operands]
 
     def _rotary(self, x: HeadOperand, turned: list[HeadOperand]) -> relax.Expr:
         rotary = composite.make(

@@ -65,6 +65,7 @@ def test_a_classifier_is_packed_and_agrees_with_pytorch():
         np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_bf16_points_where_pytorch_does():
     """As v2 without sharing: own projections of positions, one term, positions in the input."""
     try:
@@ -82,8 +83,12 @@ def test_bf16_points_where_pytorch_does():
 
 @pytest.mark.parametrize(
     ("tiles", "changes", "reason"),
-    [(CUDA_TILES, {}, "disentangled attention, which the GPU"), (AVX2, {"conv_kernel_size": 3}, "mask")],
-    ids=["a GPU, whose kernel does not know the tables", "a convolution, which mixes neighbours"],
+    [
+        pytest.param(CUDA_TILES, {}, "disentangled attention, which the GPU", id="a GPU's kernel knows no such tables"),
+        pytest.param(
+            AVX2, {"conv_kernel_size": 3}, "mask", marks=pytest.mark.slow, id="a convolution mixes neighbours"
+        ),
+    ],
 )
 def test_what_is_padded(tiles, changes, reason):
     model = build(transformers.DebertaV2Model, **changes)

@@ -10,6 +10,7 @@ from functools import cache
 
 import numpy as np
 import pytest
+import simulated_gpu
 import torch
 import transformers
 
@@ -174,6 +175,20 @@ def test_bf16_points_where_pytorch_does(name):
         wanted = reference(model_of(name), sequence)
         lengths = np.linalg.norm(got, axis=-1) * np.linalg.norm(wanted, axis=-1)
         assert ((got * wanted).sum(-1) / lengths).min() >= 0.9995
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("cuda-models")
+@pytest.mark.parametrize(("name", "precision", "tolerance"), [("modernbert", "fp16", 0.02), ("eurobert", "bf16", 0.1)])
+def test_on_a_gpu(name, precision, tolerance):
+    requests = sequences((1, 7, 33, 64, 2))
+    with simulated_gpu.machine():
+        made = turbo_tvm.compile(model_of(name), target="cuda:sm_80", precision=precision, max_length=120)
+        assert made.manifest.layout == "packed"
+        found = made.run(requests)
+    for sequence, got in zip(requests, found, strict=True):
+        wanted = reference(model_of(name), sequence)
+        np.testing.assert_allclose(got, wanted, rtol=0, atol=tolerance * np.abs(wanted).max())
 
 
 @pytest.mark.slow

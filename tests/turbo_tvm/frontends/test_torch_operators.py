@@ -19,7 +19,8 @@ class Attends(torch.nn.Module):
         self.embed = torch.nn.Embedding(50, 24)
         self.variant = variant
 
-    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        ids, mask = inputs
         batch, length = ids.shape
         x = self.embed(ids).view(batch, length, 4, 6).transpose(1, 2)
         attend = torch.nn.functional.scaled_dot_product_attention
@@ -39,7 +40,8 @@ class Norms(torch.nn.Module):
         self.norm = torch.nn.LayerNorm(24, bias=False)
         self.bare = torch.nn.LayerNorm(24, elementwise_affine=False)
 
-    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        ids = inputs[0]
         return self.norm(self.embed(ids)) + self.bare(self.embed(ids))
 
 
