@@ -20,7 +20,7 @@ import numpy as np
 from tvm import ir, relax, tirx
 
 from turbo_tvm.passes.evaluate import cut, evaluate
-from turbo_tvm.passes.rewriter import Rewriter, is_call, scalar, shape_of
+from turbo_tvm.passes.rewriter import Rewriter, is_call, scalar, shape_of, with_params
 
 _LENGTHS = (7, 4, 1)  # of the sample's sequences
 
@@ -75,13 +75,13 @@ class _ExtractInputs(Rewriter):
         self._added = {var.name: var for var in added}
         count = len(self.inputs)
         params = [*self.func.params[:count], *added, *self.func.params[count:]]
-        self.func = _with_params(self.func, params, count + len(added))
+        self.func = with_params(self.func, params, count + len(added))
         mod = super().run()
         main = mod["main"]
         used = set(relax.analysis.free_vars(main.body))
         kept = [p for p in main.params if p in used or p.name not in self._added]
         number = count + sum(p.name in self._added for p in kept)
-        return ir.IRModule({mod.get_global_var("main"): _with_params(main, kept, number)})
+        return ir.IRModule({mod.get_global_var("main"): with_params(main, kept, number)})
 
     def _look_up(self, call: relax.Call) -> relax.Expr | None:
         if not is_call(call, "take") or call.attrs.axis is None or int(call.attrs.axis) != 0:
@@ -196,12 +196,6 @@ class _ExtractInputs(Rewriter):
             return None if value is None else value.astype(str(param.ty.dtype))
 
         return evaluate(self, expr, dict(zip(dims, shape, strict=False)), value_of)
-
-
-def _with_params(func: relax.Function, params: list[relax.Var], inputs: int) -> relax.Function:
-    """The function with other parameters, the first of which are inputs."""
-    changed = relax.Function(params, func.body, func.ret_ty, is_pure=True, attrs=func.attrs)
-    return changed.with_attr("num_input", inputs)
 
 
 def _ids(kind: str, offset: int, pad: int | None, tokens: np.ndarray) -> np.ndarray:

@@ -112,6 +112,12 @@ def tidy(mod: ir.IRModule) -> ir.IRModule:
     return relax.transform.CanonicalizeBindings()(relax.transform.DeadCodeElimination(roots)(mod))
 
 
+def with_params(func: relax.Function, params: list[relax.Var], inputs: int) -> relax.Function:
+    """The function with other parameters, the first of which are inputs."""
+    changed = relax.Function(params, func.body, func.ret_ty, is_pure=True, attrs=func.attrs)
+    return changed.with_attr("num_input", inputs)
+
+
 def builder_without_main(mod: ir.IRModule) -> relax.BlockBuilder:
     """A builder that holds the module's other functions; a second `main` would clash with the first."""
     others = {var: func for var, func in mod.functions_items() if var.name_hint != "main"}

@@ -96,7 +96,13 @@ FAMILIES = (
         },
     ),
     Family("NomicBERT", "NomicBertModel", "NomicBertConfig", _GATED | {"max_position_embeddings": 2048}),
-    Family("EuroBERT", "EuroBertModel", "EuroBertConfig", _GATED | {"num_key_value_heads": 2}),
+    Family(
+        "EuroBERT",
+        "EuroBertModel",
+        "EuroBertConfig",
+        _GATED
+        | {"num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "mask_token_id": 3},
+    ),
     Family(
         "ModernBERT",
         "ModernBertModel",

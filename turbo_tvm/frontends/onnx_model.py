@@ -17,6 +17,7 @@ from turbo_tvm.frontends.patches import Size, patches_of
 from turbo_tvm.passes.extract_inputs import Positions, extract_inputs
 from turbo_tvm.passes.normalize import normalize
 from turbo_tvm.passes.rewriter import is_call, shape_of
+from turbo_tvm.passes.tabulate_positions import tabulate_positions
 from turbo_tvm.runtime.manifest import Bounds, PositionRule
 
 
@@ -83,8 +84,11 @@ def _text(
         positions = Positions("arange", 0, None, rows.get("position_ids", 1 << 30))
     limits = [*sliced, *([positions.longest] if positions else []), *([inputs.length] if inputs.length else [])]
     bounds = Bounds(_max_length(limits, max_length), rows["input_ids"], _token_types(inputs, rows))
+    if positions is None or (positions.kind, positions.offset) == ("arange", 0):
+        mod = tabulate_positions(mod, bounds.max_length)
     if positions is None:
-        return mod, bounds, PositionRule()
+        counted = any(p.name == "position_ids" for p in mod["main"].params)
+        return mod, bounds, PositionRule("arange") if counted else PositionRule()
     return mod, bounds, PositionRule(positions.kind, positions.offset, positions.pad_id)  # type: ignore[arg-type]
 
 
