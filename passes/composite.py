@@ -6,8 +6,10 @@ none: its sequence bounds are data. A call prints, parses and compares structura
 
 Vocabulary (T = packed rows `(tiles, row_tile, columns)`; before padding is removed, `(batch, length, columns)`):
 
-    attention(q, k, v, bounds..., [position_bias])   heads, head_dim, scale, columns [[width, offset] x 3], max_length;
-                                                     kv_heads: of k and v, if fewer; window: keys at most so far away
+    attention(q, k, v, bounds..., [position_bias], [key_table], [query_table])   heads, head_dim, scale, max_length,
+                                                     columns [[width, offset] x 3]; kv_heads: of k and v, if fewer;
+                                                     window: keys at most so far away; key_distances, query_distances:
+                                                     whether there are these tables
     pool(x, bounds)                                  mode "first" | "mean"; of "first" [row], which one, or [token],
                                                      the first of that id, -1 for that of the largest id
     linear(x, weight, bias, [residual], [gamma, beta])   activation, residual, norm_eps
@@ -16,6 +18,7 @@ Vocabulary (T = packed rows `(tiles, row_tile, columns)`; before padding is remo
     rotary(x, position_ids, table)                   columns, head_dim, spans [[first column, heads], ...]
     normalize(x)                                     eps: rows divided by their Euclidean length
     embedding(ids..., tables..., [gamma, beta])      tables, norm_eps
+    pack_distances(table)                            from (heads, head_dim, 2L - 1), over i - j, to the kernel's layout
     pack_weight(w), pack_bias(b)                     the kernels' weight layout; pairs: in bf16
     cast_rows(x), cast_weight(w)                     in 16 bits; shape: of a weight
     tile_rows(x), untile_rows(x)                     (rows, columns) to T and back, for graphs that stay padded
@@ -67,6 +70,11 @@ def match(expr: relax.Expr | None, name: str | None = None) -> Composite | None:
         return None
     *tensors, attributes = expr.args[1].fields
     return Composite(symbol[len(PREFIX) :], tuple(tensors), json.loads(attributes.value))
+
+
+def distance_tables(attention: Composite) -> int:
+    """How many tables over distances an attention has that tokens are multiplied with; they are its last tensors."""
+    return sum(bool(attention.attrs.get(key)) for key in ("key_distances", "query_distances"))
 
 
 def joined_spans(spans: Sequence[Sequence[int]], head_dim: int) -> list[list[int]]:

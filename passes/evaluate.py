@@ -8,6 +8,7 @@ schedules for the host and look.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import tvm
@@ -58,15 +59,15 @@ def concrete(
 ) -> relax.Function:
     """`expr` as a function of the parameters it depends on, as `cut` has it, with symbolic dimensions fixed.
 
-    positions: what takes the place of 0, 1, 2, ... of as many elements. What depends on a dimension alone gets the
-    first input that has it as a last parameter.
+    positions: what takes the place of 0, 1, 2, ... of as many elements. at: as in `cut`. What depends on a dimension
+    alone gets the first input that has it as a last parameter.
     """
     params, bindings = cut(rewriter, expr, at)
     params = [*params, *_carriers(rewriter, params, dims)]
+    new: dict[relax.Var, relax.Expr] = {param: relax.Var(param.name, param.ty) for param in params}
     builder = relax.BlockBuilder()
-    with builder.function("part", params):
+    with builder.function("part", [new[param] for param in params]):
         with builder.dataflow():
-            new: dict[relax.Var, relax.Expr] = {}
             for var, value in bindings:
                 if positions is not None and any(is_arange(value, dim) for dim in dims):
                     value = relax.const(positions, str(var.ty.dtype))  # which makes int32 of int64, unasked
@@ -114,8 +115,10 @@ def evaluate(
     value_of: Callable[[relax.Var], np.ndarray | None],
     positions: np.ndarray | None = None,
     at: Sequence[relax.Var] = (),
-) -> np.ndarray | None:
-    """The value of `expr` when `value_of` gives its parameters' values; positions, at: as in `concrete`.
+) -> Any:
+    """The value of `expr`, an array, or a list of them for a tuple, when `value_of` gives its parameters' values.
+
+    positions, at: as in `concrete`.
 
     None if a parameter has none, or if a symbolic dimension is not among `dims`.
     """
@@ -128,4 +131,28 @@ def evaluate(
     values += [np.zeros([int(d) for d in shape_of(p)], str(p.ty.dtype)) for p in func.params[len(values) :]]
     mod = tvm.IRModule({"part": func.with_attr("global_symbol", "part")})
     machine = relax.VirtualMachine(tvm.compile(mod, target="llvm"), tvm.cpu())
-    return machine["part"](*[tvm.runtime.tensor(value) for value in values]).numpy()
+    result = machine["part"](*[tvm.runtime.tensor(value) for value in values])
+    return [part.numpy() for part in result] if isinstance(expr, relax.Tuple) else result.numpy()
+
+
+def equals_for_masks(
+    rewriter: Rewriter, mask: relax.Var, expr: relax.Expr, expected: Callable[[np.ndarray], np.ndarray]
+) -> bool:
+    """Whether `expr` depends on the attention mask alone and is `expected` of it, up to broadcasting.
+
+    mask: the input.
+    """
+    if not all(isinstance(d, tirx.Var) for d in shape_of(mask)):
+        return False
+    sample = (np.arange(7)[None, :] < np.array([[7], [3], [1]])).astype("int64")
+
+    def value_of(param: relax.Var) -> np.ndarray | None:
+        return sample.astype(str(param.ty.dtype)) if param.same_as(mask) else None
+
+    value = evaluate(rewriter, expr, dict(zip(shape_of(mask), sample.shape, strict=True)), value_of)
+    wanted = expected(sample)
+    if not isinstance(value, np.ndarray) or value.ndim != wanted.ndim:
+        return False
+    if any(w not in (1, v) for v, w in zip(value.shape, wanted.shape, strict=True)):
+        return False
+    return bool((value == np.broadcast_to(wanted, value.shape)).all())

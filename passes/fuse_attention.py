@@ -2,15 +2,16 @@
 
     reshape(nn.attention_bias(reshape(q), reshape(k), reshape(v), bias))        sdpa
     reshape(permute(softmax(q k^T * scale + bias) v))                           eager
-        --> turbo.attention(q, k, v, mask, [position_bias])
+        --> turbo.attention(q, k, v, mask, [position_bias], [key_table], [query_table])
 
 The operands are columns of rows (see `head_operands.py`); those that are turned by position are turned by a
 `turbo.rotary` in front. Heads of keys and values may be fewer than those of queries.
 
 The bias is measured (see `measure_bias.py`): it is the key mask, plus a window, which becomes an attribute, or a
-relative position bias, which becomes one weight of `2 * max_length - 1` columns per head. Anything else is left alone:
-per-pair masks, biases of absolute positions or of token ids. Images have no padding: there the bias must be zero, or
-absent.
+relative position bias, which becomes one weight of `2 * max_length - 1` columns per head. Scores that multiply tokens
+with weights by their distance are recognised in `disentangled.py`, and get a table for either side. Anything else is
+left alone: per-pair masks, biases of absolute positions or of token ids. Images have no padding: there the bias must be
+zero, or absent.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 from tvm import ir, relax, tirx
 
 from turbo_tvm.passes import composite
+from turbo_tvm.passes.disentangled import DisentangledAttention
 from turbo_tvm.passes.evaluate import evaluate
 from turbo_tvm.passes.head_operands import HeadOperand, HeadOperands
 from turbo_tvm.passes.measure_bias import Bias, BiasMeasurement
@@ -54,12 +56,13 @@ class _FuseAttention(Rewriter):
         self.inputs = {p.name: p for p in self.func.params[: int(self.func.attrs["num_input"])]}
         self._biases: dict[tuple, Bias | None] = {}
         self._operands: HeadOperands | None = None
+        self._disentangled_attention: DisentangledAttention | None = None
 
     def rules(self):
-        return (self._attention,)
+        return (self._attention, self._disentangled) if "attention_mask" in self.inputs else ()
 
     def _attention(self, call: relax.Call) -> relax.Expr | None:
-        if not is_call(call, "reshape") or len(call.args[1].values) != 3 or "attention_mask" not in self.inputs:
+        if not is_call(call, "reshape") or len(call.args[1].values) != 3:
             return None
         found = self._sdpa(call.args[0]) or self._eager(call.args[0])
         if found is None:
@@ -89,6 +92,28 @@ class _FuseAttention(Rewriter):
             columns=[[x.width, x.first_column] for x in operands],
             max_length=self.max_length,
             **variant,
+        )
+
+    def _disentangled(self, call: relax.Call) -> relax.Expr | None:
+        if not is_call(call, "reshape") or len(call.args[1].values) != 3:
+            return None
+        mask = self.inputs["attention_mask"]
+        if self._disentangled_attention is None:
+            self._disentangled_attention = DisentangledAttention(self, mask, self.max_length)
+        found = self._disentangled_attention.match(call)
+        if found is None:
+            return None
+        width = found.heads * found.head_dim
+        return composite.make(
+            "attention",
+            [found.q, found.k, found.v, mask, *found.tables.values()],
+            relax.TensorType((*shape_of(mask), width), "float32"),
+            heads=found.heads,
+            head_dim=found.head_dim,
+            scale=found.scale,
+            columns=[[width, 0]] * 3,
+            max_length=self.max_length,
+            **{f"{term}_distances": True for term in found.tables},
         )
 
     def _heads(self, found: _Attention, tokens: tuple) -> list[HeadOperand] | None:

@@ -16,7 +16,7 @@ import numpy as np
 from tvm import ir, relax
 
 from turbo_tvm.passes import composite
-from turbo_tvm.passes.rewriter import Rewriter, is_call, is_tensor, scalar, shape_of
+from turbo_tvm.passes.rewriter import Rewriter, is_call, scalar, shape_of
 
 ACTIVATIONS = {
     "nn.gelu": "gelu",
@@ -33,10 +33,6 @@ def fuse_linear(mod: ir.IRModule) -> ir.IRModule:
 
 
 class _FuseLinear(Rewriter):
-    def __init__(self, mod: ir.IRModule):
-        super().__init__(mod)
-        self.inputs = set(self.func.params[: int(self.func.attrs["num_input"])])
-
     def rules(self):
         return self._product, self._bias, self._scale, self._activation, self._quick_gelu
 
@@ -44,7 +40,7 @@ class _FuseLinear(Rewriter):
         if not is_call(call, "matmul"):
             return None
         x, shape = call.args[0], shape_of(call.args[1])
-        if len(shape) != 2 or not self._is_weight(call.args[1]) or self._is_weight(x) or str(x.ty.dtype) != "float32":
+        if len(shape) != 2 or not self.is_weight(call.args[1]) or self.is_weight(x) or str(x.ty.dtype) != "float32":
             return None
         stored = self._transposed(call.args[1])
         weight = stored if stored is not None else self.emit(relax.op.permute_dims(call.args[1]))
@@ -59,18 +55,6 @@ class _FuseLinear(Rewriter):
             return None
         axes = permute.attrs.axes
         return permute.args[0] if axes is None or [int(a) % 2 for a in axes] == [1, 0] else None
-
-    def _is_weight(self, expr: relax.Expr) -> bool:
-        """Whether it depends on neither an input nor a symbolic dimension."""
-        pending, seen = list(relax.analysis.free_vars(expr)), set()
-        while pending:  # a recursion would be as deep as the model
-            var = pending.pop()
-            if var in self.inputs or not is_tensor(var):
-                return False
-            if var in self.bound and var not in seen:
-                pending.extend(relax.analysis.free_vars(self.bound[var]))
-            seen.add(var)
-        return True
 
     def _bias(self, call: relax.Call) -> relax.Expr | None:
         if not is_call(call, "add"):
@@ -91,7 +75,7 @@ class _FuseLinear(Rewriter):
         return linear if isinstance(bias, ir.GenericConst) and not bias.value.numpy().any() else None
 
     def _is_vector(self, bias: relax.Expr, columns: object) -> bool:
-        return len(shape_of(bias)) == 1 and shape_of(bias)[0] == columns and self._is_weight(bias)
+        return len(shape_of(bias)) == 1 and shape_of(bias)[0] == columns and self.is_weight(bias)
 
     def _scale(self, call: relax.Call) -> relax.Expr | None:
         """LayerScale: the factors go into the weights."""

@@ -8,7 +8,8 @@
 
 RMS norm is found in the spellings of PyTorch and ONNX: a power or a product, rsqrt, or sqrt and a quotient, in any
 order. A sum or product that has other readers is computed on its own and normalised by a `turbo.norm`. So is every
-product where whole rows do not meet in one kernel (`in_products`).
+product where whole rows do not meet in one kernel (`in_products`). Norms of weights are left alone: they are computed
+once.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class _FuseNorm(Rewriter):
         if not call.attrs.center or not call.attrs.scale:
             return None
         x, gamma, beta = call.args
-        if len(shape_of(x)) < 2 or len(shape_of(gamma)) != 1:
+        if len(shape_of(x)) < 2 or len(shape_of(gamma)) != 1 or self.is_weight(x):
             return None
         eps = float(call.attrs.epsilon)
         linear = composite.match(self.definition(x), "linear")
@@ -82,6 +83,8 @@ class _FuseNorm(Rewriter):
             return None
         x, gamma, eps, readers = found
         if len(shape_of(x)) < 2 or str(x.ty.dtype) != "float32" or shape_of(gamma) != shape_of(x)[-1:]:
+            return None
+        if self.is_weight(x):
             return None
         return self._of_sum(x, [gamma], readers, eps=eps, kind="rms")
 

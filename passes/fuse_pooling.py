@@ -18,7 +18,7 @@ import numpy as np
 from tvm import ir, relax, tirx
 
 from turbo_tvm.passes import composite
-from turbo_tvm.passes.evaluate import cut, evaluate
+from turbo_tvm.passes.evaluate import cut, equals_for_masks, evaluate
 from turbo_tvm.passes.normalize import same_shape
 from turbo_tvm.passes.rewriter import Rewriter, is_call, scalar, shape_of
 
@@ -127,21 +127,8 @@ class _FusePooling(Rewriter):
         return self._equals(divisor, shape_of(x), lambda mask: mask.sum(1, keepdims=True))
 
     def _equals(self, expr: relax.Expr, shape: list, expected) -> bool:
-        if not all(isinstance(d, tirx.Var) for d in shape[:2]):
-            return False
-        mask = (np.arange(7)[None, :] < np.array([[7], [3], [1]])).astype("int64")
-
-        def value_of(param: relax.Var) -> np.ndarray | None:
-            is_mask = param.same_as(self.inputs["attention_mask"])
-            return mask.astype(str(param.ty.dtype)) if is_mask else None
-
-        value = evaluate(self, expr, dict(zip(shape[:2], mask.shape, strict=True)), value_of)
-        wanted = expected(mask)
-        if value is None or value.ndim != wanted.ndim:
-            return False
-        if any(w not in (1, v) for v, w in zip(value.shape, wanted.shape, strict=True)):
-            return False
-        return bool((value == np.broadcast_to(wanted, value.shape)).all())
+        mask = self.inputs["attention_mask"]
+        return same_shape(shape[:2], shape_of(mask)) and equals_for_masks(self, mask, expr, expected)
 
     def _normalize(self, call: relax.Call) -> relax.Expr | None:
         if not is_call(call, "divide") or len(shape_of(call.args[0])) != 2:

@@ -176,12 +176,10 @@ class _RemovePadding:
     def _composite(self, fused: composite.Composite) -> tuple[relax.Expr, str]:
         args = [substitute(t, self.new) for t in fused.tensors if not self._is_mask(t)]
         if fused.name == "attention":
-            *operands, position_bias = *args[:3], args[3:]
+            *operands, tables = *args[:3], args[3:]
             columns = fused.attrs["heads"] * fused.attrs["head_dim"]
             out = relax.TensorType((*shape_of(args[0])[:2], columns), "float32")
-            return composite.make(
-                "attention", [*operands, self.query_tiles, *position_bias], out, **fused.attrs
-            ), "token"
+            return composite.make("attention", [*operands, self.query_tiles, *tables], out, **fused.attrs), "token"
         if fused.name == "pool":
             shape = (self.pooled, self.row_tile, shape_of(args[0])[2])
             out = relax.TensorType(shape, "float32")

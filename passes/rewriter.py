@@ -15,8 +15,9 @@ from tvm import ir, relax
 class Rewriter:
     """Rebuilds the function `main` of a module by `rules`: each takes a call, and returns its replacement or None.
 
-    The first rule that answers wins. Rules look around with `definition`, `call_of` and `used_once`, and bind further
-    expressions with `emit`. (TVM expressions have no truth value: compare with None, never use `and` / `or` on them.)
+    The first rule that answers wins. Rules look around with `definition`, `call_of`, `used_once` and `is_weight`, and
+    bind further expressions with `emit`. (TVM expressions have no truth value: compare with None, never use `and`,
+    `or` on them.)
     """
 
     def __init__(self, mod: ir.IRModule):
@@ -25,6 +26,7 @@ class Rewriter:
         self.builder = builder_without_main(mod)
         self.bound: dict[relax.Var, relax.Expr] = {}
         self.current: relax.Var | None = None  # the old variable whose value the rules are looking at
+        self._inputs = set(self.func.params[: int((self.func.attrs or {}).get("num_input", 0))])
         self._uses = _count_uses(self.func)
         self._origin: dict[relax.Var, relax.Var] = {}
         self._new: dict[relax.Var, relax.Expr] = {}
@@ -51,6 +53,18 @@ class Rewriter:
     def uses(self, expr: relax.Expr) -> int:
         """How often the original of this variable is read; 0 for what is no variable."""
         return self._uses[self._origin.get(expr, expr)] if isinstance(expr, relax.Var) else 0
+
+    def is_weight(self, expr: relax.Expr) -> bool:
+        """Whether it depends on neither an input nor a symbolic dimension."""
+        pending, seen = list(relax.analysis.free_vars(expr)), set()
+        while pending:  # a recursion would be as deep as the model
+            var = pending.pop()
+            if var in self._inputs or not is_tensor(var):
+                return False
+            if var in self.bound and var not in seen:
+                pending.extend(relax.analysis.free_vars(self.bound[var]))
+            seen.add(var)
+        return True
 
     def emit(self, expr: relax.Expr) -> relax.Var:
         """Bind a new expression and return its variable."""

@@ -48,7 +48,8 @@ from turbo_tvm.schedules.attention_math import (
     softmax_macro,
     weigh_macro,
 )
-from turbo_tvm.schedules.attention_task import Rows, Task, load_bias_macro, load_queries_macro
+from turbo_tvm.schedules.attention_task import Distances, Rows, Task, load_bias_macro, load_queries_macro
+from turbo_tvm.schedules.distances import add_distances_macro
 from turbo_tvm.schedules.rows import RowFormat
 from turbo_tvm.schedules.script import without_parameters
 from turbo_tvm.schedules.tiles import CpuTiles
@@ -71,16 +72,20 @@ def attention(
     kv_heads: int | None = None,
     window: int | None = None,
     position_bias: bool = False,
+    key_distances: bool = False,
+    query_distances: bool = False,
+    distance_width: int = 1,
     x: RowFormat | None = None,
     out: RowFormat | None = None,
 ) -> tvm.tirx.PrimFunc:
-    """`(q, k, v, query_tiles, [position_bias,] out)`: out = softmax(scale Q K^T [+ bias]) V per sequence and head.
+    """`(q, k, v, query_tiles, [position_bias,] [key_table,] [query_table,] out)`: the result per sequence and head.
 
     q, k, v: `(t, R, width)`, each given as (width, first column of head 0); they may be one buffer. query_tiles: int32
     `(nq, 3)`; sequences have 1 .. max_length rows. out: fp32 `(t, R, heads * head_dim)` unless the format says else.
     kv_heads: heads of k and v, if fewer: heads / kv_heads neighbouring heads of q share one. window: query i sees key j
     where |i - j| <= window. position_bias: fp32 `(heads, 2 * max_length - 1)`, added for query i, key j at column
-    j - i + max_length - 1.
+    j - i + max_length - 1. key_distances, query_distances: whether there are the tables of `distances.py`, for every
+    head of q; distance_width: their columns.
     x: the dtype of q, k and v, by default fp32; bf16 makes it products of bf16 numbers, and head_dim, widths and first
     columns are then even.
     """
@@ -96,11 +101,14 @@ def attention(
     load_queries = load_queries_macro(lanes, queries, head_dim // step, pair_type)
     load_bias = load_bias_macro(queries, max_length, scale)
     pair_values = pair_values_macro(lanes, head_dim)
-    narrow_scores = scores_macro(lanes, _NARROW_KEYS, _NARROW_KEYS, position_bias, accumulate, window)
-    wide_scores = scores_macro(queries, tiles.tile_rows, _LEFTOVER_KEYS, position_bias, accumulate, window)
+    disentangled = key_distances or query_distances
+    add = add_distances_macro(lanes, key_distances, query_distances, in_pairs) if disentangled else None
+    narrow_scores = scores_macro(lanes, _NARROW_KEYS, _NARROW_KEYS, position_bias, accumulate, window, add)
+    wide_scores = scores_macro(queries, tiles.tile_rows, _LEFTOVER_KEYS, position_bias, accumulate, window, add)
     narrow_softmax = softmax_macro(lanes, scale * math.log2(math.e), in_pairs)
     wide_softmax = softmax_macro(queries, scale * math.log2(math.e), in_pairs)
     weigh = weigh_macro(8 if tiles.tile_rows >= 8 else 4, lanes, tiles.col_tile, head_dim, in_pairs, accumulate)
+    table_size = heads * (head_dim // step) * distance_width
     scratch_keys = most_keys + _NARROW_KEYS  # a leftover tile ends less than its height past the last key
     diagonal_size = most_keys + queries if position_bias else 1
     scratch_pairs = (most_keys + 1) // 2 if in_pairs else 1
@@ -111,8 +119,12 @@ def attention(
         per = 2 if str(buffer.dtype) == bf16.PAIR else 1
         return Rows(buffer, column // per + head * (head_dim // per), head_dim // per)
 
+    def distances_of(of_keys: tvm.tirx.Buffer, of_queries: tvm.tirx.Buffer, head: Expr) -> Distances:
+        origin = head * (head_dim // step * distance_width) + (max_length - 1)
+        return Distances(of_keys, of_queries, origin, distance_width)
+
     @T.inline
-    def attend(q_rows, k_rows, v_rows, o_rows, bias, values, head, fresh, first, last, begin, end):
+    def attend(q_rows, k_rows, v_rows, o_rows, bias, distances, values, head, fresh, first, last, begin, end):
         with T.sblock("attend"):
             T.reads()
             T.writes()
@@ -122,7 +134,8 @@ def attention(
             diagonal = T.sblock_alloc_buffer((diagonal_size,), "float32")
             peak = T.sblock_alloc_buffer((queries,), "float32", scope="local")
             inverse = T.sblock_alloc_buffer((queries,), "float32", scope="local")
-            task = T.meta_var(Task(first, last, begin, end, panel, weights, pairs, values, peak, inverse, diagonal))
+            scratch = T.meta_var((panel, weights, pairs, values, peak, inverse, diagonal))
+            task = T.meta_var(Task(first, last, begin, end, *scratch, distances))
             load_queries(task, q_rows, o_rows)
             if position_bias:
                 load_bias(task, bias, head)
@@ -144,6 +157,8 @@ def attention(
         v_arg: T.handle,
         query_tiles_arg: T.handle,
         bias_arg: T.handle,
+        keys_arg: T.handle,
+        queries_arg: T.handle,
         out_arg: T.handle,
     ):
         T.func_attr({"tirx.noalias": True})
@@ -154,6 +169,8 @@ def attention(
         v_in = T.match_buffer(v_arg, (t, row_tile, v_width), in_type)
         query_tiles = T.match_buffer(query_tiles_arg, (nq, 3), "int32")
         bias = T.match_buffer(bias_arg, (heads, 2 * max_length - 1), "float32")
+        of_keys = T.match_buffer(keys_arg, (table_size,), pair_type)
+        of_queries = T.match_buffer(queries_arg, (table_size,), pair_type)
         result = T.match_buffer(out_arg, (t, row_tile, out_rows.width), out_rows.dtype)
         with T.attr(T.int32(0), "pragma_import_llvm", bf16.DOT_LLVM if in_pairs else ""):
             for chunk in T.parallel(T.min(heads * nq, _CHUNKS)):
@@ -185,6 +202,7 @@ def attention(
                             of_head(v_in, head // group, v_column),
                             of_head(result, head),
                             bias,
+                            distances_of(of_keys, of_queries, head),
                             values,
                             head,
                             T.bitwise_or(first == begin, i == 0) if window is None else True,
@@ -194,4 +212,5 @@ def attention(
                             end_key,
                         )
 
-    return kernel if position_bias else without_parameters(kernel, ["bias"])
+    given = {"bias": position_bias, "of_keys": key_distances, "of_queries": query_distances}
+    return without_parameters(kernel, [name for name, is_given in given.items() if not is_given])

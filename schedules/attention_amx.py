@@ -51,9 +51,9 @@ _TASK, _STOP, _HEAD, _ROW, _FIRST, _LAST, _BEGIN, _END = range(8)
 _PLACES = 8
 
 
-def fits(head_dim: int, x_dtype: str, out_dtype: str, position_bias: bool) -> bool:
-    """Whether this kernel handles such heads and formats."""
-    return head_dim % _STEP == 0 and x_dtype == out_dtype == bf16.STORAGE and not position_bias
+def fits(head_dim: int, x_dtype: str, out_dtype: str) -> bool:
+    """Whether this kernel handles such heads and formats; it knows no biases and no tables over distances."""
+    return head_dim % _STEP == 0 and x_dtype == out_dtype == bf16.STORAGE
 
 
 def attention(
@@ -76,7 +76,7 @@ def attention(
 
     instructions: LLVM IR that defines the functions of `schedules/amx.py`.
     """
-    if not fits(head_dim, x.dtype, out.dtype, False) or tiles.query_tile != _QUERIES:
+    if not fits(head_dim, x.dtype, out.dtype) or tiles.query_tile != _QUERIES:
         raise ValueError(f"heads of {head_dim} from {x.dtype} to {out.dtype} do not fit AMX: multiples of 32, in bf16")
     row_tile, pairs_of_head = tiles.row_tile, head_dim // 2
     (q_width, q_column), (k_width, k_column), (v_width, v_column) = q, k, v

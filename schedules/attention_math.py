@@ -43,10 +43,11 @@ def scores_macro(
     position_bias: bool,
     accumulate: Macro,
     window: int | None = None,
+    add_distances: Macro | None = None,
 ) -> Macro:
     """`scores(task, k, v)`: step 2 for `width` queries: scores into weights[key, query], their maximum into peak.
 
-    accumulate: `fp32_accumulate_macro` or `bf16_accumulate_macro`.
+    accumulate: `fp32_accumulate_macro` or `bf16_accumulate_macro`. add_distances: see `distances.py`.
     """
 
     def initial(task: Task, key: Expr, lane: Expr) -> Expr:
@@ -67,12 +68,23 @@ def scores_macro(
             T.reads()
             T.writes()
             acc = T.sblock_alloc_buffer((keys, width), "float32", scope="local")
+            # In memory, because TVM takes long over the sums in their indices.
+            element = T.sblock_alloc_buffer((keys,), k.buffer.dtype, scope="local")
+            columns = T.sblock_alloc_buffer((keys,), "int64", scope="local")
+            if add_distances is not None:
+                for i in T.unroll(keys):
+                    columns[i] = task.distances.at(task, key_of(task, first + i))
             for i in T.unroll(keys):
                 for j in T.vectorized(width):
                     acc[i, j] = initial(task, key_of(task, first + i), j)
             for d in range(k.head_dim):
                 for i in T.unroll(keys):
-                    accumulate(acc, i, k.at(task.begin + key_of(task, first + i), d), task.panel, d, 0, width)
+                    if add_distances is None:
+                        accumulate(acc, i, k.at(task.begin + key_of(task, first + i), d), task.panel, d, 0, width)
+                    else:
+                        element[i] = k.at(task.begin + key_of(task, first + i), d)
+                        accumulate(acc, i, element[i], task.panel, d, 0, width)
+                        add_distances(task, acc, i, element[i], d, columns[i], width)
             for i in T.unroll(keys):
                 for j in T.vectorized(width):
                     task.weights[first + i, j] = acc[i, j]

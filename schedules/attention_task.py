@@ -58,6 +58,24 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class Distances:
+    """Tables over the distance between query and key, of one head: see `schedules/distances.py`.
+
+    of_keys, of_queries: A, met by the queries, and B, met by the keys. origin: where row 0 of the head has distance 0.
+    width: from a row to the next.
+    """
+
+    of_keys: tvm.tirx.Buffer
+    of_queries: tvm.tirx.Buffer
+    origin: Expr
+    width: int
+
+    def at(self, task: Task, key: Expr) -> Expr:
+        """Where row 0 has the distance from the first query to a key of the sequence."""
+        return self.origin + task.first - task.begin - key
+
+
+@dataclass(frozen=True)
 class Task:
     """Queries [first, last) against the keys [begin, end), and the scratch: see the strategy."""
 
@@ -72,6 +90,7 @@ class Task:
     peak: tvm.tirx.Buffer
     inverse: tvm.tirx.Buffer
     diagonal: tvm.tirx.Buffer | None = None
+    distances: Distances | None = None
 
     @property
     def queries(self) -> Expr:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from tvm import relax
 
-from turbo_tvm.passes.composite import Composite
+from turbo_tvm.passes.composite import Composite, distance_tables
 from turbo_tvm.passes.rewriter import dims_of, shape_of
 from turbo_tvm.schedules import attention_amx, bf16
 
@@ -22,7 +22,12 @@ def last_dim(ty: relax.TensorType) -> int:
 
 def has_position_bias(fused: Composite) -> bool:
     """Whether this is an attention with a table over distances behind q, k, v and the bounds."""
-    return fused.name == "attention" and len(fused.tensors) > 4
+    return fused.name == "attention" and len(fused.tensors) > 4 + distance_tables(fused)
+
+
+def has_distances(fused: Composite) -> bool:
+    """Whether this is an attention with tables over distances that tokens are multiplied with, the last tensors."""
+    return fused.name == "attention" and distance_tables(fused) > 0
 
 
 def fits_tiles(fused: Composite, out: relax.TensorType) -> bool:
@@ -31,7 +36,8 @@ def fits_tiles(fused: Composite, out: relax.TensorType) -> bool:
         return str(fused.tensors[0].ty.dtype) == bf16.STORAGE
     if fused.name == "attention":
         dtypes = str(fused.tensors[0].ty.dtype), str(out.dtype)
-        return attention_amx.fits(fused.attrs["head_dim"], *dtypes, has_position_bias(fused))
+        plain = not has_position_bias(fused) and not has_distances(fused)
+        return plain and attention_amx.fits(fused.attrs["head_dim"], *dtypes)
     return False
 
 
@@ -82,7 +88,7 @@ def kernel_name(fused: Composite, out: relax.TensorType, amx: bool = False) -> s
     return "".join(c if c.isalnum() or c == "_" else "_" for c in text)
 
 
-_IN_SHAPE = ("k", "n", "shape", "columns", "heads", "head_dim", "max_length", "scale", "spans", "token")
+_IN_SHAPE = ("k", "n", "shape", "columns", "heads", "head_dim", "max_length", "scale", "spans", "token", "width")
 
 
 def _shape(fused: Composite, out: relax.TensorType) -> list[str]:
@@ -91,6 +97,8 @@ def _shape(fused: Composite, out: relax.TensorType) -> list[str]:
         return [f"{reduced_columns(fused)}x{columns}"]
     if fused.name in ("pack_weight", "pack_bias"):
         return ["x".join(str(fused.attrs[key]) for key in ("k", "n") if key in fused.attrs)]
+    if fused.name == "pack_distances":
+        return ["x".join(str(fused.attrs[key]) for key in ("heads", "head_dim", "columns", "width"))]
     if fused.name == "cast_weight":
         return ["x".join(str(d) for d in fused.attrs["shape"])]
     if fused.name == "rotary":

@@ -17,6 +17,7 @@ from tvm import ir, relax, s_tir, tirx
 
 from turbo_tvm.kernel_names import (
     fits_tiles,
+    has_distances,
     has_position_bias,
     kernel_name,
     last_dim,
@@ -32,6 +33,8 @@ from turbo_tvm.runtime.manifest import KernelSpec
 from turbo_tvm.schedules import (
     attention,
     attention_amx,
+    bf16,
+    distances,
     embedding,
     gate,
     linear,
@@ -64,6 +67,9 @@ class WeightKernels:
 
     def _cast_weight(self, fused: Composite, out: relax.TensorType) -> Recipe:
         return weights.cast_weight, {"shape": tuple(fused.attrs["shape"]), "dtype": str(out.dtype)}
+
+    def _pack_distances(self, fused: Composite, out: relax.TensorType) -> Recipe:
+        return distances.pack_distances, fused.attrs
 
 
 class CpuKernels(WeightKernels):
@@ -134,6 +140,10 @@ def attention_options(fused: Composite) -> dict[str, Any]:
     """An attention's."""
     options = {key: value for key, value in fused.attrs.items() if key != "columns"}
     options |= dict(zip("qkv", map(tuple, fused.attrs["columns"]), strict=True))
+    if has_distances(fused):
+        table = fused.tensors[-1].ty
+        step = 2 if str(table.dtype) == bf16.PAIR else 1
+        options["distance_width"] = last_dim(table) * step // (fused.attrs["heads"] * fused.attrs["head_dim"])
     return options | ({"position_bias": True} if has_position_bias(fused) else {})
 
 
@@ -237,7 +247,8 @@ def _describe(name: str, fused: Composite, out: relax.TensorType, counts: bool, 
         k = reduced_columns(fused)
         per_token, text = 2.0 * k * columns, f"{k} -> {columns}"
     elif fused.name == "attention":
-        per_pair = 4.0 * fused.attrs["heads"] * fused.attrs["head_dim"]
+        products = 2 + composite.distance_tables(fused)
+        per_pair = 2.0 * products * fused.attrs["heads"] * fused.attrs["head_dim"]
         if "window" in fused.attrs:
             per_token, per_pair = per_pair * (2 * fused.attrs["window"] + 1), 0.0
         text = f"{fused.attrs['heads']} heads x {fused.attrs['head_dim']}"

@@ -20,10 +20,11 @@ from turbo_tvm import config
 from turbo_tvm.cuda import lowering
 from turbo_tvm.cuda.block_counts import BlockCounts
 from turbo_tvm.cuda.kernels import CudaKernels
-from turbo_tvm.kernel_names import has_position_bias
+from turbo_tvm.kernel_names import has_distances, has_position_bias
 from turbo_tvm.kernels import CpuKernels, composites, inventory
 from turbo_tvm.passes.capture_graphs import capture_graphs
 from turbo_tvm.passes.compose_operators import compose_operators
+from turbo_tvm.passes.drop_mask import drop_mask
 from turbo_tvm.passes.fuse_attention import fuse_attention
 from turbo_tvm.passes.fuse_embedding import fuse_embedding
 from turbo_tvm.passes.fuse_gate import fuse_gate
@@ -72,7 +73,7 @@ class Optimized:
     @property
     def relative_positions(self) -> bool:
         """Whether attention looks at the distance between tokens."""
-        return any(has_position_bias(fused) for fused, _ in composites(self.mod["main"]))
+        return any(has_position_bias(fused) or has_distances(fused) for fused, _ in composites(self.mod["main"]))
 
     @property
     def pooled_token(self) -> int | None:
@@ -110,6 +111,7 @@ def packed(tiles: Tiles, max_length: int, precision: str) -> list[Pass]:
         compose_operators,
         lambda mod: fuse_attention(mod, max_length),
         fuse_pooling,
+        drop_mask,
         # Pack: one matrix row per token; raises Declined if anything else mixes tokens.
         lambda mod: remove_padding(mod, tiles.row_tile),
         # Fuse what is left, row by row.
@@ -154,18 +156,20 @@ def optimize(mod: ir.IRModule, tiles: Tiles, max_length: int, precision: str = "
     try:
         done = _run(mod, packed(tiles, max_length, precision), "packed")
         if isinstance(tiles, CudaTiles):
-            _check_heads(done)
+            _check_attention(done)
         return Optimized(done, "packed", amx=amx)
     except Declined as why:
         done = _run(mod, padded(tiles, precision), "padded")
         return Optimized(done, "padded", (f"padding was not removed: {why}",), amx)
 
 
-def _check_heads(mod: ir.IRModule) -> None:
-    """Declined if a head does not fit the registers of a GPU."""
+def _check_attention(mod: ir.IRModule) -> None:
+    """Declined if a head does not fit the registers of a GPU, or attention looks at more than its kernel does."""
     for fused, _ in composites(mod["main"]):
         if fused.name == "attention" and fused.attrs["head_dim"] > MAX_HEAD_DIM:
             raise Declined(f"a head of {fused.attrs['head_dim']} columns; the GPU's kernel takes {MAX_HEAD_DIM}")
+        if has_distances(fused):
+            raise Declined("disentangled attention, which the GPU's kernel does not know")
 
 
 def build(

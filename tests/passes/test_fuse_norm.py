@@ -190,6 +190,26 @@ def test_other_norms_are_left_alone(options):
     assert "turbo." not in fuse_norm(before).script()
 
 
+@pytest.mark.parametrize(
+    "norm",
+    [
+        lambda x, gamma, beta: relax.op.nn.layer_norm(x, gamma, beta, axes=[-1]),
+        lambda x, gamma, beta: relax.op.nn.rms_norm(x, gamma, axes=[-1]),
+    ],
+    ids=["layer_norm", "rms_norm"],
+)
+def test_norm_of_weights_is_left_alone(norm):
+    gamma, beta = (relax.Var(name, relax.TensorType((8,), "float32")) for name in ("gamma", "beta"))
+    table = relax.Var("table", relax.TensorType(ROWS, "float32"))
+    bb = relax.BlockBuilder()
+    with bb.function("main", [table, gamma, beta], attrs={"num_input": 0}):
+        with bb.dataflow():
+            out = bb.emit_output(norm(table, gamma, beta))
+        bb.emit_func_output(out)
+    before = bb.finalize()
+    tvm.ir.assert_structural_equal(fuse_norm(before), before)
+
+
 def rms_graph(spelling: str, *, power: float = 2.0, axis: int = -1, add: bool = False, read_sum: bool = False):
     """x / sqrt(mean(x^2) + eps) * gamma as `spelling` has it, of x or of a sum."""
     rows = relax.TensorType((tirx.Var("t", "int64"), *ROWS), "float32")

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import TypeVar
 
+import pytest
 import tvm
+from tvm import relax, tirx
 from tvm.script import ir as I
 from tvm.script import relax as R
 
+from turbo_tvm.passes import composite
 from turbo_tvm.passes.pack_weights import pack_weights
 
 t = TypeVar("t")
@@ -141,3 +144,20 @@ def test_other_composites_are_left_alone():
             return y
 
     tvm.ir.assert_structural_equal(pack_weights(Before, 8), Before)
+
+
+@pytest.mark.parametrize(("rows", "stored", "size"), [("float32", "float32", 6 * 48), ("uint16", "int32", 3 * 48)])
+def test_tables_over_distances_get_the_lanes_past_the_last_query(rows, stored, size):
+    """21 columns and 7 more lanes of a tile of 8, in an odd number of cache lines of 16; bf16 in pairs."""
+    types = [((tirx.Var("t", "int64"), 4, 6), rows), ((tirx.Var("n", "int64"), 3), "int32"), ((1, 6, 21), "float32")]
+    x, tiles, table = (relax.Var(n, relax.TensorType(*ty)) for n, ty in zip("xqd", types, strict=True))
+    attrs = {"head_dim": 6, "heads": 1, "key_distances": True}
+    bb = relax.BlockBuilder()
+    with bb.function("main", [x, tiles, table], attrs={"num_input": 2}):
+        with bb.dataflow():
+            out = bb.emit_output(composite.make("attention", [x, x, x, tiles, table], x.ty, **attrs))
+        bb.emit_func_output(out)
+    packing, attention = (b.value for b in pack_weights(bb.finalize(), col_tile=8)["main"].body.blocks[0].bindings)
+    assert composite.match(packing, "pack_distances").attrs["width"] == 48
+    packed = composite.match(attention, "attention").tensors[4]
+    assert (str(packed.ty.dtype), [int(d) for d in packed.ty.shape.values]) == (stored, [size])

@@ -11,6 +11,7 @@ import pytest
 import tvm
 
 from turbo_tvm.schedules.attention import attention
+from turbo_tvm.schedules.distances import pack_distances
 from turbo_tvm.schedules.rows import RowFormat
 from turbo_tvm.schedules.tiles import NEON, CpuTiles, cpu_tiles
 
@@ -18,6 +19,7 @@ MAX_LENGTH = 512
 RAGGED = (1, 2, 7, 11, 12, 13, 31, 32, 33, 128, 511, 512)
 FP32, BF16 = "float32", "uint16"
 HALF_ULP = 2.0**-8  # of a bf16 number, relative to it
+DISTANCE_WIDTH = 2 * MAX_LENGTH - 1 + 31  # the columns, and the widest query tile
 POISON = 0xFF  # as a byte: NaN
 
 
@@ -25,14 +27,15 @@ POISON = 0xFF  # as a byte: NaN
 class Heads:
     """heads x head_dim, with Q, K and V side by side in one buffer or in three.
 
-    dtype: of Q, K and V; out: of the result; wider: by how much rows are wider than their columns. kv_heads: of K and
-    V, if fewer; window: how far a query sees.
+    distances: which tables there are over distances, of "keys" and "queries". dtype: of Q, K and V; out: of the result;
+    wider: by how much rows are wider than their columns. kv_heads: of K and V, if fewer; window: how far a query sees.
     """
 
     heads: int
     head_dim: int
     merged: bool = True
     bias: bool = False
+    distances: tuple[str, ...] = ()
     dtype: str = FP32
     out: str = FP32
     wider: int = 0
@@ -47,6 +50,10 @@ class Heads:
     @property
     def hidden(self) -> int:
         return self.heads * self.head_dim
+
+    @property
+    def table(self) -> tuple[int, int, int]:
+        return self.heads, self.head_dim, 2 * MAX_LENGTH - 1
 
     @property
     def widths(self) -> list[int]:
@@ -67,6 +74,9 @@ class Heads:
             kv_heads=self.kv_heads,
             window=self.window,
             position_bias=self.bias,
+            key_distances="keys" in self.distances,
+            query_distances="queries" in self.distances,
+            distance_width=DISTANCE_WIDTH if self.distances else 1,
             x=RowFormat(operands[0][0], self.dtype),
             out=RowFormat(h + more, self.out),
             **dict(zip("qkv", operands, strict=True)),
@@ -79,7 +89,9 @@ def query_tiles(lengths, queries: int) -> np.ndarray:
     return np.array(rows, "int32").reshape(-1, 3)
 
 
-def expected(qkv: np.ndarray, lengths, shape: Heads, bias: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+def expected(
+    qkv: np.ndarray, lengths, shape: Heads, bias: np.ndarray | None, tables=()
+) -> tuple[np.ndarray, np.ndarray]:
     """The result of every row, and how much rounding to bf16 may change it: that of the weights and of the result."""
     out, begin = np.zeros((2, len(qkv), shape.hidden)), 0
     for length in lengths:
@@ -87,7 +99,14 @@ def expected(qkv: np.ndarray, lengths, shape: Heads, bias: np.ndarray | None) ->
         parts = np.split(in_format(qkv[rows], shape.dtype), np.cumsum(shape.widths)[:2], axis=1)
         q, k, v = (part.reshape(length, -1, shape.head_dim).transpose(1, 0, 2) for part in parts)
         k, v = (np.repeat(x, shape.heads // len(x), axis=0) for x in (k, v))
-        scores = q @ k.transpose(0, 2, 1) * shape.factor
+        scores = q @ k.transpose(0, 2, 1)
+        distance = np.arange(length)[:, None] - np.arange(length) + MAX_LENGTH - 1
+        for kind, table in zip(shape.distances, tables, strict=True):
+            by_distance = (q if kind == "keys" else k) @ in_format(table, shape.dtype)
+            index = distance if kind == "keys" else distance.T
+            picked = np.take_along_axis(by_distance, np.broadcast_to(index, scores.shape), -1)
+            scores = scores + (picked if kind == "keys" else picked.transpose(0, 2, 1))
+        scores = scores * shape.factor
         if bias is not None:
             scores += bias[:, np.arange(length) - np.arange(length)[:, None] + MAX_LENGTH - 1]
         if shape.window is not None:
@@ -106,8 +125,8 @@ def in_format(values: np.ndarray, dtype: str) -> np.ndarray:
     return values.astype(FP32 if dtype == FP32 else ml_dtypes.bfloat16).astype("float64")
 
 
-def check(out, qkv, lengths, shape, bias=None, atol=5e-6, rtol=1e-5) -> None:
-    wanted, rounding = expected(qkv, lengths, shape, bias)
+def check(out, qkv, lengths, shape, bias=None, atol=5e-6, rtol=1e-5, tables=()) -> None:
+    wanted, rounding = expected(qkv, lengths, shape, bias, tables)
     bound = atol + rtol * np.abs(wanted) + 1.01 * rounding
     assert (np.abs(out[: len(wanted)] - wanted) - bound).max() <= 0
     assert np.isnan(out[len(wanted) :]).all(), "surplus rows are left as they are"
@@ -129,8 +148,23 @@ def as_stored(arithmetic):
 
 
 @pytest.fixture(scope="session")
-def compiled(stored, loaded):
-    """`compiled(shape, target)`: `run(qkv, lengths, bias=None)` -> the output rows, surplus rows included.
+def packed(run_kernel):
+    """`packed(table, dtype, tiles, target)`: a table over distances in the kernel's layout."""
+
+    def pack(table: np.ndarray, dtype: str, tiles: CpuTiles, target: tvm.target.Target) -> np.ndarray:
+        heads, head_dim, columns = table.shape
+        pairs = dtype == BF16
+        sizes = {"heads": heads, "head_dim": head_dim, "columns": columns, "width": DISTANCE_WIDTH}
+        kernel = pack_distances(tiles, **sizes, pairs=pairs)
+        size = heads * (head_dim // (2 if pairs else 1)) * DISTANCE_WIDTH
+        return run_kernel(kernel, [table], [size], target, "int32" if pairs else FP32)
+
+    return pack
+
+
+@pytest.fixture(scope="session")
+def compiled(stored, loaded, packed):
+    """`compiled(shape, target)`: `run(qkv, lengths, bias, tables)` -> the output rows, surplus rows included.
 
     The output starts as NaN, which are left where nothing is written.
     """
@@ -143,7 +177,7 @@ def compiled(stored, loaded):
             module = tvm.IRModule({"kernel": shape.kernel(tiles).with_attr("global_symbol", "kernel")})
             kernels[shape, str(target)] = tvm.compile(module, target=target)["kernel"]
 
-        def run(qkv: np.ndarray, lengths, bias: np.ndarray | None = None) -> np.ndarray:
+        def run(qkv: np.ndarray, lengths, bias: np.ndarray | None = None, tables=()) -> np.ndarray:
             parts = [qkv] * 3 if shape.merged else np.split(qkv, np.cumsum(shape.widths)[:2], axis=1)
             surplus = -len(qkv) % tiles.row_tile
             parts = [np.pad(part, ((0, surplus), (0, 0))) for part in parts]
@@ -152,6 +186,7 @@ def compiled(stored, loaded):
             out = np.full(((len(qkv) + surplus) * width * np.dtype(shape.out).itemsize), POISON, "uint8")
             arrays = [part.reshape(-1, tiles.row_tile, part.shape[1]) for part in parts]
             arrays += [query_tiles(lengths, tiles.query_tile)] + ([] if bias is None else [bias])
+            arrays += [packed(table, shape.dtype, tiles, target) for table in tables]
             arrays.append(out.view(shape.out).reshape(-1, tiles.row_tile, width))
             arguments = [tvm.runtime.tensor(array) for array in arrays]
             kernels[shape, str(target)](*arguments)
@@ -204,6 +239,25 @@ def test_ragged_batch_matches_float64(shape, as_stored, target, compiled):
     shape, lengths = as_stored(shape), np.random.default_rng(2).permutation(RAGGED)
     qkv, bias = random_qkv(sum(lengths), shape), random_bias(shape)
     check(compiled(shape, target)(qkv, lengths, bias), qkv, lengths, shape, bias)
+
+
+@pytest.mark.parametrize(
+    "arithmetic", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in ("fp32", "bf16")], indirect=True
+)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Heads(2, 19, bias=True, distances=("keys", "queries")),
+        pytest.param(Heads(2, 19, distances=("keys", "queries"), kv_heads=1, window=40), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_tables_over_distances_match_float64(shape, as_stored, target, compiled):
+    shape = as_stored(shape)
+    lengths = np.random.default_rng(2).permutation([*RAGGED, *range(14, 22)])
+    qkv, bias = random_qkv(sum(lengths), shape), random_bias(shape)
+    tables = [np.random.default_rng(i).standard_normal(shape.table, "float32") for i, _ in enumerate(shape.distances)]
+    check(compiled(shape, target)(qkv, lengths, bias, tables), qkv, lengths, shape, bias, tables=tables)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5, 33])
@@ -306,9 +360,11 @@ def test_neon_uses_vector_fma_and_calls_no_libm(assembly, neon_target):
     assert "expf" not in text and "exp2f" not in text
 
 
-def test_parameters_follow_the_position_bias():
-    names = [[p.name for p in Heads(2, 32, bias=bias).kernel(NEON).params] for bias in (False, True)]
+def test_parameters_follow_the_options():
+    shapes = Heads(2, 32), Heads(2, 32, bias=True), Heads(2, 32, distances=("queries",))
+    names = [[p.name for p in shape.kernel(NEON).params] for shape in shapes]
     assert names == [
         ["q_in", "k_in", "v_in", "query_tiles", "result"],
         ["q_in", "k_in", "v_in", "query_tiles", "bias", "result"],
+        ["q_in", "k_in", "v_in", "query_tiles", "of_queries", "result"],
     ]

@@ -256,11 +256,10 @@ def test_equal_and_far_apart_values_are_weighted_as_in_float64(attend, spread):
 
 
 def test_what_fits():
-    assert all(attention_amx.fits(head_dim, BF16, BF16, False) for head_dim in (32, 64, 96, 128))
-    assert not any(attention_amx.fits(head_dim, BF16, BF16, False) for head_dim in (8, 16, 36, 48, 80))
-    assert not attention_amx.fits(64, FP32, BF16, False)
-    assert not attention_amx.fits(64, BF16, FP32, False)
-    assert not attention_amx.fits(64, BF16, BF16, True)
+    assert all(attention_amx.fits(head_dim, BF16, BF16) for head_dim in (32, 64, 96, 128))
+    assert not any(attention_amx.fits(head_dim, BF16, BF16) for head_dim in (8, 16, 36, 48, 80))
+    assert not attention_amx.fits(64, FP32, BF16)
+    assert not attention_amx.fits(64, BF16, FP32)
 
 
 @pytest.mark.parametrize(

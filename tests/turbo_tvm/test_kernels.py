@@ -21,6 +21,7 @@ from turbo_tvm.schedules.tiles import AMX, BASELINE, CpuTiles
 
 TILES = CpuTiles(lanes=16, row_tile=4, tile_units=3, col_tile=16)  # as wide as bf16 needs
 BF16 = "uint16"
+DISTANCES = 80  # columns of a table over distances: of 24 tokens 47, and the lanes past the last query
 
 t = TypeVar("t")
 
@@ -63,8 +64,17 @@ def attention(*, bias: bool = False, dtype: str = "float32", **attrs) -> Composi
         "columns": [[48, 0], [48, 16], [48, 32]],
     } | attrs
     table = [tensor(attrs["heads"], 2 * attrs["max_length"] - 1)] if bias else []
+    packed = tensor(attrs["heads"] * attrs["head_dim"] * DISTANCES)
+    table += [packed] * sum(key in attrs for key in ("key_distances", "query_distances"))
     qkv = [tensor(-1, 4, width, dtype=dtype) for width, _ in attrs["columns"]]
     return Composite("attention", (*qkv, tensor(-1, 3, dtype="int32"), *table), attrs)
+
+
+def pack_distances(*, heads: int = 2, head_dim: int = 8, **pairs: bool) -> tuple[Composite, relax.TensorType]:
+    sizes = {"heads": heads, "head_dim": head_dim, "columns": 47, "width": DISTANCES}
+    size = heads * (head_dim // (2 if pairs else 1)) * DISTANCES
+    packed = relax.TensorType((size,), "int32" if pairs else "float32")
+    return Composite("pack_distances", (tensor(heads, head_dim, 47),), sizes | pairs), packed
 
 
 def norm(
@@ -114,6 +124,11 @@ VARIANTS = [
     (attention(max_length=48), rows(16)),
     (attention(heads=4, head_dim=4, scale=0.5), rows(16)),
     (attention(columns=[[16, 0]] * 3), rows(16)),
+    (attention(window=5), rows(16)),
+    (attention(kv_heads=1, columns=[[16, 0], [8, 0], [8, 0]]), rows(16)),
+    (attention(key_distances=True), rows(16)),
+    (attention(query_distances=True, bias=True), rows(16)),
+    (attention(key_distances=True, query_distances=True, window=5), rows(16)),
     (norm(), rows(16)),
     (norm(residual=True), rows(16)),
     (norm(eps=1e-12), rows(16)),
@@ -159,6 +174,9 @@ VARIANTS = [
     (Composite("pack_weight", (tensor(8, 16),), {"k": 16, "n": 8}), relax.TensorType((1, 16, 8), "float32")),
     (Composite("pack_weight", (tensor(16, 8),), {"k": 8, "n": 16}), relax.TensorType((2, 8, 8), "float32")),
     (Composite("pack_bias", (tensor(8),), {"n": 8}), relax.TensorType((8,), "float32")),
+    pack_distances(),
+    pack_distances(heads=1, head_dim=16),
+    pack_distances(pairs=True),
     (Composite("tile_rows", (tensor(-1, 16),), {}), rows(16)),
     (Composite("untile_rows", (tensor(-1, 4, 16),), {}), relax.TensorType((tirx.Var("s", "int64"), 16), "float32")),
 ]

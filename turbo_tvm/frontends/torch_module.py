@@ -59,7 +59,7 @@ def import_module(
         positions = _position_rule(model)
         limit = _max_length(model, positions, max_length)
         sample = _sample(model, limit)
-        wrapper = _wrapper(model, positions, sample)
+        wrapper = _wrapper(model, positions, limit, sample)
         mod, weights = _imported(wrapper, limit)
         return Imported(
             name=name or type(model).__name__,
@@ -146,7 +146,7 @@ def _sample(model: nn.Module, longest: int | None) -> Sample:
 
 
 @torch.inference_mode()
-def _wrapper(model: nn.Module, positions: PositionRule, sample: Sample) -> FixedInputs:
+def _wrapper(model: nn.Module, positions: PositionRule, longest: int, sample: Sample) -> FixedInputs:
     """The wrapper that leaves what the model answers for real tokens as it is; UnsupportedModelError if none does.
 
     A causal mask is tried for models without a cache: what has one generates text.
@@ -154,7 +154,7 @@ def _wrapper(model: nn.Module, positions: PositionRule, sample: Sample) -> Fixed
     encoder = encoder_of(model)
     encodes = encoder is not None and "past_key_values" not in input_names_of(encoder)
     for causal in (False, True) if encodes else (False,):
-        wrapper = FixedInputs(model, positions, causal)
+        wrapper = FixedInputs(model, positions, causal, longest)
         inputs = wrapper.example(torch.from_numpy(sample.token_ids), torch.from_numpy(sample.mask))
         if all(d <= TOLERANCES["fp32"] for d in sample.differences(wrapper.named(*inputs)).values()):
             return wrapper
@@ -166,7 +166,7 @@ def _wrapper(model: nn.Module, positions: PositionRule, sample: Sample) -> Fixed
 
 @torch.inference_mode()
 def _position_rule(model: nn.Module) -> PositionRule:
-    """The rule whose explicit position ids reproduce what the model does without any."""
+    """The rule whose explicit position ids reproduce what the model does without any, if it looks at them."""
     encoder = encoder_of(model)
     if encoder is None or "position_ids" not in input_names_of(encoder):
         return PositionRule()
@@ -175,13 +175,18 @@ def _position_rule(model: nn.Module) -> PositionRule:
     wanted = plain(*plain.example(ids))
     for rule in _candidate_rules(model):
         attempt = FixedInputs(model, rule)
-        got = attempt(*attempt.example(ids))
-        if all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(got, wanted, strict=True)):
-            return rule
+        given = dict(zip(attempt.names, attempt.example(ids), strict=True))
+        if _close(attempt(*given.values()), wanted):
+            given["position_ids"] = torch.zeros_like(ids)
+            return PositionRule() if _close(attempt(*given.values()), wanted) else rule
     raise UnsupportedModelError(
         f"{type(model).__name__}: no known rule gives the position ids that the model uses; "
         "the rules tried are 0, 1, 2, ... and RoBERTa's count of tokens that are not padding"
     )
+
+
+def _close(got: tuple[torch.Tensor, ...], wanted: tuple[torch.Tensor, ...]) -> bool:
+    return all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(got, wanted, strict=True))
 
 
 def _candidate_rules(model: nn.Module) -> list[PositionRule]:

@@ -1,6 +1,7 @@
 """PyTorch operators that TVM's importer gets wrong, or not at all, as Relax expressions.
 
-Its attention leaves out `scale` and grouped heads, its layer norm wants gain and shift.
+Its attention leaves out `scale` and grouped heads, its layer norm wants gain and shift, its repetition takes
+no symbolic count.
 """
 
 from __future__ import annotations
@@ -60,7 +61,20 @@ def _layer_norm(node: Any, importer: Any) -> relax.Var:
     return importer.block_builder.emit(norm)
 
 
+def _repeat(node: Any, importer: Any) -> relax.Var:
+    """aten.repeat by broadcasting; the counts may be symbolic."""
+    x, *counts = importer.retrieve_args(node)
+    counts = counts[0] if isinstance(counts[0], tuple | list) else counts
+    shape = [1] * (len(counts) - len(shape_of(x))) + shape_of(x)
+    pairs = list(zip(counts, shape, strict=True))
+    emit = importer.block_builder.emit
+    apart = emit(relax.op.reshape(x, [d for size in shape for d in (1, size)]))
+    wide = emit(relax.op.broadcast_to(apart, [d for pair in pairs for d in pair]))
+    return emit(relax.op.reshape(wide, [count * size for count, size in pairs]))
+
+
 CONVERTERS: dict[str, Converter] = {
     "scaled_dot_product_attention.default": _attention,
     "layer_norm.default": _layer_norm,
+    "repeat.default": _repeat,
 }

@@ -2,7 +2,7 @@
 
 A Hugging Face encoder, the module itself or one inside it, gets through a hook what its own code would compute in ways
 that cannot be exported: its mask (as the additive 4-D mask that it accepts as it is), its position ids and its token
-types.
+types. DeBERTa gets its relative positions instead of a mask, which it reads in its own way.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import transformers
 from torch import nn
 
 from turbo_tvm.errors import UnsupportedModelError
+from turbo_tvm.frontends.relative_positions import relative_encoder_of, relative_positions_of
 from turbo_tvm.runtime.batch import position_ids
 from turbo_tvm.runtime.manifest import PositionRule
 
@@ -28,13 +29,15 @@ _BATCH, _LENGTH = 2, 7  # the example that is traced: sizes of 1 would be taken 
 class FixedInputs(nn.Module):
     """Fixes a model's inputs to `names`, in order, and its outputs to a tuple of tensors.
 
-    causal: a token sees those before it only, as in CLIP's text encoder.
+    causal: a token sees those before it only, as in CLIP's text encoder. longest: the longest sequence, in tokens;
+    relative positions are tabulated up to it.
     """
 
-    def __init__(self, model: nn.Module, positions: PositionRule, causal: bool = False):
+    def __init__(self, model: nn.Module, positions: PositionRule, causal: bool = False, longest: int = 0):
         super().__init__()
         self.model = model
         self.encoder = encoder_of(model)
+        self.relative = relative_positions_of(model, max(longest, _LENGTH))
         self.positions = positions
         self.causal = causal
         self.names = _fixed_names(model, positions)
@@ -50,18 +53,23 @@ class FixedInputs(nn.Module):
         accepted.pop("position_ids", None)
         if self.encoder is None:
             return tensors_of(self.model(**accepted))
-        handle = self.encoder.register_forward_pre_hook(self._complete, with_kwargs=True)
+        handles = [self.encoder.register_forward_pre_hook(self._complete, with_kwargs=True)]
+        relative_encoder = relative_encoder_of(self.model)
+        if relative_encoder is not None and self.relative is not None:
+            handles.append(relative_encoder.register_forward_pre_hook(self.relative.give, with_kwargs=True))
         try:
             return tensors_of(self.model(**accepted))
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
     def _complete(self, encoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Give the encoder what it would otherwise compute itself."""
         call = dict(inspect.signature(encoder.forward).bind(*args, **kwargs).arguments)
         call.update(call.pop("kwargs", {}))
         mask = call.get("attention_mask")
-        if isinstance(mask, torch.Tensor) and mask.dim() == 2:
+        reads_masks = relative_encoder_of(self.model) is None
+        if reads_masks and isinstance(mask, torch.Tensor) and mask.dim() == 2:
             call["attention_mask"] = _additive_masks(mask, sliding_window(encoder), self.causal)
         for name in ("token_type_ids", "position_ids"):
             if call.get(name) is None and name in self._given:
