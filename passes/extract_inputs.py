@@ -81,7 +81,8 @@ class _ExtractInputs(Rewriter):
         used = set(relax.analysis.free_vars(main.body))
         kept = [p for p in main.params if p in used or p.name not in self._added]
         number = count + sum(p.name in self._added for p in kept)
-        return ir.IRModule({mod.get_global_var("main"): with_params(main, kept, number)})
+        mod.update_func(mod.get_global_var("main"), with_params(main, kept, number))
+        return mod
 
     def _look_up(self, call: relax.Call) -> relax.Expr | None:
         if not is_call(call, "take") or call.attrs.axis is None or int(call.attrs.axis) != 0:

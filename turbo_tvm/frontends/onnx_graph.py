@@ -90,7 +90,8 @@ class OnnxGraph:
         params = [*main.params[:count], *kept]
         func = relax.Function(params, main.body, main.ret_ty, is_pure=True, attrs=main.attrs)
         weights = [tvm.runtime.tensor(np.ascontiguousarray(self.weights[p.name][1])) for p in kept]
-        return ir.IRModule({mod.get_global_var("main"): func}), weights
+        mod.update_func(mod.get_global_var("main"), func)
+        return mod, weights
 
     # Constants, weights and inputs
 

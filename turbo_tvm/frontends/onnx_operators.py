@@ -13,6 +13,7 @@ import numpy as np
 from tvm import relax
 
 from turbo_tvm.frontends.onnx_values import broadcast, is_known
+from turbo_tvm.frontends.tile import tile
 from turbo_tvm.passes.rewriter import shape_of
 
 if TYPE_CHECKING:
@@ -132,6 +133,24 @@ def _gather_nd(graph: OnnxGraph, inputs: list[Any], attrs: Attributes) -> Result
     return None if whole is None else [relax.op.reshape(data, whole)]
 
 
+def _tile(graph: OnnxGraph, inputs: list[Any], attrs: Attributes) -> Results:
+    if not is_known(inputs[1]):
+        return None
+    return [tile(graph.emit, graph.expression(inputs[0]), _dims(list(inputs[1])))]
+
+
+def _clip(graph: OnnxGraph, inputs: list[Any], attrs: Attributes) -> Results:
+    """With known bounds, which are inputs from opset 11 on."""
+    bounds = [*inputs[1:], None, None][:2]
+    if not all(b is None or (is_known(b) and b.dtype != object) for b in bounds):
+        return None
+    x = graph.expression(inputs[0])
+    for bound, op in zip(bounds, (relax.op.maximum, relax.op.minimum), strict=True):
+        if bound is not None:
+            x = graph.emit(op(x, relax.const(bound.reshape(()), str(bound.dtype))))
+    return [x]
+
+
 def _dropout(graph: OnnxGraph, inputs: list[Any], attrs: Attributes) -> Results:
     """Nothing is dropped where nothing is trained."""
     training = len(inputs) > 2 and inputs[2] is not None and not (is_known(inputs[2]) and not inputs[2].any())
@@ -169,6 +188,8 @@ OPERATORS: dict[tuple[str, str], Callable[[OnnxGraph, list[Any], Attributes], Re
     ("", "ConstantOfShape"): _constant_of_shape,
     ("", "Range"): _range,
     ("", "Slice"): _slice,
+    ("", "Tile"): _tile,
+    ("", "Clip"): _clip,
     ("", "Dropout"): _dropout,
     ("", "Softmax"): _softmax,
     ("", "Gather"): _gather,

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from tvm import relax, tirx
 
+from turbo_tvm.frontends.tile import tile
 from turbo_tvm.passes.rewriter import shape_of
 
 Converter = Callable[[Any, Any], relax.Var]
@@ -65,12 +66,7 @@ def _repeat(node: Any, importer: Any) -> relax.Var:
     """aten.repeat by broadcasting; the counts may be symbolic."""
     x, *counts = importer.retrieve_args(node)
     counts = counts[0] if isinstance(counts[0], tuple | list) else counts
-    shape = [1] * (len(counts) - len(shape_of(x))) + shape_of(x)
-    pairs = list(zip(counts, shape, strict=True))
-    emit = importer.block_builder.emit
-    apart = emit(relax.op.reshape(x, [d for size in shape for d in (1, size)]))
-    wide = emit(relax.op.broadcast_to(apart, [d for pair in pairs for d in pair]))
-    return emit(relax.op.reshape(wide, [count * size for count, size in pairs]))
+    return tile(importer.block_builder.emit, x, counts)
 
 
 CONVERTERS: dict[str, Converter] = {

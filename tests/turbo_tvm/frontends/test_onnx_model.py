@@ -16,6 +16,7 @@ import turbo_tvm
 from turbo_tvm import pipeline, targets
 from turbo_tvm.frontends.imported import Imported
 from turbo_tvm.frontends.onnx_model import import_file
+from turbo_tvm.frontends.sentence import SentenceEncoder
 from turbo_tvm.frontends.torch_module import import_module
 from turbo_tvm.schedules.tiles import cpu_tiles
 
@@ -80,6 +81,14 @@ def test_the_kernels_of_modern_families_are_those_of_pytorch(files, family):
     model, path = files(family, True)
     longest = None if "vi" in family else 64
     assert kernels(import_file(path, max_length=longest)) == kernels(import_module(model, max_length=longest))
+
+
+@pytest.mark.parametrize("dynamo", [False, True], ids=["torchscript", "dynamo"])
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_sentence_embeddings(tmp_path, pooling, dynamo):
+    model = SentenceEncoder(onnx_models.build("bert"), pooling, normalize=True).eval()
+    path = onnx_models.export(model, tmp_path / "model.onnx", dynamo=dynamo)
+    assert kernels(import_file(path)) == kernels(import_module(model))
 
 
 def test_windows_and_rotary_positions_agree_with_pytorch(files):
