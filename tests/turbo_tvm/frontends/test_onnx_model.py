@@ -136,21 +136,13 @@ def test_fixed_dimensions_become_any_batch_and_length(files, tmp_path, dynamo):
 class TestRuntimesOwnOperators:
     """Files that ONNX Runtime has optimised."""
 
-    @pytest.fixture(scope="class")
-    def optimised(self, files, tmp_path_factory):
+    def test_skip_layer_norm_and_bias_gelu(self, files, tmp_path):
         from onnxruntime.transformers import optimizer
 
-        def get(**options):
-            model, path = files("bert", False)
-            out = tmp_path_factory.mktemp("optimised") / "bert.onnx"
-            fused = optimizer.optimize_model(str(path), "bert", num_heads=2, hidden_size=32, opt_level=0)
-            fused.save_model_to_file(str(out))
-            return model, out
-
-        return get
-
-    def test_skip_layer_norm_and_bias_gelu(self, optimised):
-        model, path = optimised()
+        model, plain = files("bert", False)
+        path = tmp_path / "bert.onnx"
+        fused = optimizer.optimize_model(str(plain), "bert", num_heads=2, hidden_size=32, opt_level=0)
+        fused.save_model_to_file(str(path))
         found = {node.op_type for node in onnx.load(path).graph.node if node.domain == "com.microsoft"}
         assert {"SkipLayerNormalization", "BiasGelu"} <= found
         assert kernels(import_file(path)) == kernels(import_module(model))
