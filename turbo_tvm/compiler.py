@@ -17,6 +17,7 @@ from turbo_tvm import config, pipeline, targets
 from turbo_tvm.artifact import Artifact
 from turbo_tvm.cuda import machine_code
 from turbo_tvm.errors import ArtifactError, CompileError, TargetError, TurboError, UnsupportedModelError, summary
+from turbo_tvm.frontends import onnx_folder
 from turbo_tvm.frontends.imported import TOLERANCES, Imported
 from turbo_tvm.loader import open_model
 from turbo_tvm.passes.fuse_pooling import LARGEST
@@ -60,7 +61,7 @@ def compile(
 
     model: a `torch.nn.Module` (a Hugging Face encoder with or without head, or any module whose forward takes
         input_ids and attention_mask, or pixel_values), or the path of a model folder with config.json and
-        model.safetensors, or of an ONNX file.
+        model.safetensors (or model.onnx), or of an ONNX file.
     target: "cpu" for this machine, or "cpu:<name>" for another CPU, such as "cpu:x86-64-v3"; "cuda:sm_80" for an NVIDIA
         GPU, "cuda:sm_80,sm_90" for several. Needs nvcc or the packages of turbo-tvm[cuda12], and no GPU.
     precision: "fp32"; or "bf16": weights, products and the rows between kernels in bf16, sums, norms and softmax in
@@ -158,8 +159,9 @@ def _import_path(
 ) -> Imported:
     if not path.exists():
         raise UnsupportedModelError(f"there is no model at {path}")
-    if path.suffix == ".onnx":
-        return _import_onnx(path, name, max_length, tokenizer, image_size)
+    exported = path if path.suffix == ".onnx" else onnx_folder.file_in(path)
+    if exported is not None:
+        return _import_onnx(exported, name, max_length, tokenizer, image_size)
     if not path.is_dir():
         raise UnsupportedModelError(
             f"{path} is a file; an ONNX file (.onnx) or a model folder with config.json and model.safetensors is needed"

@@ -10,6 +10,7 @@ from tvm import ir, tirx
 from turbo_tvm.errors import UnsupportedModelError, summary
 from turbo_tvm.frontends.imported import DEFAULT_MAX_LENGTH, ImageSample, Imported, Sample
 from turbo_tvm.frontends.onnx_file import load_file
+from turbo_tvm.frontends.onnx_folder import beside
 from turbo_tvm.frontends.onnx_graph import OnnxGraph
 from turbo_tvm.frontends.onnx_inputs import OnnxInputs, read_inputs
 from turbo_tvm.frontends.onnx_reference import Reference, random_batch, random_images
@@ -32,19 +33,28 @@ def import_file(
 
     Its inputs are token ids, attention mask and, where it has them, token types and positions, all (batch, length), of
     any integer or floating-point type; or images. Dimensions may be symbolic or fixed. max_length: the longest sequence
-    in tokens; by default what its table of positions allows. image_size: of images, where the file leaves it open.
+    in tokens; by default what its table of positions and a `config.json` beside it allow. tokenizer: by default the
+    `tokenizer.json` beside it. image_size: of images, where the file leaves it open.
 
     Raises UnsupportedModelError with the reason.
     """
     try:
-        return _import(path, name or path.stem, max_length, tokenizer, image_size)
+        found = beside(path)
+        return _import(path, name or found.name, max_length, tokenizer or found.tokenizer, image_size, found.longest)
     except UnsupportedModelError:
         raise
     except Exception as error:  # whatever ONNX and TVM raise for a file that passed the checks
         raise UnsupportedModelError(f"{path} cannot be imported: {summary(error)}") from error
 
 
-def _import(path: Path, name: str, max_length: int | None, tokenizer: str | None, image_size: Size | None) -> Imported:
+def _import(
+    path: Path,
+    name: str,
+    max_length: int | None,
+    tokenizer: str | None,
+    image_size: Size | None,
+    longest: int | None,
+) -> Imported:
     model = load_file(path)
     inputs = read_inputs(path, model, image_size)
     dims = tirx.Var("batch", "int64"), tirx.Var("length", "int64")
@@ -56,7 +66,8 @@ def _import(path: Path, name: str, max_length: int | None, tokenizer: str | None
         mod, bounds = patches_of(mod, str(path))
         rule, sample = PositionRule("arange"), _image_sample(inputs, reference)
     else:
-        mod, bounds, rule = _text(path, mod, inputs, graph.sliced, max_length)
+        limits = [*graph.sliced, *(n for n in (inputs.length, longest) if n)]
+        mod, bounds, rule = _text(path, mod, inputs, limits, max_length)
         sample = _text_sample(inputs, reference, bounds, rule)
     return Imported(
         name=name,
@@ -73,16 +84,19 @@ def _import(path: Path, name: str, max_length: int | None, tokenizer: str | None
 
 
 def _text(
-    path: Path, mod: ir.IRModule, inputs: OnnxInputs, sliced: list[int], max_length: int | None
+    path: Path, mod: ir.IRModule, inputs: OnnxInputs, limits: list[int], max_length: int | None
 ) -> tuple[ir.IRModule, Bounds, PositionRule]:
-    """The module with positions as an input, what a request may hold, and how positions follow from token ids."""
+    """The module with positions as an input, what a request may hold, and how positions follow from token ids.
+
+    limits: of the length in tokens, other than the table of positions.
+    """
     mod, positions = extract_inputs(normalize(mod))
     rows = _table_rows(mod)
     if "input_ids" not in rows:
         raise UnsupportedModelError(f"{path}: no table of embeddings is looked up with {inputs.roles['input_ids']!r}")
     if "position_ids" in inputs.roles:  # those that a caller of the file supplies are counted from 0
         positions = Positions("arange", 0, None, rows.get("position_ids", 1 << 30))
-    limits = [*sliced, *([positions.longest] if positions else []), *([inputs.length] if inputs.length else [])]
+    limits = [*limits, *([positions.longest] if positions else [])]
     bounds = Bounds(_max_length(limits, max_length), rows["input_ids"], _token_types(inputs, rows))
     if positions is None or (positions.kind, positions.offset) == ("arange", 0):
         mod = tabulate_positions(mod, bounds.max_length)

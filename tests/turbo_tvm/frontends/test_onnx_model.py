@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 import turbo_tvm
-from turbo_tvm import pipeline, targets
+from turbo_tvm import compiler, pipeline, targets
 from turbo_tvm.frontends.imported import Imported
 from turbo_tvm.frontends.onnx_model import import_file
 from turbo_tvm.frontends.sentence import SentenceEncoder
@@ -183,6 +184,16 @@ class TestAgreement:
         compiled = turbo_tvm.compile(path, progress=False)  # compares
         assert compiled.manifest.layout == "padded"
         assert "was not removed" in compiled.manifest.declined[0]
+
+    def test_a_folder_as_optimum_writes_it(self, files, tmp_path):
+        _, path = files("distilbert", False)
+        folder = tmp_path / "my-distilbert"
+        folder.mkdir()
+        shutil.copy(path, folder / "model.onnx")
+        (folder / "config.json").write_text('{"max_position_embeddings": 48}')
+        imported = compiler._import_path(folder, None, None, None, None)
+        assert imported.name == "my-distilbert"
+        assert imported.bounds.max_length == 48
 
     def test_names_and_bounds(self, files):
         _, path = files("roberta", False)

@@ -1,0 +1,59 @@
+"""What lies beside an ONNX file, in folders as optimum writes them: its tokenizer, and how long a sequence may be."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from turbo_tvm.errors import UnsupportedModelError
+
+_PLACES = ("model.onnx", "onnx/model.onnx")
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+_LONGEST = (("sentence_bert_config.json", "max_seq_length"), ("config.json", "max_position_embeddings"))
+
+
+@dataclass(frozen=True)
+class Beside:
+    """name: the folder's, for a file that is only called model; tokenizer: the text of a `tokenizer.json`."""
+
+    name: str
+    tokenizer: str | None
+    longest: int | None
+
+
+def file_in(folder: Path) -> Path | None:
+    """The ONNX file of a folder that has no weights for PyTorch."""
+    if any((folder / name).exists() for name in _WEIGHTS):
+        return None
+    return next((folder / place for place in _PLACES if (folder / place).is_file()), None)
+
+
+def beside(path: Path) -> Beside:
+    """What belongs to an ONNX file. Raises UnsupportedModelError for what is there and cannot be read."""
+    folder = path.resolve().parent
+    folder = folder.parent if folder.name == "onnx" else folder
+    tokenizer = folder / "tokenizer.json"
+    text = _read(tokenizer) if tokenizer.exists() else None
+    lengths = [_number(folder / name, key) for name, key in _LONGEST]
+    name = folder.name if path.stem == "model" and folder.name else path.stem
+    return Beside(name, text, next((n for n in lengths if n is not None), None))
+
+
+def _number(path: Path, key: str) -> int | None:
+    if not path.exists():
+        return None
+    try:
+        values: Any = json.loads(_read(path))
+    except ValueError as error:
+        raise UnsupportedModelError(f"{path} is not valid JSON: {error}") from error
+    value = values.get(key) if isinstance(values, dict) else None
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UnsupportedModelError(f"{path} cannot be read: {error}") from error
