@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 from collections import Counter
@@ -12,6 +13,7 @@ import onnx
 import onnx_models
 import pytest
 import torch
+from benchmark.onnx_files import OnnxFiles
 
 import turbo_tvm
 from turbo_tvm import compiler, pipeline, targets
@@ -136,6 +138,21 @@ def test_fixed_dimensions_become_any_batch_and_length(files, tmp_path, dynamo):
 
 class TestRuntimesOwnOperators:
     """Files that ONNX Runtime has optimised."""
+
+    def test_attention_and_embeddings_whole(self, files, tmp_path):
+        model = files("bert", False)[0]
+        bare = copy.deepcopy(model)
+        bare.pooler = None
+        path, fused = OnnxFiles(bare, tmp_path).optimised()
+        assert {name for name, count in fused.items() if count} == {
+            "Attention",
+            "BiasGelu",
+            "EmbedLayerNormalization",
+            "SkipLayerNormalization",
+        }
+        imported = import_file(Path(path))
+        assert kernels(imported) == kernels(import_module(bare))
+        assert imported.sample is not None
 
     def test_skip_layer_norm_and_bias_gelu(self, files, tmp_path):
         from onnxruntime.transformers import optimizer
