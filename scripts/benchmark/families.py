@@ -28,7 +28,7 @@ REQUESTS = 16
 LONGEST = 100
 CHECKED = (*range(1, 65), 100, 127, 128, 200, 255, 256)
 ROUTES = ("PyTorch", "ONNX")
-LIMITS = Limits(rounds=7, min_rounds=3, seconds=20.0)
+LIMITS = Limits(rounds=5, min_rounds=3, seconds=8.0)
 OURS = "turbo_tvm"
 
 _WIDTH = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 6, "intermediate_size": 1536}

@@ -1,0 +1,81 @@
+"""`scripts/bench models`: its figures and its page, and one tiny family from building to markdown."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+
+import pytest
+from benchmark import families
+from benchmark.families import FAMILIES, Family, Result
+from benchmark.measure import Limits
+from rich.console import Console
+
+MACHINE = {"cpu": "a CPU", "threads": 2, "packages": {"torch": "2", "onnxruntime": "1"}, "revision": "abc"}
+
+
+def page(*results: Result) -> str:
+    return families.markdown(
+        {"command": "scripts/bench models", "machine": MACHINE, "results": [asdict(r) for r in results]}
+    )
+
+
+def test_the_best_rival_is_that_of_the_least_median_and_ratios_go_by_round():
+    samples = {
+        "turbo_tvm": [1.0, 2.0, 1.0],
+        "PyTorch, padded": [3.0, 3.0, 9.0],
+        "ONNX Runtime, padded": [2.0, 8.0, 2.0],
+    }
+    result = Result("BERT", "ONNX", layout="packed", samples_s=samples)
+    assert result.ours_s == 1.0
+    assert result.best_rival == ("ONNX Runtime, padded", 2.0)
+
+
+def test_without_samples_there_is_no_rival():
+    assert Result("BERT", "ONNX").best_rival is None
+    assert Result("BERT", "ONNX").ours_s is None
+
+
+def test_a_page_says_what_is_packed_padded_and_not_compiled():
+    good = Result(
+        "A",
+        "ONNX",
+        layout="packed",
+        kernels={"linear_8x8": 3},
+        largest_difference=1e-6,
+        samples_s={"turbo_tvm": [0.001]},
+    )
+    padded = Result("B", "PyTorch", layout="padded", declined=["padding was not removed: X"], largest_difference=2e-6)
+    text = page(good, padded, Result("C", "ONNX", failed="SomeError: no"))
+    assert "| A | ONNX | packed | 1 (3) | 1.0e-06 | 0 s | 1.0 ms |  |" in text
+    assert "`linear_8x8` x 3" in text
+    assert "B, PyTorch: padding was not removed: X" in text
+    assert "C, ONNX: SomeError: no" in text
+
+
+def test_every_family_has_a_name_of_its_own():
+    assert len({f.name for f in FAMILIES}) == len(FAMILIES)
+
+
+@pytest.mark.slow
+def test_a_tiny_family_from_building_to_markdown(tmp_path, monkeypatch):
+    sizes = {
+        "vocab_size": 101,
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "max_position_embeddings": 130,
+    }
+    tiny = Family("tiny", "BertModel", "BertConfig", sizes)
+    monkeypatch.setattr(families, "FAMILIES", (replace(tiny, name="other"), tiny))
+    monkeypatch.setattr(families, "LIMITS", Limits(rounds=1, min_rounds=1, seconds=1.0))
+    families.run(1, tmp_path, "tiny", "scripts/bench models", Console(quiet=True))
+    results = [Result(**r) for r in json.loads((tmp_path / "models.json").read_text())["results"]]
+    assert [(r.family, r.route, r.failed, r.layout) for r in results] == [
+        ("tiny", "PyTorch", None, "packed"),
+        ("tiny", "ONNX", None, "packed"),
+    ]
+    assert all(r.largest_difference is not None and r.largest_difference < 1e-4 for r in results)
+    assert results[1].best_rival is not None
+    assert "| tiny | ONNX | packed |" in (tmp_path / "models.md").read_text()
