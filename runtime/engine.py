@@ -32,6 +32,7 @@ from turbo_tvm.runtime.request_queue import PLANNED, RequestQueue
 from turbo_tvm.runtime.response_cache import ResponseCache, request_key
 from turbo_tvm.runtime.scheduler import Limits, Request
 from turbo_tvm.runtime.servable import Servable, checked_models, computed_rows
+from turbo_tvm.runtime.text import is_text
 from turbo_tvm.runtime.triggers import Trigger
 
 MAX_BATCH = 64
@@ -145,7 +146,7 @@ class Engine:
     ) -> RequestFuture:
         """Queue a request; returns at once with the future of its answer.
 
-        request: a text, or token ids (length,) of one sequence, with token_type_ids of the same shape. timeout_s: a
+        request: a text, a pair of texts, or token ids (length,) of one sequence, with token_type_ids of the same shape. timeout_s: a
         request that has not started so many seconds from now never runs: its result is a DeadlineError. priority:
         higher ones go first. The future can be cancelled until it starts. Its answer, fp32 (columns,) or (length,
         hidden), is the caller's own.
@@ -207,7 +208,7 @@ class Engine:
         await asyncio.to_thread(partial(self.close, drain=kind is None))
 
     def _prepared(self, request: Any, token_type_ids: Any) -> Batch:
-        if isinstance(request, str):
+        if is_text(request):
             if token_type_ids is not None:
                 raise InputError("a text brings its own token_type_ids: give them with token ids only")
             ids, types = self._models[0].tokenize([request])

@@ -23,7 +23,7 @@ from turbo_tvm.runtime.manifest import Manifest
 from turbo_tvm.runtime.memory_report import MemoryReport, memory_report
 from turbo_tvm.runtime.model_output import ModelOutput, like, to_matrix, to_numpy
 from turbo_tvm.runtime.profiler import MachineLimits, ProfileReport
-from turbo_tvm.runtime.text import TextTokenizer
+from turbo_tvm.runtime.text import Text, TextTokenizer
 
 if TYPE_CHECKING:
     from turbo_tvm.artifact import Artifact
@@ -159,15 +159,15 @@ class CompiledModel:
             return results[name]
         return [ModelOutput(zip(results, parts, strict=True)) for parts in zip(*results.values(), strict=True)]
 
-    def encode(self, texts: Sequence[str], *, output: str | None = None) -> list[Any]:
+    def encode(self, texts: Sequence[Text], *, output: str | None = None) -> list[Any]:
         """Tokenise texts and answer them as `run` does; texts beyond the longest sequence are cut.
 
-        An embedding model gives one vector per text. Raises TurboError if the artifact carries no tokenizer.
+        An embedding model gives one vector per text. A cross-encoder takes pairs, (query, text), and gives their scores. Raises TurboError if the artifact carries no tokenizer.
         """
         ids, types = self.tokenize(texts)
         return self.run(ids, token_type_ids=types, output=output)
 
-    def tokenize(self, texts: Sequence[str]) -> tuple[list[np.ndarray], list[np.ndarray] | None]:
+    def tokenize(self, texts: Sequence[Text]) -> tuple[list[np.ndarray], list[np.ndarray] | None]:
         """Token ids and token type ids of each text, the latter None if the model takes none; errors as `encode`."""
         if self._artifact.tokenizer is None:
             raise TurboError(

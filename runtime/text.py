@@ -9,6 +9,15 @@ import numpy as np
 
 from turbo_tvm.errors import ArtifactError, InputError, TurboError
 
+Text = str | tuple[str, str]  # a pair is two texts of one request, as cross-encoders compare them
+
+
+def is_text(value: object) -> bool:
+    """Whether it is a text or a pair of texts."""
+    if isinstance(value, str):
+        return True
+    return isinstance(value, tuple) and len(value) == 2 and all(isinstance(part, str) for part in value)
+
 
 class TextTokenizer:
     """A Hugging Face `tokenizer.json`, set to truncate at the model's longest sequence and never to pad."""
@@ -25,11 +34,11 @@ class TextTokenizer:
         self._tokenizer.no_padding()
         self._tokenizer.enable_truncation(max_length)
 
-    def __call__(self, texts: Iterable[str]) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """(token_ids, token_type_ids), one int32 array (length,) per text."""
+    def __call__(self, texts: Iterable[Text]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """(token_ids, token_type_ids), one int32 array (length,) per text or pair of texts."""
         listed = None if isinstance(texts, str) or not isinstance(texts, Iterable) else list(texts)
-        if listed is None or not all(isinstance(text, str) for text in listed):
-            raise InputError("a list of strings is needed")
+        if listed is None or not all(is_text(text) for text in listed):
+            raise InputError("a list of strings is needed, or of pairs of strings, which are tuples")
         encodings = self._tokenizer.encode_batch(listed)
         ids = [np.array(e.ids, np.int32) for e in encodings]
         return ids, [np.array(e.type_ids, np.int32) for e in encodings]

@@ -54,7 +54,17 @@ def test_any_iterable_of_strings():
     assert tokenize([])[0] == []
 
 
-@pytest.mark.parametrize("texts", ["a", None, 5, [b"a"], ["a", None], [["a"]]])
+def test_pairs_and_texts_together():
+    made = tokenizer(special=False)
+    made.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
+    ids, types = TextTokenizer(made.to_str(), 10)([("a", "b a"), "b"])
+    assert [i.tolist() for i in ids] == [[1, 3, 2, 4, 3, 2], [1, 4, 2]]
+    assert [t.tolist() for t in types] == [[0, 0, 0, 1, 1, 1], [0, 0, 0]]
+
+
+@pytest.mark.parametrize("texts", ["a", None, 5, [b"a"], ["a", None], [["a"]], [("a",)], [("a", 1)], [("a", "b", "c")]])
 def test_what_is_no_list_of_strings(texts):
     with pytest.raises(InputError, match="a list of strings is needed"):
         TextTokenizer(tokenizer().to_str(), 10)(texts)

@@ -10,11 +10,12 @@ from typing import IO, TYPE_CHECKING, Any
 import click
 
 from turbo_tvm.errors import InputError
+from turbo_tvm.runtime.text import Text
 
 if TYPE_CHECKING:
     import numpy as np
 
-_HINT = "give texts with --text or --input, token ids with --ids or --ids-file, or images in a .npy file with --input"
+_HINT = "give texts with --text, --pair or --input, token ids with --ids or --ids-file, or images in a .npy file with --input"
 _NUMPY = b"\x93NUMPY"  # how a .npy file begins
 
 
@@ -22,7 +23,7 @@ _NUMPY = b"\x93NUMPY"  # how a .npy file begins
 class Request:
     """Texts, token id sequences or images, in order; the others are empty."""
 
-    texts: tuple[str, ...] = ()
+    texts: tuple[Text, ...] = ()
     ids: tuple[list[int], ...] = ()
     images: tuple[np.ndarray, ...] = ()
 
@@ -30,19 +31,26 @@ class Request:
     def labels(self) -> list[str]:
         """What was asked, one line each."""
         images = [f"image of {' x '.join(map(str, image.shape))}" for image in self.images]
-        return images or [" ".join(map(str, ids)) for ids in self.ids] or list(self.texts)
+        return images or [" ".join(map(str, ids)) for ids in self.ids] or [_label(text) for text in self.texts]
 
     def asked(self, index: int) -> dict[str, Any]:
         """One of them for programs, by its kind; of an image its shape."""
         if self.images:
             return {"image": list(self.images[index].shape)}
-        return {"ids": self.ids[index]} if self.ids else {"text": self.texts[index]}
+        if self.ids:
+            return {"ids": self.ids[index]}
+        text = self.texts[index]
+        return {"text": text} if isinstance(text, str) else {"pair": list(text)}
+
+
+def _label(text: Text) -> str:
+    return text if isinstance(text, str) else " | ".join(text)
 
 
 def read_request(
-    texts: Iterable[str], text_file: IO[bytes] | None, ids: Iterable[str], ids_file: IO[bytes] | None
+    texts: Iterable[Text], text_file: IO[bytes] | None, ids: Iterable[str], ids_file: IO[bytes] | None
 ) -> Request:
-    """The request of the four options; those on the command line come before those in a file."""
+    """The request of the options; those on the command line come before those in a file."""
     data = _bytes(text_file)
     images = _images(data) if data.startswith(_NUMPY) else ()
     all_texts = [*texts, *_lines(b"" if images else data)]

@@ -18,6 +18,9 @@ _FORMATS = ("table", "json", "npy", "npz")
 @click.command("run")
 @click.argument("file", metavar="FILE", type=click.Path(path_type=Path))
 @click.option("--text", "texts", metavar="TEXT", multiple=True, help="A text. Repeat it for more.")
+@click.option(
+    "--pair", "pairs", metavar="A B", nargs=2, multiple=True, help="Two texts of one request, for cross-encoders."
+)
 @click.option("--ids", metavar="N,N,...", multiple=True, help="A sequence of token ids. Repeat it for more.")
 @click.option(
     "--input",
@@ -42,6 +45,7 @@ _FORMATS = ("table", "json", "npy", "npz")
 def run_command(
     file: Path,
     texts: tuple[str, ...],
+    pairs: tuple[tuple[str, str], ...],
     ids: tuple[str, ...],
     text_file: IO[bytes] | None,
     ids_file: IO[bytes] | None,
@@ -65,13 +69,14 @@ def run_command(
     \b
     Examples:
       turbo-tvm run minilm.turbo --text "a first text" --text "and another, longer one"
+      turbo-tvm run reranker.turbo --pair "how do bees talk?" "Bees dance."
       turbo-tvm run minilm.turbo --ids 101,7592,102
       turbo-tvm run minilm.turbo --input texts.txt -o vectors.npy
       turbo-tvm run vit.turbo --input images.npy -o logits.npy
       cat texts.txt | turbo-tvm run minilm.turbo --input - | jq '.outputs.sentence_embedding[0]'
     """
     form = _format(form, save)
-    request = read_request(texts, text_file, ids, ids_file)
+    request = read_request((*texts, *pairs), text_file, ids, ids_file)
     import turbo_tvm
 
     model = turbo_tvm.load(file, threads=threads)
