@@ -146,8 +146,9 @@ class Engine:
     ) -> RequestFuture:
         """Queue a request; returns at once with the future of its answer.
 
-        request: a text, a pair of texts, or token ids (length,) of one sequence, with token_type_ids of the same shape. timeout_s: a
-        request that has not started so many seconds from now never runs: its result is a DeadlineError. priority:
+        request: a text, a pair of texts, or token ids (length,) of one sequence, with token_type_ids of the same shape.
+        timeout_s: a request that has not started so many seconds from now never runs: its result is a DeadlineError.
+        priority:
         higher ones go first. The future can be cancelled until it starts. Its answer, fp32 (columns,) or (length,
         hidden), is the caller's own.
 

@@ -162,7 +162,8 @@ class CompiledModel:
     def encode(self, texts: Sequence[Text], *, output: str | None = None) -> list[Any]:
         """Tokenise texts and answer them as `run` does; texts beyond the longest sequence are cut.
 
-        An embedding model gives one vector per text. A cross-encoder takes pairs, (query, text), and gives their scores. Raises TurboError if the artifact carries no tokenizer.
+        An embedding model gives one vector per text. A cross-encoder takes pairs, (query, text), and gives their
+        scores. Raises TurboError if the artifact carries no tokenizer.
         """
         ids, types = self.tokenize(texts)
         return self.run(ids, token_type_ids=types, output=output)

@@ -10,10 +10,11 @@ from typing import IO, TYPE_CHECKING, Any
 import click
 
 from turbo_tvm.errors import InputError
-from turbo_tvm.runtime.text import Text
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from turbo_tvm.runtime.text import Text
 
 _HINT = "give texts with --text, --pair or --input, token ids with --ids or --ids-file, or images in a .npy file with --input"
 _NUMPY = b"\x93NUMPY"  # how a .npy file begins
