@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
     from turbo_tvm.runtime.text import Text
 
-_HINT = "give texts with --text, --pair or --input, token ids with --ids or --ids-file, or images in a .npy file with --input"
+_HINT = (
+    "give texts with --text, --pair or --input, token ids with --ids or --ids-file, or images with --input and a .npy "
+    "file"
+)
 _NUMPY = b"\x93NUMPY"  # how a .npy file begins
 
 
