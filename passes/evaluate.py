@@ -30,7 +30,7 @@ def cut(
         if var not in needed and var in rewriter.bound and var not in at:
             pending.extend(_tensors(rewriter.bound[var]))
         needed.add(var)
-    params = [param for param in (*at, *rewriter.func.params) if param in needed]
+    params = [param for param in dict.fromkeys((*at, *rewriter.func.params)) if param in needed]
     return params, [(var, value) for var, value in rewriter.bound.items() if var in needed and var not in at]
 
 

@@ -20,9 +20,11 @@ import numpy as np
 from tvm import ir, relax, tirx
 
 from turbo_tvm.passes.evaluate import cut, evaluate
-from turbo_tvm.passes.rewriter import Rewriter, is_call, scalar, shape_of, with_params
+from turbo_tvm.passes.rewriter import Rewriter, is_call, scalar, shape_of, terms_of, with_params
 
 _LENGTHS = (7, 4, 1)  # of the sample's sequences
+_LONGEST = 1024  # tokens of a sequence that confirms what the sample showed
+_COMPARISONS = ("equal", "not_equal", "less", "less_equal", "greater", "greater_equal")
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class _ExtractInputs(Rewriter):
         count = int(self.func.attrs["num_input"])
         self.inputs = {p.name: p for p in self.func.params[:count]}
         self.weights = set(self.func.params[count:])
+        self.terms = terms_of(self.func)
         self.positions: Positions | None = None
         self._added: dict[str, relax.Var] = {}
 
@@ -106,7 +109,13 @@ class _ExtractInputs(Rewriter):
             return None
         if isinstance(out[-2], int) or out[-1] != dims[-1] or (len(dims) == 3 and dims[0] != 1):
             return None
-        (begin,) = (int(b.value) for b in call.args[2].fields)
+        axes, begins, _, *steps = ([*part.fields] for part in call.args[1:])
+        numbers = [*axes, *begins, *(steps[0] if steps else [tirx.IntImm("int64", 1)])]
+        if len(axes) != 1 or not all(isinstance(n, tirx.IntImm) for n in numbers):
+            return None
+        axis, begin, step = (int(n.value) for n in numbers)
+        if axis % len(dims) != len(dims) - 2 or step != 1 or (len(dims) == 2 and self.current not in self.terms):
+            return None
         if not self._agree(Positions("arange", begin, None, int(dims[-2]))):
             return None
         flat = table if len(dims) == 2 else self.emit(relax.op.reshape(table, dims[1:]))
@@ -139,8 +148,8 @@ class _ExtractInputs(Rewriter):
 
     def _input_for(self, ids: relax.Expr, rows: int) -> relax.Expr | None:
         """The input that holds these ids."""
-        pads = self._compared(ids)
-        measured = [(tokens, self._measure(ids, tokens)) for tokens in self._samples(pads)]
+        numbers = self._compared(ids)
+        measured = [(tokens, self._measure(ids, tokens)) for tokens in self._samples(numbers)]
         samples = [(t, v) for t, v in measured if v is not None and v.shape[0] in (1, len(t))]
         if len(samples) < len(measured):
             return None
@@ -148,12 +157,22 @@ class _ExtractInputs(Rewriter):
             return self._added["token_type_ids"]
         if "position_ids" not in self._added:
             return None
-        for kind, pad in (("arange", None), *(("count_non_pad", p) for p in pads)):
+        for kind, pad in (("arange", None), *(("count_non_pad", n) for n in numbers)):
             offset = pad if pad is not None else int(samples[0][1].flat[0])
             if all(np.array_equal(np.broadcast_to(v, t.shape), _ids(kind, offset, pad, t)) for t, v in samples):
                 found = Positions(kind, offset, pad, rows)
-                return self._added["position_ids"] if self._agree(found) else None
+                return self._added["position_ids"] if self._holds(ids, found) and self._agree(found) else None
         return None
+
+    def _holds(self, ids: relax.Expr, found: Positions) -> bool:
+        """Whether the rule is that of a long sequence too: positions may be clipped, or begin again."""
+        longest = min(found.longest, _LONGEST)
+        if longest < 1:
+            return False
+        tokens = np.random.default_rng(1).integers(2, 50, (1, longest))
+        value = self._measure(ids, tokens)
+        wanted = _ids(found.kind, found.offset, found.pad_id, tokens)
+        return value is not None and np.array_equal(np.broadcast_to(value, tokens.shape), wanted)
 
     def _agree(self, found: Positions) -> bool:
         """Whether all positions of the graph follow one rule; it is kept, with the smallest table."""
@@ -167,25 +186,30 @@ class _ExtractInputs(Rewriter):
         return True
 
     def _compared(self, ids: relax.Expr) -> list[int]:
-        """Numbers that the ids' computation compares something with: one may be the padding's id."""
+        """Numbers around those that the ids' computation compares with: one may be the padding's id."""
         found: dict[int, None] = {}
         for value in [value for _, value in cut(self, ids)[1]]:
-            if is_call(value, "equal") or is_call(value, "not_equal"):
-                found.update(dict.fromkeys(int(n) for n in map(scalar, value.args) if n is not None))
+            if not any(is_call(value, op) for op in _COMPARISONS):
+                continue
+            near = (0,) if is_call(value, "equal") or is_call(value, "not_equal") else (-1, 0, 1)
+            known = [int(n) for n in map(scalar, value.args) if n is not None]
+            found.update(dict.fromkeys(n + d for n in known for d in near if n + d >= 0))
         return list(found)
 
-    def _samples(self, pads: list[int]) -> list[np.ndarray]:
-        """Token ids, with those that may be padding in the middle and at the end."""
+    def _samples(self, numbers: list[int]) -> list[np.ndarray]:
+        """Token ids, and once for each number the same with it in the middle and at the end."""
         rng = np.random.default_rng(0)
-        tokens = rng.integers(2, 50, (3, max(_LENGTHS)))
-        second = tokens.copy()
-        for pad in pads or [0]:
-            second[:, 2] = pad
-            second[1, 4:] = pad
-        return [tokens, second]
+        samples = [rng.integers(2, 50, (3, max(_LENGTHS)))]
+        for number in numbers or [0]:
+            tokens = samples[0].copy()
+            tokens[:, 2] = number
+            tokens[1, 4:] = number
+            samples.append(tokens)
+        return samples
 
     def _measure(self, ids: relax.Expr, tokens: np.ndarray) -> np.ndarray | None:
-        mask = np.arange(tokens.shape[1])[None, :] < np.array(_LENGTHS)[:, None]
+        ends = np.array(_LENGTHS)[:, None] if len(tokens) == len(_LENGTHS) else tokens.shape[1]
+        mask = np.arange(tokens.shape[1])[None, :] < ends
         return self._evaluate(ids, {"input_ids": tokens, "attention_mask": mask}, tokens.shape)
 
     def _evaluate(self, expr: relax.Expr, given: dict[str, np.ndarray], shape: tuple[int, int]) -> np.ndarray | None:

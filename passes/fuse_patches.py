@@ -21,7 +21,7 @@ import numpy as np
 from tvm import ir, relax, tirx
 
 from turbo_tvm.passes.evaluate import evaluate, specialized
-from turbo_tvm.passes.rewriter import Rewriter, is_call, shape_of
+from turbo_tvm.passes.rewriter import Rewriter, is_call, shape_of, with_params
 
 # What may stand between the convolution and the tokens; what it does is measured.
 _ARRANGING = ("reshape", "permute_dims", "concat", "add", "expand_dims", "squeeze", "flatten")
@@ -198,8 +198,6 @@ def _reads_pixels(main: relax.Function) -> bool:
 
 
 def _with_params(mod: ir.IRModule, params: list[relax.Var], inputs: int) -> ir.IRModule:
-    old = mod["main"]
-    func = relax.Function(params, old.body, old.ret_ty, attrs=old.attrs).with_attr("num_input", inputs)
     new = ir.IRModule(dict(mod.functions_items()), attrs=mod.attrs)
-    new.update_func(new.get_global_var("main"), func)
+    new.update_func(new.get_global_var("main"), with_params(mod["main"], params, inputs))
     return new

@@ -112,6 +112,18 @@ def tidy(mod: ir.IRModule) -> ir.IRModule:
     return relax.transform.CanonicalizeBindings()(relax.transform.DeadCodeElimination(roots)(mod))
 
 
+def terms_of(func: relax.Function) -> set[relax.Var]:
+    """Variables that are only read by sums and products, which broadcast."""
+    read: dict[relax.Var, bool] = {}
+    for block in func.body.blocks:
+        for binding in block.bindings:
+            broadcasts = is_call(binding.value, "add") or is_call(binding.value, "multiply")
+            for var in relax.analysis.free_vars(binding.value):
+                read[var] = read.get(var, True) and broadcasts
+    read.update(dict.fromkeys(relax.analysis.free_vars(func.body.body), False))
+    return {var for var, terms_only in read.items() if terms_only}
+
+
 def with_params(func: relax.Function, params: list[relax.Var], inputs: int) -> relax.Function:
     """The function with other parameters, the first of which are inputs."""
     changed = relax.Function(params, func.body, func.ret_ty, is_pure=True, attrs=func.attrs)

@@ -13,9 +13,9 @@ import numpy as np
 from tvm import ir, relax, tirx
 
 from turbo_tvm.passes.evaluate import cut, evaluate, specialized
-from turbo_tvm.passes.rewriter import Rewriter, is_call, shape_of, with_params
+from turbo_tvm.passes.rewriter import Rewriter, is_call, shape_of, terms_of, with_params
 
-_LENGTHS = (5, 9)
+_SHORT = 5  # rows, to compare with those of the longest sequence
 
 
 def tabulate_positions(mod: ir.IRModule, max_length: int) -> ir.IRModule:
@@ -35,6 +35,7 @@ class _TabulatePositions(Rewriter):
         count = int(self.func.attrs["num_input"])
         self.inputs = {p.name: p for p in self.func.params[:count]}
         self.found = False
+        self.terms = terms_of(self.func)
         self.position_ids = self.inputs.get("position_ids")
         if self.position_ids is None and "input_ids" in self.inputs:
             self.position_ids = relax.Var("position_ids", self.inputs["input_ids"].ty)
@@ -49,7 +50,12 @@ class _TabulatePositions(Rewriter):
             return None
         dims = shape_of(self.current)
         batch, length = shape_of(self.position_ids)
-        if len(dims) < 2 or dims[:-2] != [1] * (len(dims) - 2) or not isinstance(dims[-1], int):
+        if (
+            len(dims) < 2
+            or (len(dims) == 2 and self.current not in self.terms)
+            or dims[:-2] != [1] * (len(dims) - 2)
+            or not isinstance(dims[-1], int)
+        ):
             return None
         if isinstance(dims[-2], int) or not dims[-2].same_as(length):
             return None
@@ -67,11 +73,11 @@ class _TabulatePositions(Rewriter):
 
     def _is_by_row(self, call: relax.Call) -> bool:
         """Whether a row is that of its position, however many there are."""
-        values = [evaluate(self, call, self._dims(n), self._some) for n in _LENGTHS]
-        if any(value is None for value in values):
+        lengths = (min(_SHORT, self.max_length), self.max_length)
+        short, long = (evaluate(self, call, self._dims(n), self._some) for n in lengths)
+        if short is None or long is None:
             return False
-        short, long = (value.reshape(n, -1) for value, n in zip(values, _LENGTHS, strict=True) if value is not None)
-        return np.array_equal(short, long[: _LENGTHS[0]])
+        return np.allclose(short.reshape(lengths[0], -1), long.reshape(lengths[1], -1)[: lengths[0]], atol=1e-6)
 
     def _some(self, param: relax.Var) -> np.ndarray:
         rng = np.random.default_rng(0)

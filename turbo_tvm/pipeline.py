@@ -73,7 +73,10 @@ class Optimized:
     @property
     def relative_positions(self) -> bool:
         """Whether attention looks at the distance between tokens."""
-        return any(has_position_bias(fused) or has_distances(fused) for fused, _ in composites(self.mod["main"]))
+        return any(
+            has_position_bias(fused) or has_distances(fused) or "window" in fused.attrs
+            for fused, _ in composites(self.mod["main"])
+        )
 
     @property
     def pooled_token(self) -> int | None:

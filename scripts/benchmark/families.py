@@ -45,7 +45,6 @@ class Family:
     model: str
     config: str
     options: dict[str, Any]
-    exported: bool = True  # whether the ONNX route is tried
 
     def build(self) -> Any:
         """With random weights; norms and biases too."""
@@ -182,9 +181,10 @@ def run(threads: int, out: Path, only: str | None, command: str, console: Consol
     for number, family in enumerate(chosen, 1):
         model = family.build()
         with tempfile.TemporaryDirectory() as directory:
+            exported = _exported(model, Path(directory))
             for route in ROUTES:
                 console.print(f"[{number}/{len(chosen)}] {family.name}, {route}")
-                results.append(_measured(family, model, route, Path(directory), threads))
+                results.append(_measured(family, model, route, exported, threads))
                 console.print(f"    {_line(results[-1])}", markup=False)
                 described = machine.describe(threads) | {"revision": machine.revision()}
                 record = {"command": command, "machine": described, "results": [asdict(r) for r in results]}
@@ -194,13 +194,29 @@ def run(threads: int, out: Path, only: str | None, command: str, console: Consol
         gc.collect()
 
 
-def _measured(family: Family, model: Any, route: str, directory: Path, threads: int) -> Result:
+def _exported(model: Any, directory: Path) -> Path | str:
+    """The model's ONNX file, or why there is none."""
+    try:
+        return _export(model, _Requests.of(model), directory)
+    except Exception as error:  # whatever PyTorch's exporter raises
+        return _reason(error)
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"
+
+
+def _measured(family: Family, model: Any, route: str, exported: Path | str, threads: int) -> Result:
     import turbo_tvm
 
     result = Result(family.name, route)
     requests = _Requests.of(model)
     try:
-        source = model if route == "PyTorch" else _export(model, requests, directory)
+        if route == "ONNX" and isinstance(exported, str):
+            result.failed = exported
+            return result
+        source = model if route == "PyTorch" else exported
         start = time.perf_counter()
         compiled = turbo_tvm.compile(source, threads=threads, progress=False)
         result.compile_s = round(time.perf_counter() - start, 1)
@@ -209,12 +225,11 @@ def _measured(family: Family, model: Any, route: str, directory: Path, threads: 
         result.kernels = {k.name: k.calls for k in manifest.kernels}
         result.largest_difference = _difference(compiled, model, requests)
         rivals = {"PyTorch": _torch(model)}
-        if (path := directory / "model.onnx").exists():
-            rivals["ONNX Runtime"] = _runtime(path, threads)
+        if isinstance(exported, Path):
+            rivals["ONNX Runtime"] = _runtime(exported, threads)
         result.samples_s = _times(compiled, rivals, requests, threads)
     except Exception as error:  # the table says so; the others go on
-        text = str(error).strip().splitlines()
-        result.failed = f"{type(error).__name__}: {text[0][:300] if text else ''}"
+        result.failed = _reason(error)
     return result
 
 
@@ -320,7 +335,7 @@ def _difference(compiled: Any, model: Any, requests: _Requests) -> float:
     for request, answer in zip(asked, answers, strict=True):
         mask = None if requests.image else np.ones((1, len(request)), np.int64)
         wanted = call(request[None], mask)[0].numpy()
-        worst = max(worst, float(np.abs(answer - wanted).max()))
+        worst = float(np.maximum(worst, np.abs(answer - wanted).max()))  # NaN if any is
     return worst
 
 

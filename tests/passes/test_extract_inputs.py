@@ -78,7 +78,8 @@ def test_a_constant_that_is_cut_to_the_length(graph):
 
 def test_a_table_that_is_cut_to_the_length(graph):
     def body():
-        return op.strided_slice(graph.table, [0], [3], [graph.s + 3], assume_inbound=True)
+        rows = graph.emit(op.strided_slice(graph.table, [0], [3], [graph.s + 3], assume_inbound=True))
+        return op.add(rows, graph.emit(op.astype(graph.emit(op.expand_dims(graph.ids, 2)), "float32")))
 
     mod, positions = extract_inputs(graph.module(body))
     assert positions == Positions("arange", 3, None, 16)
@@ -96,6 +97,37 @@ def test_positions_that_count_what_is_no_padding(graph, pad):
     assert positions == Positions("count_non_pad", pad, pad, 16)
     assert positions.longest == 15 - pad
     assert not calls(mod, "cumsum")
+
+
+def test_rows_of_a_table_that_are_more_than_a_term_are_left_alone(graph):
+    def body():
+        rows = graph.emit(op.strided_slice(graph.table, [0], [0], [graph.s], assume_inbound=True))
+        return op.expand_dims(rows, 0)
+
+    assert extract_inputs(graph.module(body))[1] is None
+
+
+@pytest.mark.parametrize("rule", ["clipped", "again"])
+def test_positions_that_are_counted_at_first_only_are_left_alone(graph, rule):
+    def body():
+        row = graph.emit(op.expand_dims(graph.arange(), 0))
+        ids = op.minimum(row, graph.number(9)) if rule == "clipped" else op.mod(row, graph.number(10))
+        return op.take(graph.table, graph.emit(ids), axis=0)
+
+    mod, positions = extract_inputs(graph.module(body))
+    assert positions is None
+    assert inputs(mod) == ["input_ids", "attention_mask"]
+
+
+def test_token_types_that_follow_from_separators_are_left_alone(graph):
+    """0 before a separator, 1 behind it, 0 at padding: no constant, though most texts have no such ids."""
+
+    def body():
+        separators = graph.emit(op.astype(graph.emit(op.equal(graph.ids, graph.number(102))), "int64"))
+        real = graph.emit(op.astype(graph.emit(op.not_equal(graph.ids, graph.number(0))), "int64"))
+        return op.take(graph.table, graph.emit(op.multiply(graph.emit(op.cumsum(separators, 1)), real)), axis=0)
+
+    assert inputs(extract_inputs(graph.module(body))[0]) == ["input_ids", "attention_mask"]
 
 
 def test_token_types_that_are_always_0(graph):

@@ -85,7 +85,7 @@ def compile_command(
       turbo-tvm compile path/to/vit -o vit.turbo --image-size 384
     """
     _check_output(output)
-    if check and model.suffix != ".onnx":
+    if check and _onnx_file(model) is None:
         raise Failure(f"--check is for ONNX files; {model} is compared with PyTorch at the end of every compile")
     from turbo_tvm import artifact, config
 
@@ -106,7 +106,14 @@ def compile_command(
     if not quiet:
         click.echo(_summary(output, artifact.read(output).manifest))
     if check:
-        _print_check(model, compiled, progress=not quiet)
+        _print_check(_onnx_file(model) or model, compiled, progress=not quiet)
+
+
+def _onnx_file(model: Path) -> Path | None:
+    """The ONNX file that is compiled, itself or in its folder."""
+    from turbo_tvm.frontends.onnx_folder import file_in
+
+    return model if model.suffix == ".onnx" else file_in(model)
 
 
 def _print_check(path: Path, compiled: CompiledModel, progress: bool) -> None:

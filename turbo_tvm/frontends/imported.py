@@ -22,17 +22,19 @@ TOLERANCES = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.02}
 class Sample:
     """A padded batch and what the model itself answers, to hold the compiled model to.
 
-    token_ids, mask: int64 (batch, length), padding on the right. outputs: by name.
+    token_ids, mask, token_type_ids: int64 (batch, length), padding on the right. outputs: by name.
     """
 
     token_ids: np.ndarray
     mask: np.ndarray
     outputs: dict[str, np.ndarray]
+    token_type_ids: np.ndarray | None = None
 
     @property
     def inputs(self) -> dict[str, np.ndarray]:
         """The arguments of the model's call."""
-        return {"input_ids": self.token_ids, "attention_mask": self.mask}
+        types = {} if self.token_type_ids is None else {"token_type_ids": self.token_type_ids}
+        return {"input_ids": self.token_ids, "attention_mask": self.mask, **types}
 
     def differences(self, answers: Mapping[str, Any]) -> dict[str, float]:
         """How far each output is from the model's own, relative to its largest value; padding does not count."""

@@ -10,7 +10,7 @@ import numpy as np
 from turbo_tvm.frontends.imported import ImageSample, Sample
 from turbo_tvm.frontends.onnx_file import load_file
 from turbo_tvm.frontends.onnx_inputs import OnnxInputs, read_inputs
-from turbo_tvm.frontends.onnx_reference import Reference, random_batch, random_images
+from turbo_tvm.frontends.onnx_reference import Reference, random_images, random_sample
 from turbo_tvm.progress import Progress
 from turbo_tvm.runtime.manifest import Bounds, Manifest
 from turbo_tvm.runtime.model import CompiledModel
@@ -55,7 +55,7 @@ def check(path: Path, compiled: CompiledModel, batches: int = 4, progress: bool 
             lengths += some
             for name, (got, wanted) in sample.pairs(compiled(**sample.inputs)).items():
                 difference, largest = found.get(name, (0.0, 0.0))
-                found[name] = max(difference, _largest(got - wanted)), max(largest, _largest(wanted))
+                found[name] = _worse(difference, got - wanted), _worse(largest, wanted)
     return Check(reference.name, tuple(lengths), tuple(Agreement(name, *both) for name, both in found.items()))
 
 
@@ -67,14 +67,16 @@ def _sample(
     inputs: OnnxInputs, reference: Reference, manifest: Manifest, rng: np.random.Generator, batch: int
 ) -> tuple[Sample | ImageSample, list[int]]:
     """A random batch with the file's answers, and how many tokens each of its requests has."""
-    bounds = manifest.bounds
+    bounds, batch = manifest.bounds, batch * (inputs.batch or 1)
     if inputs.image is not None:
         pixels = random_images(inputs, rng, batch)
-        return ImageSample(pixels, reference(inputs.feed_images(pixels))), [bounds.max_length] * len(pixels)
+        answers = reference(inputs.feed_images(pixels), inputs.batch)
+        return ImageSample(pixels, answers), [bounds.max_length] * len(pixels)
     longest = int(rng.integers(1, min(_LONGEST, bounds.max_length) + 1))
-    ids, mask = random_batch(inputs, bounds, rng, batch, longest)
-    return Sample(ids, mask, reference(inputs.feed(ids, mask, manifest.positions))), mask.sum(1).tolist()
+    sample = random_sample(reference, inputs, bounds, manifest.positions, rng, batch, longest)
+    return sample, sample.mask.sum(1).tolist()
 
 
-def _largest(values: np.ndarray) -> float:
-    return float(np.abs(values).max())
+def _worse(known: float, values: np.ndarray) -> float:
+    """The largest of all; NaN if any is."""
+    return float(np.maximum(known, np.abs(values).max()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import onnx
@@ -71,8 +72,9 @@ def _check_external_data(path: Path, model: onnx.ModelProto) -> None:
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             continue
         given = {entry.key: entry.value for entry in tensor.external_data}
-        place = path.parent / given.get("location", "")
-        if not place.resolve().is_relative_to(path.parent.resolve()):
+        location = os.path.normpath(given.get("location", ""))
+        place = path.parent / location
+        if os.path.isabs(location) or location.split(os.sep)[0] == os.pardir:
             raise UnsupportedModelError(
                 f"{path}: the weight {tensor.name!r} lies outside of the file's folder: {place}"
             )

@@ -37,6 +37,10 @@ class Loosen:
             loose[0] = self.batch
         return loose
 
+    def is_length(self, value: int) -> bool:
+        """Whether a number stands for the length."""
+        return bool(self.sequence and self.sequence > 1 and value == self.sequence)
+
     def all_tokens(self, ids: np.ndarray, dims: Sequence[Any]) -> list[Any] | None:
         """The shape of a look-up of every token in its place, in data with a row per token; None if it is another."""
         symbols = factors(dims[:1])[1]
@@ -58,12 +62,27 @@ class Loosen:
         if self.batch_size is None and self.sequence is None:
             return loose
         symbols = factors(source)[1]
+        merged = self._merged(loose, symbols)
+        if merged is not None:
+            return merged
         present = [any(s.same_as(d) for s in symbols) for d in (self.batch, self.length)]
         given = factors([d for d in target if not isinstance(d, int | np.integer)])[1]
         for dim, size, needed in zip((self.batch, self.length), (self.batch_size, self.sequence), present, strict=True):
             if size and needed and not any(g.same_as(dim) for g in given):
                 _place(loose, dim, size)
         return loose
+
+    def _merged(self, dims: list[Any], symbols: Sequence[Any]) -> list[Any] | None:
+        """A target in which one number stands for all tokens of the batch; None if none does."""
+        if not self.batch_size or not self.sequence or self.sequence == 1:
+            return None
+        both = all(any(s.same_as(d) for s in symbols) for d in (self.batch, self.length))
+        found = [i for i, d in enumerate(dims) if _is(d, self.batch_size * self.sequence)]
+        if not both or not found or any(_is(d, self.sequence) for i, d in enumerate(dims) if i != found[0]):
+            return None
+        if self.batch_size == 1 and found[0] > 0:  # behind another dimension it is the length alone
+            return None
+        return [self.batch * self.length if i == found[0] else d for i, d in enumerate(dims)]
 
 
 def _place(dims: list[Any], symbol: tirx.Var, size: int) -> None:

@@ -32,7 +32,7 @@ def file_in(folder: Path) -> Path | None:
 
 def beside(path: Path) -> Beside:
     """What belongs to an ONNX file. Raises UnsupportedModelError for what is there and cannot be read."""
-    folder = path.resolve().parent
+    folder = path.absolute().parent  # a link's own: caches link files to where nothing is beside them
     folder = folder.parent if folder.name == "onnx" else folder
     tokenizer = folder / "tokenizer.json"
     text = _read(tokenizer) if tokenizer.exists() else None

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tvm import relax
 
-from turbo_tvm.frontends.onnx_values import is_known
 from turbo_tvm.passes.rewriter import shape_of
 
 if TYPE_CHECKING:
@@ -251,7 +250,7 @@ def _as_bias(graph: OnnxGraph, mask: relax.Expr | None) -> relax.Expr | None:
 def _rotary_23(graph: OnnxGraph, inputs: list[Any], attrs: Attributes) -> Results:
     """ONNX's RotaryEmbedding of (batch, heads, length, columns), the halves of whose columns are pairs."""
     x, cos, sin, positions = _operands(graph, inputs, 4)[:4]
-    if attrs.get("interleaved", 0) or attrs.get("rotary_embedding_dim", 0) or is_known(positions):
+    if attrs.get("interleaved", 0) or attrs.get("rotary_embedding_dim", 0):
         return None
     if len(shape_of(x)) != 4:
         return None

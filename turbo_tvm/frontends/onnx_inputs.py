@@ -50,9 +50,9 @@ class OnnxInputs:
         """The file's input for images (batch, channels, height, width)."""
         return {self.roles[PIXELS]: pixels.astype(self.types[PIXELS])}
 
-    def feed(self, ids: np.ndarray, mask: np.ndarray, rule: PositionRule) -> dict[str, np.ndarray]:
-        """The file's inputs for token ids and mask (batch, length)."""
-        values = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
+    def feed(self, ids: np.ndarray, mask: np.ndarray, types: np.ndarray, rule: PositionRule) -> dict[str, np.ndarray]:
+        """The file's inputs for token ids, mask and token types (batch, length)."""
+        values = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
         if "position_ids" in self.roles:
             values["position_ids"] = np.stack([position_ids(rule, row) for row in ids.astype(np.int32)])
         return {name: values[role].astype(self.types[role]) for role, name in self.roles.items()}
@@ -66,7 +66,7 @@ def read_inputs(path: Path, model: onnx.ModelProto, image_size: Size | None = No
     constants = {tensor.name for tensor in model.graph.initializer}
     given = {i.name: i.type.tensor_type for i in model.graph.input if i.name not in constants}
     if len(given) == 1 and all(len(kind.shape.dim) == 4 for kind in given.values()):
-        return _images(path, *next(iter(given.items())), image_size)
+        return _images(path, model, *next(iter(given.items())), image_size)
     found = {role: next((n for n in names if n in given), None) for role, names in _NAMES.items()}
     roles = {role: name for role, name in found.items() if name is not None}
     _check_names(path, list(given), roles)
@@ -79,9 +79,14 @@ def read_inputs(path: Path, model: onnx.ModelProto, image_size: Size | None = No
     return OnnxInputs(roles, types, batch, length)
 
 
-def _images(path: Path, name: str, kind: onnx.TypeProto.Tensor, image_size: Size | None) -> OnnxInputs:
+def _images(
+    path: Path, model: onnx.ModelProto, name: str, kind: onnx.TypeProto.Tensor, image_size: Size | None
+) -> OnnxInputs:
     batch, channels, *size = (d.dim_value or None for d in kind.shape.dim)
-    if channels is None or (image_size is None and None in size):
+    channels = channels or _channels(model, name)
+    if channels is None:
+        raise UnsupportedModelError(f"{path} leaves open how many channels its images have, and no convolution says it")
+    if image_size is None and None in size:
         raise UnsupportedModelError(
             f"{path} leaves the size of its images open: give image_size=(height, width) (--image-size)"
         )
@@ -90,6 +95,13 @@ def _images(path: Path, name: str, kind: onnx.TypeProto.Tensor, image_size: Size
         raise UnsupportedModelError(f"{path} is for images of {size[0]} x {size[1]}; image_size={image_size} is not")
     dtype = helper.tensor_dtype_to_np_dtype(kind.elem_type)
     return OnnxInputs({PIXELS: name}, {PIXELS: dtype}, batch, image=(channels, *asked))  # type: ignore[arg-type]
+
+
+def _channels(model: onnx.ModelProto, image: str) -> int | None:
+    """What the convolution that reads the image takes."""
+    weights = {tensor.name: tensor.dims for tensor in model.graph.initializer}
+    convolutions = [n for n in model.graph.node if n.op_type == "Conv" and n.input[0] == image]
+    return next((int(weights[n.input[1]][1]) for n in convolutions if n.input[1] in weights), None)
 
 
 def _check_names(path: Path, given: list[str], roles: Mapping[str, str]) -> None:

@@ -13,13 +13,15 @@ from turbo_tvm.frontends.onnx_file import load_file
 from turbo_tvm.frontends.onnx_folder import beside
 from turbo_tvm.frontends.onnx_graph import OnnxGraph
 from turbo_tvm.frontends.onnx_inputs import OnnxInputs, read_inputs
-from turbo_tvm.frontends.onnx_reference import Reference, random_batch, random_images
+from turbo_tvm.frontends.onnx_reference import Reference, random_images, random_sample
 from turbo_tvm.frontends.patches import Size, patches_of
 from turbo_tvm.passes.extract_inputs import Positions, extract_inputs
 from turbo_tvm.passes.normalize import normalize
 from turbo_tvm.passes.rewriter import is_call, shape_of
 from turbo_tvm.passes.tabulate_positions import tabulate_positions
 from turbo_tvm.runtime.manifest import Bounds, PositionRule
+
+_SAMPLED = 150  # tokens of the batch that the compiled model is compared on: more than most windows
 
 
 def import_file(
@@ -63,12 +65,18 @@ def _import(
     reference = Reference(path, model)
     sample: Sample | ImageSample
     if inputs.image is not None:
+        if max_length is not None:
+            raise UnsupportedModelError(f"{path} takes images, so max_length={max_length} says nothing")
         mod, bounds = patches_of(mod, str(path))
         rule, sample = PositionRule("arange"), _image_sample(inputs, reference)
     else:
-        limits = [*graph.sliced, *(n for n in (inputs.length, longest) if n)]
-        mod, bounds, rule = _text(path, mod, inputs, limits, max_length)
-        sample = _text_sample(inputs, reference, bounds, rule)
+        if image_size is not None:
+            raise UnsupportedModelError(f"{path} takes no images, so image_size={image_size} says nothing")
+        limits = [*graph.sliced, *([inputs.length] if inputs.length else [])]
+        mod, bounds, rule = _text(path, mod, inputs, limits, max_length, longest)
+        batch = 2 * (inputs.batch or 1)
+        length = min(_SAMPLED, bounds.max_length)
+        sample = random_sample(reference, inputs, bounds, rule, np.random.default_rng(0), batch, length)
     return Imported(
         name=name,
         model_type="onnx",
@@ -84,11 +92,16 @@ def _import(
 
 
 def _text(
-    path: Path, mod: ir.IRModule, inputs: OnnxInputs, limits: list[int], max_length: int | None
+    path: Path,
+    mod: ir.IRModule,
+    inputs: OnnxInputs,
+    limits: list[int],
+    max_length: int | None,
+    longest: int | None,
 ) -> tuple[ir.IRModule, Bounds, PositionRule]:
     """The module with positions as an input, what a request may hold, and how positions follow from token ids.
 
-    limits: of the length in tokens, other than the table of positions.
+    limits: of the length in tokens, other than the table of positions. longest: what is usual, by a `config.json`.
     """
     mod, positions = extract_inputs(normalize(mod))
     rows = _table_rows(mod)
@@ -97,7 +110,7 @@ def _text(
     if "position_ids" in inputs.roles:  # those that a caller of the file supplies are counted from 0
         positions = Positions("arange", 0, None, rows.get("position_ids", 1 << 30))
     limits = [*limits, *([positions.longest] if positions else [])]
-    bounds = Bounds(_max_length(limits, max_length), rows["input_ids"], _token_types(inputs, rows))
+    bounds = Bounds(_max_length(limits, max_length, longest), rows["input_ids"], _token_types(inputs, rows))
     if positions is None or (positions.kind, positions.offset) == ("arange", 0):
         mod = tabulate_positions(mod, bounds.max_length)
     if positions is None:
@@ -106,14 +119,9 @@ def _text(
     return mod, bounds, PositionRule(positions.kind, positions.offset, positions.pad_id)  # type: ignore[arg-type]
 
 
-def _text_sample(inputs: OnnxInputs, reference: Reference, bounds: Bounds, rule: PositionRule) -> Sample:
-    ids, mask = random_batch(inputs, bounds, np.random.default_rng(0), 2, min(7, bounds.max_length))
-    return Sample(ids, mask, reference(inputs.feed(ids, mask, rule)))
-
-
 def _image_sample(inputs: OnnxInputs, reference: Reference) -> ImageSample:
-    pixels = random_images(inputs, np.random.default_rng(0), 2)
-    return ImageSample(pixels, reference(inputs.feed_images(pixels)))
+    pixels = random_images(inputs, np.random.default_rng(0), 2 * (inputs.batch or 1))
+    return ImageSample(pixels, reference(inputs.feed_images(pixels), inputs.batch))
 
 
 def _token_types(inputs: OnnxInputs, rows: dict[str, int]) -> int:
@@ -139,10 +147,10 @@ def _table_rows(mod: ir.IRModule) -> dict[str, int]:
     return rows
 
 
-def _max_length(limits: list[int], asked: int | None) -> int:
+def _max_length(limits: list[int], asked: int | None, usual: int | None) -> int:
     limit = min(limits) if limits else None
     if asked is not None and (asked < 1 or (limit is not None and asked > limit)):
-        raise UnsupportedModelError(
-            f"max_length={asked} is not possible: the model has positions for 1 to {limit} tokens"
-        )
-    return asked or limit or DEFAULT_MAX_LENGTH
+        allowed = f"1 to {limit}" if limit is not None else "1 or more"
+        raise UnsupportedModelError(f"max_length={asked} is not possible: the model has positions for {allowed} tokens")
+    known = [n for n in (limit, usual) if n is not None]
+    return asked or (min(known) if known else DEFAULT_MAX_LENGTH)

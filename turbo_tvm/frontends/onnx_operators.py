@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 Results = Sequence[Any] | None
 Attributes = Mapping[str, Any]
 
+_ENDLESS = 1 << 30  # a bound beyond it is the end
+_LIMIT = 32  # a bound from here on is a limit of the length
+
 
 def _reshape(graph: OnnxGraph, inputs: list[Any], attrs: Attributes) -> Results:
     x, shape = graph.expression(inputs[0]), inputs[1]
@@ -47,7 +50,7 @@ def _expand(graph: OnnxGraph, inputs: list[Any], attrs: Attributes) -> Results:
     x, shape = graph.expression(inputs[0]), inputs[1]
     if not is_known(shape):
         return None
-    return [relax.op.broadcast_to(x, _dims(broadcast(graph.values, shape_of(x), graph.loosen.shape(list(shape)))))]
+    return [relax.op.broadcast_to(x, _dims(broadcast(shape_of(x), graph.loosen.shape(list(shape)))))]
 
 
 def _constant_of_shape(graph: OnnxGraph, inputs: list[Any], attrs: Attributes) -> Results:
@@ -62,7 +65,8 @@ def _constant_of_shape(graph: OnnxGraph, inputs: list[Any], attrs: Attributes) -
 def _range(graph: OnnxGraph, inputs: list[Any], attrs: Attributes) -> Results:
     if not all(is_known(x) for x in inputs):
         return None
-    start, stop, step = graph.loosen.shape([x.reshape(-1)[0] for x in inputs])
+    start, stop, step = (x.reshape(-1)[0] for x in inputs)
+    (stop,) = graph.loosen.shape([0, stop])[1:]
     if any(isinstance(x, float | np.floating) for x in (start, stop, step)):
         return None
     return [relax.op.arange(*_dims([start, stop, step]), "int64")]
@@ -94,15 +98,27 @@ def _slice(graph: OnnxGraph, inputs: list[Any], attrs: Attributes) -> Results:
 
 
 def _bound(graph: OnnxGraph, value: Any, extent: Any) -> Any:
-    """A bound of a slice as ONNX means it: negative from the end, and never past it."""
-    if isinstance(value, int | np.integer):
-        value = int(value)
-        if value < 0:
-            return 0 if value < -(1 << 30) else graph.values.simplify(extent + value)
-        if isinstance(extent, int):
-            return min(value, extent)
-        return extent if value > 1 << 30 else value
-    return value
+    """A bound of a slice as ONNX means it: negative from the end, and never past it.
+
+    Of a symbolic extent a bound of some size is taken to be one of the length, as where tokens are cut to 512.
+    """
+    if not isinstance(value, int | np.integer):
+        return value
+    value = int(value)
+    if isinstance(extent, int):
+        return max(0, extent + value) if value < 0 else min(value, extent)
+    if value > _ENDLESS or value < -_ENDLESS:
+        return extent if value > 0 else 0
+    if graph.loosen.is_length(value):
+        return extent
+    if value >= _LIMIT:
+        graph.sliced.append(value)
+        return extent
+    if value in (0, 1):
+        return value
+    if value == -1:
+        return graph.values.simplify(extent - 1)
+    raise ValueError(f"it cuts what is as long as the sequence at {value}, which may be beyond its end")
 
 
 def _gather(graph: OnnxGraph, inputs: list[Any], attrs: Attributes) -> Results:

@@ -10,8 +10,9 @@ import numpy as np
 import onnx
 
 from turbo_tvm.errors import UnsupportedModelError, summary
+from turbo_tvm.frontends.imported import Sample
 from turbo_tvm.frontends.onnx_inputs import OnnxInputs
-from turbo_tvm.runtime.manifest import Bounds
+from turbo_tvm.runtime.manifest import Bounds, PositionRule
 
 Arrays = dict[str, np.ndarray]
 Run = Callable[[Arrays], Any]  # the outputs in order
@@ -33,9 +34,14 @@ class Reference:
             self._run = _runtime(path, names)
         self._names = names
 
-    def __call__(self, inputs: Arrays) -> Arrays:
-        """The outputs."""
-        return dict(zip(self._names, map(np.asarray, self._run(inputs)), strict=True))
+    def __call__(self, inputs: Arrays, batch: int | None = None) -> Arrays:
+        """The outputs. batch: how many requests the file takes at once, if it fixes that: the inputs are that many, or
+        a multiple of it."""
+        count = len(next(iter(inputs.values())))
+        size = batch or count
+        parts = [self._run({name: x[i : i + size] for name, x in inputs.items()}) for i in range(0, count, size)]
+        outputs = [np.concatenate([np.asarray(x) for x in column]) for column in zip(*parts, strict=True)]
+        return dict(zip(self._names, outputs, strict=True))
 
 
 def _runtime(path: Path, names: list[str]) -> Run:
@@ -64,18 +70,30 @@ def _reference(path: Path, model: onnx.ModelProto, names: list[str]) -> Run:
     return lambda inputs: evaluator.run(names, inputs)
 
 
-def random_batch(
-    inputs: OnnxInputs, bounds: Bounds, rng: np.random.Generator, batch: int, length: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids and a ragged mask, int64, padded on the right; of the shape that the file fixes, if it does."""
-    batch, length = inputs.batch or batch, inputs.length or length
-    ids = rng.integers(min(5, bounds.vocab_size - 1), bounds.vocab_size, (batch, length))
+def random_sample(
+    reference: Reference,
+    inputs: OnnxInputs,
+    bounds: Bounds,
+    rule: PositionRule,
+    rng: np.random.Generator,
+    batch: int,
+    longest: int,
+) -> Sample:
+    """A ragged batch of any token ids and types, padded on the right, and the file's answers.
+
+    Small ids, which often are special, are among the first. The length is that which the file fixes, if it does.
+    """
+    length = inputs.length or longest
+    ids = rng.integers(0, bounds.vocab_size, (batch, length))
+    ids[:, 1:2] = np.arange(batch)[:, None] % min(5, bounds.vocab_size)
     ends = rng.integers(1, length + 1, batch)
-    if batch > 1 and inputs.length is None:
-        ends[0] = length
-    return ids, (np.arange(length)[None, :] < ends[:, None]).astype(np.int64)
+    ends[0] = length if batch > 1 and inputs.length is None else ends[0]
+    mask = (np.arange(length)[None, :] < ends[:, None]).astype(np.int64)
+    types = rng.integers(0, max(bounds.type_vocab_size, 1), ids.shape)
+    answers = reference(inputs.feed(ids, mask, types, rule), inputs.batch)
+    return Sample(ids, mask, answers, types if bounds.type_vocab_size else None)
 
 
 def random_images(inputs: OnnxInputs, rng: np.random.Generator, batch: int) -> np.ndarray:
-    """Images of noise, fp32 (batch, channels, height, width); as many as the file fixes, if it does."""
-    return rng.standard_normal((inputs.batch or batch, *(inputs.image or ()))).astype(np.float32)
+    """Images of noise, fp32 (batch, channels, height, width)."""
+    return rng.standard_normal((batch, *(inputs.image or ()))).astype(np.float32)

@@ -7,7 +7,6 @@ if it holds symbolic integers.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import reduce
 from typing import Any
@@ -224,7 +223,9 @@ def _where(values: Values, inputs: Inputs, attrs: Attributes) -> np.ndarray | No
     return None if condition.dtype == object else np.where(condition, _plain(yes), _plain(no))
 
 
-def _reduce_prod(values: Values, inputs: Inputs, attrs: Attributes) -> np.ndarray:
+def _reduce_prod(values: Values, inputs: Inputs, attrs: Attributes) -> np.ndarray | None:
+    if _axes(inputs, attrs) not in (None, [0]) or inputs[0].ndim != 1:
+        return None
     keep = attrs.get("keepdims", 1)
     return np.array(_product(list(inputs[0].reshape(-1))), object).reshape((1,) * inputs[0].ndim if keep else ())
 
@@ -261,13 +262,8 @@ _RULES: dict[str, Rule] = {
 }
 
 
-def broadcast(values: Values, left: Sequence[Any], right: Sequence[Any]) -> list[Any]:
+def broadcast(left: Sequence[Any], right: Sequence[Any]) -> list[Any]:
     """The shape that both broadcast to, by NumPy's rule; a symbolic dimension is taken to be the larger one."""
     rank = max(len(left), len(right))
     padded = [[1] * (rank - len(shape)) + list(shape) for shape in (left, right)]
     return [b if isinstance(a, int) and a == 1 else a for a, b in zip(*padded, strict=True)]
-
-
-def count(shape: Sequence[int]) -> int:
-    """How many elements a shape has."""
-    return math.prod(int(d) for d in shape)
