@@ -45,18 +45,20 @@ class Positions:
         return self.rows - self.offset - (1 if self.kind == "count_non_pad" else 0)
 
 
-def extract_inputs(mod: ir.IRModule) -> tuple[ir.IRModule, Positions | None]:
+def extract_inputs(mod: ir.IRModule, longest: int = _LONGEST) -> tuple[ir.IRModule, Positions | None]:
     """The module with inputs in place of computed ids, and the rule of the positions, if there are any.
 
-    Inputs are added behind those that there are, as int64 (batch, length), named position_ids and token_type_ids.
+    longest: tokens of a sequence that the graph's constants allow. Inputs are added behind those that there are, as
+    int64 (batch, length), named position_ids and token_type_ids.
     """
-    rewriter = _ExtractInputs(mod)
+    rewriter = _ExtractInputs(mod, longest)
     return rewriter.run(), rewriter.positions
 
 
 class _ExtractInputs(Rewriter):
-    def __init__(self, mod: ir.IRModule):
+    def __init__(self, mod: ir.IRModule, longest: int):
         super().__init__(mod)
+        self.longest = longest
         count = int(self.func.attrs["num_input"])
         self.inputs = {p.name: p for p in self.func.params[:count]}
         self.weights = set(self.func.params[count:])
@@ -148,6 +150,8 @@ class _ExtractInputs(Rewriter):
 
     def _input_for(self, ids: relax.Expr, rows: int) -> relax.Expr | None:
         """The input that holds these ids."""
+        if self.longest < max(_LENGTHS):
+            return None
         numbers = self._compared(ids)
         measured = [(tokens, self._measure(ids, tokens)) for tokens in self._samples(numbers)]
         samples = [(t, v) for t, v in measured if v is not None and v.shape[0] in (1, len(t))]
@@ -166,7 +170,7 @@ class _ExtractInputs(Rewriter):
 
     def _holds(self, ids: relax.Expr, found: Positions) -> bool:
         """Whether the rule is that of a long sequence too: positions may be clipped, or begin again."""
-        longest = min(found.longest, _LONGEST)
+        longest = min(found.longest, self.longest, _LONGEST)
         if longest < 1:
             return False
         tokens = np.random.default_rng(1).integers(2, 50, (1, longest))

@@ -16,7 +16,7 @@ import transformers
 
 import turbo_tvm
 from turbo_tvm import targets
-from turbo_tvm.errors import TargetError, UnsupportedModelError
+from turbo_tvm.errors import InputError, TargetError, UnsupportedModelError
 from turbo_tvm.frontends import torch_wrapper
 
 VOCABULARY = 211
@@ -142,6 +142,13 @@ def test_nothing_is_left_but_our_kernels(name, per_layer, others):
 
 
 @pytest.mark.xdist_group("modernbert")
+def test_a_window_counts_tokens_so_masks_with_holes_are_refused():
+    mask = np.array([[1, 1, 0, 1]])
+    with pytest.raises(InputError, match="has holes"):
+        compiled("modernbert")(np.full((1, 4), 7), attention_mask=mask)
+
+
+@pytest.mark.xdist_group("modernbert")
 def test_a_window_and_two_tables_of_angles():
     names = [k.name for k in compiled("modernbert").manifest.kernels]
     assert [n for n in names if n.startswith("attention")] == [
@@ -214,7 +221,7 @@ def test_heads_of_modernbert(head):
 def test_a_window_that_the_wrapper_loses_is_noticed(monkeypatch):
     """The sample is longer than the window: inside of it, a model with one is like a model without."""
     monkeypatch.setattr(
-        torch_wrapper, "_additive_masks", lambda mask, window: (1.0 - mask.float())[:, None, None] * -1e9
+        torch_wrapper, "_additive_masks", lambda mask, window, causal: (1.0 - mask.float())[:, None, None] * -1e9
     )
     with pytest.raises(UnsupportedModelError, match=re.escape("ModernBertModel attends otherwise than an encoder")):
         turbo_tvm.compile(model_of("modernbert"))

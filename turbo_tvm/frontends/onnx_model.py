@@ -103,7 +103,7 @@ def _text(
 
     limits: of the length in tokens, other than the table of positions. longest: what is usual, by a `config.json`.
     """
-    mod, positions = extract_inputs(normalize(mod))
+    mod, positions = extract_inputs(normalize(mod), *([min(limits)] if limits else []))
     rows = _table_rows(mod)
     if "input_ids" not in rows:
         raise UnsupportedModelError(f"{path}: no table of embeddings is looked up with {inputs.roles['input_ids']!r}")
