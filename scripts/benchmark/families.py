@@ -15,6 +15,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -302,11 +303,12 @@ def _export(model: Any, requests: _Requests, directory: Path) -> Path:
     batch, length = torch.export.Dim("batch"), torch.export.Dim("length")
     if requests.image:
         inputs: tuple = (torch.zeros(2, requests.image[0], requests.image[1], requests.image[1]),)
-        names, shapes = ["pixel_values"], (({0: batch},),)
+        names, axes = ["pixel_values"], {0: batch}
     else:
         ids = torch.randint(5, requests.vocabulary, (2, 9), generator=torch.Generator().manual_seed(0))
         inputs, names = (ids, torch.ones_like(ids)), ["input_ids", "attention_mask"]
-        shapes = (({0: batch, 1: length}, {0: batch, 1: length}),)
+        axes = {0: batch, 1: length}
+    shapes = (tuple(axes for _ in inputs),)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         torch.onnx.export(
@@ -347,12 +349,10 @@ def _times(compiled: Any, rivals: dict[str, Any], requests: _Requests, threads: 
     entries = [Entry(OURS, strategies.RAGGED_INPUT, lambda: compiled.run(asked, output=output))]
     for name, call in rivals.items():
         if requests.image:
-            stacked = np.stack(asked)
-            entries.append(Entry(name, strategies.PADDED, lambda call=call, stacked=stacked: call(stacked, None)))
+            entries.append(Entry(name, strategies.PADDED, partial(call, np.stack(asked), None)))
             continue
         for strategy in strategies.STRATEGIES:
-            made = strategies.rectangles(strategy, asked)
-            entries.append(Entry(name, strategy, lambda call=call, made=made: [call(r.ids, r.mask) for r in made]))
+            entries.append(Entry(name, strategy, partial(_all, call, strategies.rectangles(strategy, asked))))
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -360,6 +360,10 @@ def _times(compiled: Any, rivals: dict[str, Any], requests: _Requests, threads: 
     finally:
         torch.set_num_threads(before)
     return {e.contender if e.contender == OURS else f"{e.contender}, {e.strategy}": e.samples_s for e in entries}
+
+
+def _all(call: Callable[..., Any], rectangles: list[strategies.Rectangle]) -> list[Any]:
+    return [call(r.ids, r.mask) for r in rectangles]
 
 
 def _line(result: Result) -> str:
