@@ -157,8 +157,8 @@ class TestModelsThatAreRefused:
     def test_paths(self, tmp_path):
         refuse(UnsupportedModelError, "there is no model at", tmp_path / "missing")
         (tmp_path / "weights.bin").write_bytes(b"")
-        refuse(UnsupportedModelError, "is a file; a model folder", tmp_path / "weights.bin")
-        refuse(UnsupportedModelError, "ONNX files are not supported by this version", tmp_path / "model.onnx")
+        refuse(UnsupportedModelError, "is a file; an ONNX file .* or a model folder", tmp_path / "weights.bin")
+        refuse(UnsupportedModelError, "there is no model at", tmp_path / "model.onnx")
 
     @pytest.mark.parametrize("longest", [0, -1, 65])
     def test_length(self, bert, longest):

@@ -195,17 +195,19 @@ def _deepen(mod: tvm.IRModule, times: int) -> tvm.IRModule:
 
 PACKED = [
     "00_normalize",
-    "01_fuse_attention",
-    "02_fuse_pooling",
-    "03_remove_padding",
-    "04_fuse_linear",
-    "05_fuse_gate",
-    "06_merge_qkv",
-    "07_fuse_norm",
-    "08_fuse_embedding",
-    "09_widen_rows",
-    "10_pack_weights",
-    "11_hoist_weights",
+    "01_compose_operators",
+    "02_fuse_attention",
+    "03_fuse_pooling",
+    "04_drop_mask",
+    "05_remove_padding",
+    "06_fuse_linear",
+    "07_fuse_gate",
+    "08_merge_qkv",
+    "09_fuse_norm",
+    "10_fuse_embedding",
+    "11_widen_rows",
+    "12_pack_weights",
+    "13_hoist_weights",
 ]
 
 
@@ -215,8 +217,8 @@ def test_every_pass_writes_what_it_made(imported, tmp_path, monkeypatch):
     optimized = pipeline.optimize(imported.mod, TILES, MAX_LENGTH)
     assert sorted(p.stem for p in (directory / "packed").iterdir()) == PACKED
     assert "R.nn.attention" in (directory / "packed" / "00_normalize.py").read_text()
-    assert "R.nn.attention" not in (directory / "packed" / "01_fuse_attention.py").read_text()
-    assert (directory / "packed" / "11_hoist_weights.py").read_text() == optimized.mod.script(show_meta=False)
+    assert "R.nn.attention" not in (directory / "packed" / "02_fuse_attention.py").read_text()
+    assert (directory / "packed" / "13_hoist_weights.py").read_text() == optimized.mod.script(show_meta=False)
 
 
 def test_bf16_is_a_pass_of_its_own(imported, tmp_path, monkeypatch):
