@@ -88,7 +88,7 @@ class _FuseAttention(Rewriter):
             relax.TensorType((batch, length, heads * head_dim), "float32"),
             heads=heads,
             head_dim=head_dim,
-            scale=found.scale,
+            scale=_rounded(found.scale, head_dim),
             columns=[[x.width, x.first_column] for x in operands],
             max_length=self.max_length,
             **variant,
@@ -234,3 +234,9 @@ class _FuseAttention(Rewriter):
         """Whether tokens of images, which are never padded, all see each other."""
         values = [evaluate(self, bias, {tokens[0]: 2}, lambda _param: None) for bias in biases]
         return all(value is not None and not value.any() for value in values)
+
+
+def _rounded(scale: float, head_dim: int) -> float:
+    """The usual scale where it is that but for rounding, as where queries and keys get a half of it each."""
+    usual = 1.0 / math.sqrt(head_dim)
+    return usual if math.isclose(scale, usual, rel_tol=1e-6) else scale
