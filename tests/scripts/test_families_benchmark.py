@@ -7,7 +7,8 @@ from dataclasses import asdict, replace
 
 import pytest
 from benchmark import families
-from benchmark.families import FAMILIES, Family, Result
+from benchmark.families import FAMILIES, Family
+from benchmark.families_report import Result, markdown
 from benchmark.measure import Limits
 from rich.console import Console
 
@@ -15,8 +16,14 @@ MACHINE = {"cpu": "a CPU", "threads": 2, "packages": {"torch": "2", "onnxruntime
 
 
 def page(*results: Result) -> str:
-    return families.markdown(
-        {"command": "scripts/bench models", "machine": MACHINE, "results": [asdict(r) for r in results]}
+    return markdown(
+        {
+            "command": "scripts/bench models",
+            "requests": 16,
+            "longest": 100,
+            "machine": MACHINE,
+            "results": [asdict(r) for r in results],
+        }
     )
 
 
