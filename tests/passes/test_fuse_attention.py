@@ -11,7 +11,7 @@ from tvm import relax, tirx
 
 from turbo_tvm.passes import composite
 from turbo_tvm.passes.evaluate import evaluate
-from turbo_tvm.passes.fuse_attention import fuse_attention
+from turbo_tvm.passes.fuse_attention import _rounded, fuse_attention
 from turbo_tvm.passes.measure_bias import sample_positions
 from turbo_tvm.passes.normalize import normalize
 from turbo_tvm.passes.rewriter import Rewriter
@@ -270,3 +270,11 @@ def test_tokens_of_images_all_see_each_other(bias):
 
 def test_a_bias_over_the_tokens_of_images_is_left_alone():
     assert fused_in(of_images(np.eye(5, dtype="float32")[None, None])) == []
+
+
+@pytest.mark.parametrize("head_dim", [16, 32, 64, 80, 128])
+def test_half_a_scale_on_either_side_is_the_usual_one(head_dim):
+    half = float(np.float32(head_dim**-0.25))
+    assert _rounded(half * half, head_dim) == 1.0 / np.sqrt(head_dim)
+    assert _rounded(1.0, head_dim) == 1.0
+    assert _rounded(1.001 * head_dim**-0.5, head_dim) == 1.001 * head_dim**-0.5
