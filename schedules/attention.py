@@ -34,6 +34,8 @@ after FlashAttention (arXiv 2205.14135), exp2 polynomial after Cephes.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import tvm
 from tvm.ir import Expr
@@ -48,15 +50,77 @@ from turbo_tvm.schedules.attention_math import (
     softmax_macro,
     weigh_macro,
 )
-from turbo_tvm.schedules.attention_task import Distances, Rows, Task, load_bias_macro, load_queries_macro
+from turbo_tvm.schedules.attention_task import Distances, Macro, Rows, Task, load_bias_macro, load_queries_macro
 from turbo_tvm.schedules.distances import add_distances_macro
 from turbo_tvm.schedules.rows import RowFormat
 from turbo_tvm.schedules.script import without_parameters
+from turbo_tvm.schedules.space import Knob, Space, Variant, by_rows
 from turbo_tvm.schedules.tiles import CpuTiles
 
-_CHUNKS = 48  # parallel iterations: a multiple of the usual core counts
+VERSION = 1  # of the kernel: a tuner's log of another one says nothing about it
+
+_NARROW_LEFTOVER = 8  # keys that are left over, with one vector
 _LEFTOVER_KEYS = 4  # with two vectors that is 8 FMA chains, just enough to hide their latency
-_NARROW_KEYS = 8  # the same 8 chains with one vector
+
+
+@dataclass(frozen=True)
+class Heads:
+    """What a call works on: the geometry of heads, and what is added to scores. q, k, v: (width, first column)."""
+
+    heads: int
+    head_dim: int
+    group: int
+    scale: float
+    max_length: int
+    window: int | None
+    q: tuple[int, int]
+    k: tuple[int, int]
+    v: tuple[int, int]
+    in_pairs: bool = False
+    position_bias: bool = False
+    key_distances: bool = False
+    query_distances: bool = False
+    distance_width: int = 1
+
+    @property
+    def step(self) -> int:
+        """Columns that an element of a panel holds."""
+        return 2 if self.in_pairs else 1
+
+    @property
+    def table_size(self) -> int:
+        """Elements of a table over distances."""
+        return self.heads * (self.head_dim // self.step) * self.distance_width
+
+
+@dataclass(frozen=True)
+class Operands:
+    """The buffers of a call; those that are not given are not looked at."""
+
+    q: tvm.tirx.Buffer
+    k: tvm.tirx.Buffer
+    v: tvm.tirx.Buffer
+    query_tiles: tvm.tirx.Buffer
+    out: tvm.tirx.Buffer
+    bias: tvm.tirx.Buffer | None = None
+    of_keys: tvm.tirx.Buffer | None = None
+    of_queries: tvm.tirx.Buffer | None = None
+
+
+def space(tiles: CpuTiles, **_options: object) -> Space:
+    """The decisions of this kernel."""
+    weighed = 8 if tiles.tile_rows >= 8 else 4
+    scored = tuple(sorted({tiles.row_tile, 2 * tiles.row_tile, tiles.tile_rows}))
+    return Space(
+        (
+            Knob("chunks", (16, 48, 96, 192), 48, "parallel iterations: a multiple of the usual core counts"),
+            Knob("score_keys", scored, tiles.tile_rows, "keys of a register tile of scores"),
+            Knob("narrow_keys", (4, 8, 16), 8, "the same for few queries: one vector each, so as many FMA chains"),
+            Knob(
+                "weigh_queries", tuple(sorted({4, weighed})), weighed, "queries of a register tile of weighted values"
+            ),
+        )
+    )
 
 
 def attention(
@@ -77,6 +141,7 @@ def attention(
     distance_width: int = 1,
     x: RowFormat | None = None,
     out: RowFormat | None = None,
+    variants: Sequence[Variant] = (),
 ) -> tvm.tirx.PrimFunc:
     """`(q, k, v, query_tiles, [position_bias,] [key_table,] [query_table,] out)`: the result per sequence and head.
 
@@ -87,29 +152,73 @@ def attention(
     j - i + max_length - 1. key_distances, query_distances: whether there are the tables of `distances.py`, for every
     head of q; distance_width: their columns.
     x: the dtype of q, k and v, by default fp32; bf16 makes it products of bf16 numbers, and head_dim, widths and first
-    columns are then even.
+    columns are then even. variants: settings of `space` by rows.
     """
-    lanes, queries, row_tile = tiles.lanes, tiles.query_tile, tiles.row_tile
-    (q_width, q_column), (k_width, k_column), (v_width, v_column) = q, k, v
     out_rows = out or RowFormat(heads * head_dim)
     in_type = x.dtype if x is not None else "float32"
     in_pairs = in_type == bf16.STORAGE
-    step, pair_type = (2, bf16.PAIR) if in_pairs else (1, "float32")
+    pair_type = bf16.PAIR if in_pairs else "float32"
+    geometry = Heads(
+        *(heads, head_dim, heads // (kv_heads or heads), scale, max_length, window, q, k, v, in_pairs, position_bias),
+        *(key_distances, query_distances, distance_width),
+    )
+    attend = by_rows(variants, space(tiles), tiles.row_tile, lambda setting: _attend_macro(tiles, geometry, setting))
+
+    @T.prim_func(private=True, s_tir=True)
+    def kernel(
+        q_arg: T.handle,
+        k_arg: T.handle,
+        v_arg: T.handle,
+        query_tiles_arg: T.handle,
+        bias_arg: T.handle,
+        keys_arg: T.handle,
+        queries_arg: T.handle,
+        out_arg: T.handle,
+    ):
+        T.func_attr({"tirx.noalias": True})
+        t = T.int64()
+        nq = T.int64()
+        q_in = T.match_buffer(q_arg, (t, tiles.row_tile, q[0]), in_type)
+        k_in = T.match_buffer(k_arg, (t, tiles.row_tile, k[0]), in_type)
+        v_in = T.match_buffer(v_arg, (t, tiles.row_tile, v[0]), in_type)
+        query_tiles = T.match_buffer(query_tiles_arg, (nq, 3), "int32")
+        bias = T.match_buffer(bias_arg, (heads, 2 * max_length - 1), "float32")
+        of_keys = T.match_buffer(keys_arg, (geometry.table_size,), pair_type)
+        of_queries = T.match_buffer(queries_arg, (geometry.table_size,), pair_type)
+        result = T.match_buffer(out_arg, (t, tiles.row_tile, out_rows.width), out_rows.dtype)
+        with T.attr(T.int32(0), "pragma_import_llvm", bf16.DOT_LLVM if in_pairs else ""):
+            operands = T.meta_var(Operands(q_in, k_in, v_in, query_tiles, result, bias, of_keys, of_queries))
+            attend(t, operands)
+
+    given = {"bias": position_bias, "of_keys": key_distances, "of_queries": query_distances}
+    return without_parameters(kernel, [name for name, is_given in given.items() if not is_given])
+
+
+def _attend_macro(tiles: CpuTiles, geometry: Heads, setting: dict[str, int]) -> Macro:
+    """`attend(t, operands)`: the whole strategy for a batch of t row tiles."""
+    lanes, queries, row_tile = tiles.lanes, tiles.query_tile, tiles.row_tile
+    heads, head_dim, group, window = geometry.heads, geometry.head_dim, geometry.group, geometry.window
+    (q_width, q_column), (k_width, k_column), (_, v_column) = geometry.q, geometry.k, geometry.v
+    max_length, scale, position_bias = geometry.max_length, geometry.scale, geometry.position_bias
+    key_distances, query_distances = geometry.key_distances, geometry.query_distances
+    distance_width, in_pairs, step = geometry.distance_width, geometry.in_pairs, geometry.step
+    pair_type = bf16.PAIR if in_pairs else "float32"
+    chunks, narrow_keys = setting["chunks"], setting["narrow_keys"]
     accumulate = bf16_accumulate_macro(lanes) if in_pairs else fp32_accumulate_macro()
-    group = heads // (kv_heads or heads)
     most_keys = max_length if window is None else min(max_length, queries + 2 * window)
     load_queries = load_queries_macro(lanes, queries, head_dim // step, pair_type)
     load_bias = load_bias_macro(queries, max_length, scale)
     pair_values = pair_values_macro(lanes, head_dim)
     disentangled = key_distances or query_distances
     add = add_distances_macro(lanes, key_distances, query_distances, in_pairs) if disentangled else None
-    narrow_scores = scores_macro(lanes, _NARROW_KEYS, _NARROW_KEYS, position_bias, accumulate, window, add)
-    wide_scores = scores_macro(queries, tiles.tile_rows, _LEFTOVER_KEYS, position_bias, accumulate, window, add)
+    narrow_scores = scores_macro(
+        lanes, narrow_keys, min(narrow_keys, _NARROW_LEFTOVER), position_bias, accumulate, window, add
+    )
+    wide_scores = scores_macro(queries, setting["score_keys"], _LEFTOVER_KEYS, position_bias, accumulate, window, add)
     narrow_softmax = softmax_macro(lanes, scale * math.log2(math.e), in_pairs)
     wide_softmax = softmax_macro(queries, scale * math.log2(math.e), in_pairs)
-    weigh = weigh_macro(8 if tiles.tile_rows >= 8 else 4, lanes, tiles.col_tile, head_dim, in_pairs, accumulate)
-    table_size = heads * (head_dim // step) * distance_width
-    scratch_keys = most_keys + _NARROW_KEYS  # a leftover tile ends less than its height past the last key
+    weigh = weigh_macro(setting["weigh_queries"], lanes, tiles.col_tile, head_dim, in_pairs, accumulate)
+    scratch_keys = most_keys + _NARROW_LEFTOVER  # a leftover tile ends less than its height past the last key
     diagonal_size = most_keys + queries if position_bias else 1
     scratch_pairs = (most_keys + 1) // 2 if in_pairs else 1
     value_columns = -(-head_dim // lanes) * lanes if in_pairs else 1
@@ -124,7 +233,7 @@ def attention(
         return Distances(of_keys, of_queries, origin, distance_width)
 
     @T.inline
-    def attend(q_rows, k_rows, v_rows, o_rows, bias, distances, values, head, fresh, first, last, begin, end):
+    def attend_task(q_rows, k_rows, v_rows, o_rows, bias, distances, values, head, fresh, first, last, begin, end):
         with T.sblock("attend"):
             T.reads()
             T.writes()
@@ -150,67 +259,46 @@ def attention(
                 wide_softmax(task)
             weigh(task, v_rows, o_rows)
 
-    @T.prim_func(private=True, s_tir=True)
-    def kernel(
-        q_arg: T.handle,
-        k_arg: T.handle,
-        v_arg: T.handle,
-        query_tiles_arg: T.handle,
-        bias_arg: T.handle,
-        keys_arg: T.handle,
-        queries_arg: T.handle,
-        out_arg: T.handle,
-    ):
-        T.func_attr({"tirx.noalias": True})
-        t = T.int64()
-        nq = T.int64()
-        q_in = T.match_buffer(q_arg, (t, row_tile, q_width), in_type)
-        k_in = T.match_buffer(k_arg, (t, row_tile, k_width), in_type)
-        v_in = T.match_buffer(v_arg, (t, row_tile, v_width), in_type)
-        query_tiles = T.match_buffer(query_tiles_arg, (nq, 3), "int32")
-        bias = T.match_buffer(bias_arg, (heads, 2 * max_length - 1), "float32")
-        of_keys = T.match_buffer(keys_arg, (table_size,), pair_type)
-        of_queries = T.match_buffer(queries_arg, (table_size,), pair_type)
-        result = T.match_buffer(out_arg, (t, row_tile, out_rows.width), out_rows.dtype)
-        with T.attr(T.int32(0), "pragma_import_llvm", bf16.DOT_LLVM if in_pairs else ""):
-            for chunk in T.parallel(T.min(heads * nq, _CHUNKS)):
-                with T.sblock("chunk"):
-                    T.reads()
-                    T.writes()
-                    q_seen = T.decl_buffer((t, row_tile, q_width // step), pair_type, data=q_in.data)
-                    k_seen = T.decl_buffer((t, row_tile, k_width // step), pair_type, data=k_in.data)
-                    values = T.sblock_alloc_buffer((scratch_pairs, value_columns), bf16.PAIR)
-                    seen = T.sblock_alloc_buffer((2,), "int64")
-                    start: T.let = chunk * (heads * nq) // T.min(heads * nq, _CHUNKS)
-                    stop: T.let = (chunk + 1) * (heads * nq) // T.min(heads * nq, _CHUNKS)
-                    for i in range(stop - start):
-                        # T.let, not an assignment: TVM gives a mutable scalar a workspace allocation of its own
-                        task: T.let = start + i
-                        first: T.let = T.cast(query_tiles[task % nq, 0], "int64")
-                        begin: T.let = T.cast(query_tiles[task % nq, 1], "int64")
-                        end: T.let = T.cast(query_tiles[task % nq, 2], "int64")
-                        last: T.let = T.min(end, first + queries)
-                        head: T.let = task // nq
-                        # through memory: the bounds of a window, spelt out, busy TVM's simplifier for half a minute
-                        seen[0] = begin if window is None else T.max(begin, first - window)
-                        seen[1] = end if window is None else T.min(end, last + window)
-                        first_key: T.let = seen[0]
-                        end_key: T.let = seen[1]
-                        attend(
-                            of_head(q_seen, head, q_column),
-                            of_head(k_seen, head // group, k_column),
-                            of_head(v_in, head // group, v_column),
-                            of_head(result, head),
-                            bias,
-                            distances_of(of_keys, of_queries, head),
-                            values,
-                            head,
-                            T.bitwise_or(first == begin, i == 0) if window is None else True,
-                            first,
-                            last,
-                            first_key,
-                            end_key,
-                        )
+    @T.inline
+    def attend(t, operands):
+        nq = T.meta_var(operands.query_tiles.shape[0])
+        for chunk in T.parallel(T.min(heads * nq, chunks)):
+            with T.sblock("chunk"):
+                T.reads()
+                T.writes()
+                q_seen = T.decl_buffer((t, row_tile, q_width // step), pair_type, data=operands.q.data)
+                k_seen = T.decl_buffer((t, row_tile, k_width // step), pair_type, data=operands.k.data)
+                values = T.sblock_alloc_buffer((scratch_pairs, value_columns), bf16.PAIR)
+                seen = T.sblock_alloc_buffer((2,), "int64")
+                start: T.let = chunk * (heads * nq) // T.min(heads * nq, chunks)
+                stop: T.let = (chunk + 1) * (heads * nq) // T.min(heads * nq, chunks)
+                for i in range(stop - start):
+                    # T.let, not an assignment: TVM gives a mutable scalar a workspace allocation of its own
+                    task: T.let = start + i
+                    first: T.let = T.cast(operands.query_tiles[task % nq, 0], "int64")
+                    begin: T.let = T.cast(operands.query_tiles[task % nq, 1], "int64")
+                    end: T.let = T.cast(operands.query_tiles[task % nq, 2], "int64")
+                    last: T.let = T.min(end, first + queries)
+                    head: T.let = task // nq
+                    # through memory: the bounds of a window, spelt out, busy TVM's simplifier for half a minute
+                    seen[0] = begin if window is None else T.max(begin, first - window)
+                    seen[1] = end if window is None else T.min(end, last + window)
+                    first_key: T.let = seen[0]
+                    end_key: T.let = seen[1]
+                    attend_task(
+                        of_head(q_seen, head, q_column),
+                        of_head(k_seen, head // group, k_column),
+                        of_head(operands.v, head // group, v_column),
+                        of_head(operands.out, head),
+                        operands.bias,
+                        distances_of(operands.of_keys, operands.of_queries, head),
+                        values,
+                        head,
+                        T.bitwise_or(first == begin, i == 0) if window is None else True,
+                        first,
+                        last,
+                        first_key,
+                        end_key,
+                    )
 
-    given = {"bias": position_bias, "of_keys": key_distances, "of_queries": query_distances}
-    return without_parameters(kernel, [name for name, is_given in given.items() if not is_given])
+    return attend

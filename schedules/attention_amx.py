@@ -28,18 +28,22 @@ lanes twice for every query, and keys that fill up a block need a mask.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import tvm
 from tvm.ir import Expr
 from tvm.script import tirx as T
 
 from turbo_tvm.schedules import amx, bf16
+from turbo_tvm.schedules.attention import Heads, Operands
 from turbo_tvm.schedules.attention_math import in_window, softmax_macro
 from turbo_tvm.schedules.attention_task import LOWEST, Macro, Rows, Task, load_queries_macro, transpose_macro
 from turbo_tvm.schedules.rows import RowFormat
+from turbo_tvm.schedules.space import Knob, Space, Variant, by_rows
 from turbo_tvm.schedules.tiles import CpuTiles
 
-_CHUNKS = 48  # parallel iterations: a multiple of the usual core counts
+VERSION = 1  # of the kernel: a tuner's log of another one says nothing about it
+
 _QUERIES, _KEYS = 2 * amx.PAIRS, 2 * amx.ROWS
 _LANES = amx.PAIRS
 _STEP = 2 * amx.PAIRS  # what a product sums over
@@ -54,6 +58,16 @@ _PLACES = 8
 def fits(head_dim: int, x_dtype: str, out_dtype: str) -> bool:
     """Whether this kernel handles such heads and formats; it knows no biases and no tables over distances."""
     return head_dim % _STEP == 0 and x_dtype == out_dtype == bf16.STORAGE
+
+
+def space(_tiles: CpuTiles, **_options: object) -> Space:
+    """The decisions of this kernel."""
+    return Space(
+        (
+            Knob("chunks", (16, 48, 96, 192), 48, "parallel iterations: a multiple of the usual core counts"),
+            Knob("fetch", (0, 1), 0, "whether the next sequence's keys and values are asked for beside the scores"),
+        )
+    )
 
 
 def attention(
@@ -71,22 +85,46 @@ def attention(
     x: RowFormat,
     out: RowFormat,
     instructions: str = amx.LLVM,
+    variants: Sequence[Variant] = (),
 ) -> tvm.tirx.PrimFunc:
     """`(q, k, v, query_tiles, out)`, as `attention.attention`; all rows in bf16.
 
-    instructions: LLVM IR that defines the functions of `schedules/amx.py`.
+    instructions: LLVM IR that defines the functions of `schedules/amx.py`. variants: settings of `space` by rows.
     """
     if not fits(head_dim, x.dtype, out.dtype) or tiles.query_tile != _QUERIES:
         raise ValueError(f"heads of {head_dim} from {x.dtype} to {out.dtype} do not fit AMX: multiples of 32, in bf16")
+    geometry = Heads(heads, head_dim, heads // (kv_heads or heads), scale, max_length, window, q, k, v)
+    attend = by_rows(variants, space(tiles), tiles.row_tile, lambda setting: _attend_macro(tiles, geometry, setting))
+
+    @T.prim_func(private=True, s_tir=True)
+    def kernel(q_arg: T.handle, k_arg: T.handle, v_arg: T.handle, query_tiles_arg: T.handle, out_arg: T.handle):
+        T.func_attr({"tirx.noalias": True})
+        t = T.int64()
+        nq = T.int64()
+        q_in = T.match_buffer(q_arg, (t, tiles.row_tile, q[0]), x.dtype)
+        k_in = T.match_buffer(k_arg, (t, tiles.row_tile, k[0]), x.dtype)
+        v_in = T.match_buffer(v_arg, (t, tiles.row_tile, v[0]), x.dtype)
+        query_tiles = T.match_buffer(query_tiles_arg, (nq, 3), "int32")
+        result = T.match_buffer(out_arg, (t, tiles.row_tile, out.width), out.dtype)
+        with T.attr(T.int32(0), "pragma_import_llvm", instructions):
+            operands = T.meta_var(Operands(q_in, k_in, v_in, query_tiles, result))
+            attend(t, operands)
+
+    return kernel
+
+
+def _attend_macro(tiles: CpuTiles, geometry: Heads, setting: dict[str, int]) -> Macro:
+    """`attend(t, operands)`: the whole strategy for a batch of t row tiles."""
+    heads, head_dim, group, window = geometry.heads, geometry.head_dim, geometry.group, geometry.window
+    chunks, fetch = setting["chunks"], bool(setting["fetch"]) and window is None
     row_tile, pairs_of_head = tiles.row_tile, head_dim // 2
-    (q_width, q_column), (k_width, k_column), (v_width, v_column) = q, k, v
-    group = heads // (kv_heads or heads)
-    seen_keys = max_length if window is None else min(max_length, _QUERIES + 2 * window)
+    (q_width, q_column), (k_width, k_column), (v_width, v_column) = geometry.q, geometry.k, geometry.v
+    seen_keys = geometry.max_length if window is None else min(geometry.max_length, _QUERIES + 2 * window)
     most_keys = -(-seen_keys // _KEYS) * _KEYS
     value_width = most_keys // 2 + _LINE_PAIRS  # not a power of two: the rows of a tile fall into different sets of L1
     load_queries = load_queries_macro(_LANES, _QUERIES, pairs_of_head, bf16.PAIR)
-    softmax = softmax_macro(_QUERIES, scale * math.log2(math.e), True)
-    narrow_softmax = softmax_macro(_LANES, scale * math.log2(math.e), True)
+    softmax = softmax_macro(_QUERIES, geometry.scale * math.log2(math.e), True)
+    narrow_softmax = softmax_macro(_LANES, geometry.scale * math.log2(math.e), True)
     copy_keys, turn_values = _copy_keys_macro(), _turn_values_macro(value_width)
     find_peak, clear_rest, store_rows = _find_peak_macro(window), _clear_rest_macro(), _store_rows_macro(head_dim)
 
@@ -122,8 +160,18 @@ def attention(
             amx.store(3, out, (row + amx.ROWS) * _QUERIES + amx.PAIRS, _QUERIES)
 
     @T.inline
-    def scores(both, task, keys):
+    def fetch_next(task, k_rows, v_rows, block):
+        if task.last == task.end:
+            for i in range(_KEYS):
+                for line in T.unroll(k_rows.cache_lines):
+                    k_rows.prefetch(task.end + block * _KEYS + i, line)
+                    v_rows.prefetch(task.end + block * _KEYS + i, line)
+
+    @T.inline
+    def scores(both, task, keys, k_rows, v_rows):
         for block in range((task.keys + _KEYS - 1) // _KEYS):
+            if fetch:
+                fetch_next(task, k_rows, v_rows, block)
             clear(both)
             for i in T.unroll(head_dim // _STEP):
                 multiply(
@@ -152,7 +200,7 @@ def attention(
             save(both, turned, block * _STEP)
 
     @T.inline
-    def attend(q_rows, o_rows, keys, values, place):
+    def attend_task(q_rows, k_rows, v_rows, o_rows, keys, values, place):
         with T.sblock("attend"):
             T.reads()
             T.writes()
@@ -166,71 +214,65 @@ def attention(
             task = T.meta_var(Task(*bounds, panel, weights, pairs, values, peak, inverse))
             load_queries(task, q_rows, o_rows)
             if task.queries <= _LANES:
-                scores(False, task, keys)
+                scores(False, task, keys, k_rows, v_rows)
                 find_peak(_LANES, task)
                 narrow_softmax(task)
                 clear_rest(_LANES, task)
                 weigh(False, task, turned)
             else:
-                scores(True, task, keys)
+                scores(True, task, keys, k_rows, v_rows)
                 find_peak(_QUERIES, task)
                 softmax(task)
                 clear_rest(_QUERIES, task)
                 weigh(True, task, turned)
             store_rows(task, turned, o_rows)
 
-    @T.prim_func(private=True, s_tir=True)
-    def kernel(q_arg: T.handle, k_arg: T.handle, v_arg: T.handle, query_tiles_arg: T.handle, out_arg: T.handle):
-        T.func_attr({"tirx.noalias": True})
-        t = T.int64()
-        nq = T.int64()
-        q_in = T.match_buffer(q_arg, (t, row_tile, q_width), x.dtype)
-        k_in = T.match_buffer(k_arg, (t, row_tile, k_width), x.dtype)
-        v_in = T.match_buffer(v_arg, (t, row_tile, v_width), x.dtype)
-        query_tiles = T.match_buffer(query_tiles_arg, (nq, 3), "int32")
-        result = T.match_buffer(out_arg, (t, row_tile, out.width), out.dtype)
-        with T.attr(T.int32(0), "pragma_import_llvm", instructions):
-            for chunk in T.parallel(T.min(heads * nq, _CHUNKS)):
-                with T.sblock("chunk"):
-                    T.reads()
-                    T.writes()
-                    q_seen = T.decl_buffer((t, row_tile, q_width // 2), bf16.PAIR, data=q_in.data)
-                    k_seen = T.decl_buffer((t, row_tile, k_width // 2), bf16.PAIR, data=k_in.data)
-                    v_seen = T.decl_buffer((t, row_tile, v_width // 2), bf16.PAIR, data=v_in.data)
-                    out_seen = T.decl_buffer((t, row_tile, out.width // 2), bf16.PAIR, data=result.data)
-                    keys = T.sblock_alloc_buffer((most_keys, pairs_of_head), bf16.PAIR)
-                    values = T.sblock_alloc_buffer((head_dim, value_width), bf16.PAIR)
-                    shapes = T.sblock_alloc_buffer((8,), "int64")
-                    place = T.sblock_alloc_buffer((_PLACES,), "int64")
-                    amx.configure(shapes, T.int64(amx.ROWS), T.int64(amx.ROWS), T.int64(amx.PAIRS))
-                    place[_TASK] = chunk * (heads * nq) // T.min(heads * nq, _CHUNKS)
-                    place[_STOP] = (chunk + 1) * (heads * nq) // T.min(heads * nq, _CHUNKS)
-                    for i in range(place[_STOP] - place[_TASK]):
-                        place[_HEAD] = place[_TASK] // nq
-                        place[_ROW] = place[_TASK] - place[_HEAD] * nq
-                        place[_FIRST] = T.cast(query_tiles[place[_ROW], 0], "int64")
-                        place[_BEGIN] = T.cast(query_tiles[place[_ROW], 1], "int64")
-                        place[_END] = T.cast(query_tiles[place[_ROW], 2], "int64")
-                        place[_LAST] = T.min(place[_END], place[_FIRST] + _QUERIES)
-                        if window is not None:
-                            place[_BEGIN] = T.max(place[_BEGIN], place[_FIRST] - window)
-                            place[_END] = T.min(place[_END], place[_LAST] + window)
-                        if True if window is not None else T.bitwise_or(place[_FIRST] == place[_BEGIN], i == 0):
-                            k_rows = T.meta_var(of_head(k_seen, place[_HEAD] // group, k_column))
-                            v_rows = T.meta_var(of_head(v_seen, place[_HEAD] // group, v_column))
-                            copy_keys(k_rows, keys, place[_BEGIN], place[_END])
-                            turn_values(v_rows, values, place[_BEGIN], place[_END])
-                        attend(
-                            of_head(q_seen, place[_HEAD], q_column),
-                            of_head(out_seen, place[_HEAD]),
-                            keys,
-                            values,
-                            place,
-                        )
-                        place[_TASK] = place[_TASK] + 1
-                    amx.release()
+    @T.inline
+    def attend(t, operands):
+        nq = T.meta_var(operands.query_tiles.shape[0])
+        for chunk in T.parallel(T.min(heads * nq, chunks)):
+            with T.sblock("chunk"):
+                T.reads()
+                T.writes()
+                q_seen = T.decl_buffer((t, row_tile, q_width // 2), bf16.PAIR, data=operands.q.data)
+                k_seen = T.decl_buffer((t, row_tile, k_width // 2), bf16.PAIR, data=operands.k.data)
+                v_seen = T.decl_buffer((t, row_tile, v_width // 2), bf16.PAIR, data=operands.v.data)
+                out_seen = T.decl_buffer((t, row_tile, operands.out.shape[2] // 2), bf16.PAIR, data=operands.out.data)
+                keys = T.sblock_alloc_buffer((most_keys, pairs_of_head), bf16.PAIR)
+                values = T.sblock_alloc_buffer((head_dim, value_width), bf16.PAIR)
+                shapes = T.sblock_alloc_buffer((8,), "int64")
+                place = T.sblock_alloc_buffer((_PLACES,), "int64")
+                amx.configure(shapes, T.int64(amx.ROWS), T.int64(amx.ROWS), T.int64(amx.PAIRS))
+                place[_TASK] = chunk * (heads * nq) // T.min(heads * nq, chunks)
+                place[_STOP] = (chunk + 1) * (heads * nq) // T.min(heads * nq, chunks)
+                for i in range(place[_STOP] - place[_TASK]):
+                    place[_HEAD] = place[_TASK] // nq
+                    place[_ROW] = place[_TASK] - place[_HEAD] * nq
+                    place[_FIRST] = T.cast(operands.query_tiles[place[_ROW], 0], "int64")
+                    place[_BEGIN] = T.cast(operands.query_tiles[place[_ROW], 1], "int64")
+                    place[_END] = T.cast(operands.query_tiles[place[_ROW], 2], "int64")
+                    place[_LAST] = T.min(place[_END], place[_FIRST] + _QUERIES)
+                    if window is not None:
+                        place[_BEGIN] = T.max(place[_BEGIN], place[_FIRST] - window)
+                        place[_END] = T.min(place[_END], place[_LAST] + window)
+                    k_rows = T.meta_var(of_head(k_seen, place[_HEAD] // group, k_column))
+                    v_rows = T.meta_var(of_head(v_seen, place[_HEAD] // group, v_column))
+                    if True if window is not None else T.bitwise_or(place[_FIRST] == place[_BEGIN], i == 0):
+                        copy_keys(k_rows, keys, place[_BEGIN], place[_END])
+                        turn_values(v_rows, values, place[_BEGIN], place[_END])
+                    attend_task(
+                        of_head(q_seen, place[_HEAD], q_column),
+                        k_rows,
+                        v_rows,
+                        of_head(out_seen, place[_HEAD]),
+                        keys,
+                        values,
+                        place,
+                    )
+                    place[_TASK] = place[_TASK] + 1
+                amx.release()
 
-    return kernel
+    return attend
 
 
 def _copy_keys_macro() -> Macro:

@@ -13,10 +13,10 @@ Strategy
    a short request does not pay for rows that it does not have.
 2. Tasks are numbered row block, panel, tile within the block, and the thread pool hands out contiguous runs of numbers:
    the load is even to one tile, a large batch splits by rows, a small one by panels. In a row block of at most
-   `_BLOCK_ROWS` rows a panel stays in L2 while the tiles pass over it. Blocks are of equal size, so that none is left
+   `block_rows` rows a panel stays in L2 while the tiles pass over it. Blocks are of equal size, so that none is left
    with a single tile that reads all weights for itself. Splitting whole row blocks over the threads was rejected: 11
    tiles on 2 threads come out as 8 + 3.
-3. Weights are prefetched into L2. With one tile per panel, `AHEAD_ELEMENTS` ahead: panels lie one after another, so
+3. Weights are prefetched into L2. With one tile per panel, `ahead` elements ahead: panels lie one after another, so
    this runs on into the next one. With several, one panel ahead, each tile asking for its share: arithmetic hides the
    memory. The hardware's prefetchers stop at every 4 KB page: without this a single tile, which is bound by memory,
    reads at two thirds of the speed. The lines of the residual and of the output are asked for along the way, one per
@@ -42,28 +42,77 @@ beforehand, and neither k blocked nor x packed: x has so few columns that a bloc
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import tvm
 from tvm.ir import Expr
 from tvm.script import tirx as T
 
 from turbo_tvm.schedules import bf16
-from turbo_tvm.schedules.linear_tasks import GROUP, IN_BLOCK, MISSING, PANEL, PLACES, UNIT, locate_macro, next_row
+from turbo_tvm.schedules.linear_tasks import IN_BLOCK, MISSING, PANEL, PLACES, UNIT, locate_macro, next_row
 from turbo_tvm.schedules.normalization import normalize_all_macro
 from turbo_tvm.schedules.rows import RowFormat
 from turbo_tvm.schedules.script import (
     CACHE_LINE_FLOATS,
     CPU_LLVM,
+    prefetch_near,
     prefetch_read,
     without_parameters,
 )
+from turbo_tvm.schedules.space import Knob, Macro, Space, Variant, by_rows
 from turbo_tvm.schedules.tiles import CpuTiles
 from turbo_tvm.schedules.vector_math import activation as activation_by_name
 
-_BLOCK_ROWS = 192
+VERSION = 1  # of the kernel: a tuner's log of another one says nothing about it
 
-Macro = Callable[..., None]
+
+@dataclass(frozen=True)
+class Product:
+    """What is computed: k, n and the epilogue, and how rows are stored."""
+
+    k: int
+    n: int
+    activation: str | None
+    residual: bool
+    x: RowFormat
+    extra: RowFormat
+    out: RowFormat
+
+    @property
+    def in_bf16(self) -> bool:
+        """Whether it is a product of bf16 numbers."""
+        return self.x.dtype == bf16.STORAGE
+
+    @property
+    def steps(self) -> int:
+        """Rows of a panel."""
+        return self.k // 2 if self.in_bf16 else self.k
+
+
+@dataclass(frozen=True)
+class Operands:
+    """The buffers of a call; `extra` is the residual."""
+
+    x: tvm.tirx.Buffer
+    weight: tvm.tirx.Buffer
+    bias: tvm.tirx.Buffer
+    extra: tvm.tirx.Buffer
+    out: tvm.tirx.Buffer
+
+
+def space(tiles: CpuTiles, **_options: object) -> Space:
+    """The decisions of this kernel."""
+    return Space(
+        (
+            Knob("block_rows", (24, 48, 96, 192, 384, 768), 192, "rows that pass over a panel together"),
+            Knob("tile_units", tuple(range(1, tiles.tile_units + 1)), tiles.tile_units, "row tiles of a register tile"),
+            Knob("group", (2, 4, 8), 4, "steps of k that are spelt out and prefetch together"),
+            Knob("ahead", (1024, 2048, 4096, 8192, 16384), 4096, "elements that a lone tile's prefetch is ahead"),
+            Knob("near", (0, 4, 8, 16), 0, "steps by which weights are also asked into L1; 0: not"),
+            Knob("touch_rows", (0, 1), 1, "whether the lines of residual and output are asked for"),
+        )
+    )
 
 
 def linear(
@@ -77,23 +126,56 @@ def linear(
     x: RowFormat | None = None,
     extra: RowFormat | None = None,
     out: RowFormat | None = None,
+    variants: Sequence[Variant] = (),
 ) -> tvm.tirx.PrimFunc:
     """`(x, weight, bias, [residual,] [gamma, beta,] out)`; gamma, beta and the norm if `norm_eps` is given.
 
     x, extra, out: how x, the residual and out are stored, by default fp32 and k, n and n columns wide. x in bf16 makes
-    it a product of bf16 numbers; k and the width of x are then even.
+    it a product of bf16 numbers; k and the width of x are then even. variants: settings of `space` by rows.
     """
-    x_rows, extra_rows, out_rows = x or RowFormat(k), extra or RowFormat(n), out or RowFormat(n)
-    in_bf16 = x_rows.dtype == bf16.STORAGE
-    rows, columns, panels, units = tiles.row_tile, tiles.col_tile, tiles.panels(n), tiles.tile_units
-    block_tiles, lines = max(1, _BLOCK_ROWS // tiles.tile_rows), max(1, columns // CACHE_LINE_FLOATS)
-    whole_panels, tail_columns, has_tail = n // columns, n % columns, n % columns != 0
+    product = Product(k, n, activation, residual, x or RowFormat(k), extra or RowFormat(n), out or RowFormat(n))
+    rows, columns, panels = tiles.row_tile, tiles.col_tile, tiles.panels(n)
     normalized = norm_eps is not None
-    activate = activation_by_name(activation, out_rows.dtype)
     normalize_all = normalize_all_macro(tiles.lanes, n, norm_eps or 0.0)
-    steps, weight_type = (k // 2, bf16.PAIR) if in_bf16 else (k, "float32")
-    locate = locate_macro(units, panels, steps, columns)
-    step = _bf16_step(tiles) if in_bf16 else _fp32_step(tiles)
+    weight_type = bf16.PAIR if product.in_bf16 else "float32"
+    multiply = by_rows(variants, space(tiles), rows, lambda setting: _multiply_macro(tiles, product, setting))
+
+    @T.prim_func(private=True, s_tir=True)
+    def kernel(
+        x_arg: T.handle,
+        weight: T.Buffer((panels, product.steps, columns), weight_type),
+        bias: T.Buffer((panels * columns,), "float32"),
+        residual_arg: T.handle,
+        gamma: T.Buffer((n,), "float32"),
+        beta: T.Buffer((n,), "float32"),
+        out_arg: T.handle,
+    ):
+        T.func_attr({"tirx.noalias": True})
+        t = T.int64()
+        source = T.match_buffer(x_arg, (t, rows, product.x.width), product.x.dtype)
+        residual_rows = T.match_buffer(residual_arg, (t, rows, product.extra.width), product.extra.dtype)
+        result = T.match_buffer(out_arg, (t, rows, product.out.width), product.out.dtype)
+        with T.attr(T.int32(0), "pragma_import_llvm", CPU_LLVM + (bf16.DOT_LLVM if product.in_bf16 else "")):
+            operands = T.meta_var(Operands(source, weight, bias, residual_rows, result))
+            multiply(t, operands)
+            if normalized:
+                normalize_all(result, None, result, gamma, beta)
+
+    absent = [] if residual else ["residual_rows"]
+    return without_parameters(kernel, absent if normalized else [*absent, "gamma", "beta"])
+
+
+def _multiply_macro(tiles: CpuTiles, product: Product, setting: dict[str, int]) -> Macro:
+    """`multiply(t, operands)`: steps 1 to 4 of the strategy for a batch of t row tiles."""
+    n, residual, steps = product.n, product.residual, product.steps
+    group_steps, near, touch_rows = setting["group"], setting["near"], bool(setting["touch_rows"])
+    rows, columns, panels, units = tiles.row_tile, tiles.col_tile, tiles.panels(n), setting["tile_units"]
+    block_tiles = max(1, setting["block_rows"] // (rows * units))
+    lines = max(1, columns // CACHE_LINE_FLOATS)
+    whole_panels, tail_columns, has_tail = n // columns, n % columns, n % columns != 0
+    activate = activation_by_name(product.activation, product.out.dtype)
+    locate = locate_macro(units, panels, steps, columns, group_steps, setting["ahead"])
+    step = _bf16_step(tiles) if product.in_bf16 else _fp32_step(tiles)
 
     def add_residual(value: Expr, buffer: tvm.tirx.Buffer, tile: Expr, row: Expr, column: Expr) -> Expr:
         return value + bf16.load(buffer, tile, row, column) if residual else value
@@ -148,31 +230,43 @@ def linear(
             )
 
     @T.inline
-    def compute_tile(height, place, x, weight, bias, extra, out):
+    def compute_tile(height, place, operands):
         with T.sblock("tile"):
             T.reads()
             T.writes()
+            x = T.meta_var(operands.x)
+            weight = T.meta_var(operands.weight)
+            bias = T.meta_var(operands.bias)
+            extra = T.meta_var(operands.extra)
+            out = T.meta_var(operands.out)
             unit = T.meta_var(place[UNIT])
             panel = T.meta_var(place[PANEL])
             upper = T.sblock_alloc_buffer((height // 2, columns), "float32")
             lower = T.sblock_alloc_buffer((height // 2, columns), "float32")
             start(upper, bias, panel)
             start(lower, bias, panel)
-            for group in range(steps // GROUP):
+            for group in range(steps // group_steps):
                 for line in T.unroll(lines):
                     prefetch_read(weight, next_row(place, group) * columns + line * CACHE_LINE_FLOATS)
-                if place[IN_BLOCK] < GROUP:  # fewer tiles than steps: a row for each step
-                    for line in T.unroll((GROUP - 1) * lines):
+                if place[IN_BLOCK] < group_steps:  # fewer tiles than steps: a row for each step
+                    for line in T.unroll((group_steps - 1) * lines):
                         prefetch_read(weight, (next_row(place, group) + 1) * columns + line * CACHE_LINE_FLOATS)
-                if residual:
-                    prefetch_rows(extra, extra_rows, height, unit, panel, group)
-                prefetch_rows(out, out_rows, height, unit, panel, group)
-                for i in T.unroll(GROUP):
-                    step(upper, x, weight, unit, 0, panel, group * GROUP + i)
-                    step(lower, x, weight, unit, height // 2, panel, group * GROUP + i)
-            for i in range(steps % GROUP):
-                step(upper, x, weight, unit, 0, panel, steps // GROUP * GROUP + i)
-                step(lower, x, weight, unit, height // 2, panel, steps // GROUP * GROUP + i)
+                if residual and touch_rows:
+                    prefetch_rows(extra, product.extra, height, unit, panel, group)
+                if touch_rows:
+                    prefetch_rows(out, product.out, height, unit, panel, group)
+                for i in T.unroll(group_steps):
+                    if near > 0:
+                        for line in T.unroll(lines):
+                            prefetch_near(
+                                weight,
+                                (panel * steps + group * group_steps + i + near) * columns + line * CACHE_LINE_FLOATS,
+                            )
+                    step(upper, x, weight, unit, 0, panel, group * group_steps + i)
+                    step(lower, x, weight, unit, height // 2, panel, group * group_steps + i)
+            for i in range(steps % group_steps):
+                step(upper, x, weight, unit, 0, panel, steps // group_steps * group_steps + i)
+                step(lower, x, weight, unit, height // 2, panel, steps // group_steps * group_steps + i)
             if has_tail:
                 if panel < whole_panels:
                     store(upper, extra, out, unit, 0, panel)
@@ -185,45 +279,28 @@ def linear(
                 store(lower, extra, out, unit, height // 2, panel)
 
     @T.inline
-    def compute(height_units, again, place, x, weight, bias, extra, out):
+    def compute(height_units, again, place, operands):
         if height_units == 1:
-            compute_tile(rows, place, x, weight, bias, extra, out)
+            compute_tile(rows, place, operands)
         else:
             if place[MISSING] == units - height_units:
-                compute_tile(height_units * rows, place, x, weight, bias, extra, out)
+                compute_tile(height_units * rows, place, operands)
             else:
-                again(height_units - 1, again, place, x, weight, bias, extra, out)
+                again(height_units - 1, again, place, operands)
 
-    @T.prim_func(private=True, s_tir=True)
-    def kernel(
-        x_arg: T.handle,
-        weight: T.Buffer((panels, steps, columns), weight_type),
-        bias: T.Buffer((panels * columns,), "float32"),
-        residual_arg: T.handle,
-        gamma: T.Buffer((n,), "float32"),
-        beta: T.Buffer((n,), "float32"),
-        out_arg: T.handle,
-    ):
-        T.func_attr({"tirx.noalias": True})
-        t = T.int64()
-        source = T.match_buffer(x_arg, (t, rows, x_rows.width), x_rows.dtype)
-        residual_rows = T.match_buffer(residual_arg, (t, rows, extra_rows.width), extra_rows.dtype)
-        result = T.match_buffer(out_arg, (t, rows, out_rows.width), out_rows.dtype)
-        with T.attr(T.int32(0), "pragma_import_llvm", CPU_LLVM + (bf16.DOT_LLVM if in_bf16 else "")):
-            count: T.let = (t + units - 1) // units
-            blocks: T.let = (count + block_tiles - 1) // block_tiles
-            for task in T.parallel(count * panels):
-                with T.sblock("task"):
-                    T.reads()
-                    T.writes()
-                    place = T.sblock_alloc_buffer((PLACES,), "int64")
-                    locate(place, task, t, count, blocks)
-                    compute(units, compute, place, source, weight, bias, residual_rows, result)
-            if normalized:
-                normalize_all(result, None, result, gamma, beta)
+    @T.inline
+    def multiply(t, operands):
+        count: T.let = (t + units - 1) // units
+        blocks: T.let = (count + block_tiles - 1) // block_tiles
+        for task in T.parallel(count * panels):
+            with T.sblock("task"):
+                T.reads()
+                T.writes()
+                place = T.sblock_alloc_buffer((PLACES,), "int64")
+                locate(place, task, t, count, blocks)
+                compute(units, compute, place, operands)
 
-    absent = [] if residual else ["residual_rows"]
-    return without_parameters(kernel, absent if normalized else [*absent, "gamma", "beta"])
+    return multiply
 
 
 def _fp32_step(tiles: CpuTiles) -> Macro:

@@ -15,7 +15,7 @@ Strategy
    clears all tiles. Nothing is read beyond k.
 5. Tasks are numbered row block, panel, tile within the block. A block of x and two panels fit L2: a panel stays there
    while the tiles of a block pass over it, each prefetching its share of the next one. With one tile in a block the
-   prefetch runs `_AHEAD_BYTES` ahead: arithmetic takes no time then, memory all of it.
+   prefetch runs `ahead_kib` ahead: arithmetic takes no time then, memory all of it.
 6. The norm needs whole rows: a second parallel loop normalises `out` in place. If n is no multiple of 32, those columns
    of the last panel that exist are copied one by one.
 
@@ -25,11 +25,15 @@ process). Tiles in registers do 6,500 with zeros for data and 5,000 with numbers
 
 Rejected after measuring: row blocks of 600 KB and 1.2 MB (5 to 10 % slower with 3,072 columns); prefetching into
 L1, and the lines of residual and output (no gain); x copied into whole tiles beforehand (no gain); the even steps of k
-first, so that loads and the stores of `acc` fall into different sets of L1 (20 % slower).
+first, so that loads and the stores of `acc` fall into different sets of L1 (20 % slower). On Emerald Rapids, where the
+tiles reach half of their speed because both operands come from L2: k in parts of 8 or 12 steps, so that a part of a
+panel stays in L1 over the tiles of a block (5 to 13 % slower: accumulators go to memory and back), steps of k spelt out
+by 2 or 4 (8 %), x or both operands asked into L1 a step ahead (5 to 17 %).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import tvm
@@ -37,16 +41,19 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 
 from turbo_tvm.schedules import amx, bf16
+from turbo_tvm.schedules.linear import Operands, Product
 from turbo_tvm.schedules.normalization import normalize_all_macro
 from turbo_tvm.schedules.rows import RowFormat
-from turbo_tvm.schedules.script import CACHE_LINE_FLOATS, CPU_LLVM, prefetch_read, without_parameters
+from turbo_tvm.schedules.script import CACHE_LINE_FLOATS, CPU_LLVM, prefetch_near, prefetch_read, without_parameters
+from turbo_tvm.schedules.space import Knob, Macro, Space, Variant, by_rows
 from turbo_tvm.schedules.tiles import CpuTiles
 from turbo_tvm.schedules.vector_math import activation as activation_by_name
 
-_LEAST_RUNS, _MOST_RUNS, _RUN_TASKS = 16, 96, 16  # parallel iterations: the last tile of each is finished by itself
+VERSION = 1  # of the kernel: a tuner's log of another one says nothing about it
+
+_LEAST_RUNS, _MOST_RUNS = 16, 96  # parallel iterations
 _BLOCK_BYTES = 800 << 10  # of x
-_MOST_TILES = 12  # in a block
-_AHEAD_BYTES = 48 << 10
+_MOST_TILES = 12  # in a block, if nothing else is asked for
 _HEIGHT, _WIDTH = 2 * amx.ROWS, 2 * amx.PAIRS
 
 # What a run of tasks remembers. SHAPE: the rows that the tiles are configured for, 0 if for none. Of the tile before,
@@ -72,6 +79,23 @@ class Run:
     out: tvm.tirx.Buffer
 
 
+def space(tiles: CpuTiles, *, k: int, x: RowFormat | None = None, **_options: object) -> Space:
+    """The decisions of this kernel; how many tiles a block has by itself depends on what they take of L2."""
+    x = x or RowFormat(k, bf16.STORAGE)
+    usual = max(1, min(_MOST_TILES, _BLOCK_BYTES // (_HEIGHT * x.width * 2)))
+    blocks = tuple(sorted({1, 2, 4, 8, 12, 24, usual}))
+    return Space(
+        (
+            Knob("block_tiles", blocks, usual, "tiles that pass over a panel together"),
+            Knob("ahead_kib", (16, 32, 48, 96, 192), 48, "KiB that a lone tile's prefetch is ahead"),
+            Knob("run_tasks", (8, 16, 32), 16, "tasks of a parallel iteration; its last one is finished by itself"),
+            Knob("finish_rows", (0, 4, 8), 0, "rows that a step finishes; 0: as few as will do"),
+            Knob("near", (0, 1, 2), 0, "steps by which weights are also asked into L1; 0: not"),
+            Knob("pack", (0, 1), 0, "rows to bf16: 0 by integer arithmetic, 1 by the CPU's conversion"),
+        )
+    )
+
+
 def linear(
     tiles: CpuTiles,
     *,
@@ -84,27 +108,65 @@ def linear(
     extra: RowFormat | None = None,
     out: RowFormat | None = None,
     instructions: str = amx.LLVM,
+    variants: Sequence[Variant] = (),
 ) -> tvm.tirx.PrimFunc:
     """`(x, weight, bias, [residual,] [gamma, beta,] out)`, as `linear.linear` with x in bf16; k and its width are even.
 
-    instructions: LLVM IR that defines the functions of `schedules/amx.py`.
+    instructions: LLVM IR that defines the functions of `schedules/amx.py`. variants: settings of `space` by rows.
     """
     if tiles.col_tile != _WIDTH or _HEIGHT % tiles.row_tile or amx.ROWS % tiles.row_tile:
         raise ValueError(f"{tiles} does not fit AMX: panels of {_WIDTH} columns and row tiles that divide {amx.ROWS}")
-    x_rows, extra_rows, out_rows = x, extra or RowFormat(n), out or RowFormat(n)
-    rows, columns, panels, units = tiles.row_tile, tiles.col_tile, tiles.panels(n), _HEIGHT // tiles.row_tile
-    steps = k // 2
-    whole_steps, rest_pairs = steps // amx.PAIRS, steps % amx.PAIRS
-    rows_a_step = -(-_HEIGHT // max(whole_steps, 1))
-    lines_a_step = amx.PAIRS * columns // CACHE_LINE_FLOATS
-    block_tiles = max(1, min(_MOST_TILES, _BLOCK_BYTES // (_HEIGHT * x_rows.width * 2)))
-    whole_panels, tail_columns, has_tail = n // columns, n % columns, n % columns != 0
+    product = Product(k, n, activation, residual, x, extra or RowFormat(n), out or RowFormat(n))
+    rows, columns, panels = tiles.row_tile, tiles.col_tile, tiles.panels(n)
     normalized = norm_eps is not None
-    activate = activation_by_name(activation, out_rows.dtype)
     normalize_all = normalize_all_macro(tiles.lanes, n, norm_eps or 0.0)
+    multiply = by_rows(variants, space(tiles, k=k, x=x), rows, lambda setting: _multiply_macro(tiles, product, setting))
+
+    @T.prim_func(private=True, s_tir=True)
+    def kernel(
+        x_arg: T.handle,
+        weight: T.Buffer((panels, k // 2, columns), bf16.PAIR),
+        bias: T.Buffer((panels * columns,), "float32"),
+        residual_arg: T.handle,
+        gamma: T.Buffer((n,), "float32"),
+        beta: T.Buffer((n,), "float32"),
+        out_arg: T.handle,
+    ):
+        T.func_attr({"tirx.noalias": True})
+        t = T.int64()
+        source = T.match_buffer(x_arg, (t, rows, product.x.width), product.x.dtype)
+        residual_rows = T.match_buffer(residual_arg, (t, rows, product.extra.width), product.extra.dtype)
+        result = T.match_buffer(out_arg, (t, rows, product.out.width), product.out.dtype)
+        with T.attr(T.int32(0), "pragma_import_llvm", CPU_LLVM + bf16.PACK_LLVM + instructions):
+            operands = T.meta_var(Operands(source, weight, bias, residual_rows, result))
+            multiply(t, operands)
+            if normalized:
+                normalize_all(result, None, result, gamma, beta)
+
+    absent = [] if residual else ["residual_rows"]
+    return without_parameters(kernel, absent if normalized else [*absent, "gamma", "beta"])
+
+
+def _multiply_macro(tiles: CpuTiles, product: Product, setting: dict[str, int]) -> Macro:
+    """`multiply(t, operands)`: steps 1 to 5 of the strategy for a batch of t row tiles."""
+    n, residual, steps, x_rows, out_rows = product.n, product.residual, product.steps, product.x, product.out
+    rows, columns, panels, units = tiles.row_tile, tiles.col_tile, tiles.panels(n), _HEIGHT // tiles.row_tile
+    whole_steps, rest_pairs = steps // amx.PAIRS, steps % amx.PAIRS
+    rows_a_step = max(-(-_HEIGHT // max(whole_steps, 1)), setting["finish_rows"])
+    lines_a_step = amx.PAIRS * columns // CACHE_LINE_FLOATS
+    block_tiles, run_tasks, near = setting["block_tiles"], setting["run_tasks"], setting["near"]
+    pack = bool(setting["pack"]) and out_rows.dtype == bf16.STORAGE
+    whole_panels, tail_columns, has_tail = n // columns, n % columns, n % columns != 0
+    activate = activation_by_name(product.activation, out_rows.dtype)
 
     def add_residual(value: Expr, buffer: tvm.tirx.Buffer, tile: Expr, row: Expr, column: Expr) -> Expr:
         return value + bf16.load(buffer, tile, row, column) if residual else value
+
+    def finished_vector(run: Run, unit: Expr, row: Expr, r: Expr, column: Expr, v: Expr) -> Expr:
+        """16 neighbours of a row: bias, activation and residual applied."""
+        ramp = T.ramp(column + v, 1, amx.PAIRS)
+        value = activate(run.acc[r, T.ramp(v, 1, amx.PAIRS)] + run.bias[ramp])
+        return add_residual(value, run.extra, unit, row, ramp)
 
     @T.inline
     def clear(both):
@@ -131,7 +193,7 @@ def linear(
             amx.store(3, acc, amx.ROWS * columns + amx.PAIRS, columns)
 
     @T.inline
-    def multiply(both, run, row, panel, i):
+    def multiply_tiles(both, run, row, panel, i):
         amx.load(6, run.weight, (panel * steps + i * amx.PAIRS) * columns, columns)
         amx.load(7, run.weight, (panel * steps + i * amx.PAIRS) * columns + amx.PAIRS, columns)
         amx.load(4, run.x, row * x_rows.width + i * (2 * amx.PAIRS), x_rows.width)
@@ -151,6 +213,14 @@ def linear(
             )
 
     @T.inline
+    def store_packed(run, unit, row, r):
+        column = T.meta_var(run.state[PANEL] * columns)
+        for v in T.unroll(columns // amx.PAIRS):
+            run.out[unit, row, T.ramp(column + v * amx.PAIRS, 1, amx.PAIRS)] = bf16.packed(
+                finished_vector(run, unit, row, r, column, v * amx.PAIRS)
+            )
+
+    @T.inline
     def store(run, unit, row, r):
         for c in T.vectorized(columns):
             run.out[unit, row, run.state[PANEL] * columns + c] = bf16.stored(
@@ -163,6 +233,13 @@ def linear(
                     run.state[PANEL] * columns + c,
                 ),
             )
+
+    @T.inline
+    def store_whole(run, unit, row, r):
+        if pack:
+            store_packed(run, unit, row, r)
+        else:
+            store(run, unit, row, r)
 
     @T.inline
     def store_tail(run, unit, row, r):
@@ -179,11 +256,11 @@ def linear(
         row = T.meta_var(r % rows)
         if has_tail:
             if run.state[PANEL] < whole_panels:
-                store(run, unit, row, r)
+                store_whole(run, unit, row, r)
             else:
                 store_tail(run, unit, row, r)
         else:
-            store(run, unit, row, r)
+            store_whole(run, unit, row, r)
 
     @T.inline
     def finish_some(run, i):
@@ -201,7 +278,7 @@ def linear(
         state[HEIGHT] = T.min(t - state[NEXT_UNIT], T.int64(units)) * rows
         state[LINES] = (lines_a_step + state[_IN_BLOCK] - 1) // state[_IN_BLOCK]
         if state[_IN_BLOCK] == 1:
-            state[AHEAD] = T.int64(_AHEAD_BYTES // 4)
+            state[AHEAD] = T.int64((setting["ahead_kib"] << 10) // 4)
         else:
             state[AHEAD] = steps * columns + state[_WITHIN] * whole_steps * state[LINES] * CACHE_LINE_FLOATS
 
@@ -219,7 +296,13 @@ def linear(
             clear(both)
             for i in range(whole_steps):
                 prefetch(run, panel, i)
-                multiply(both, run, row, panel, i)
+                if near > 0:
+                    for line in T.unroll(lines_a_step):
+                        prefetch_near(
+                            run.weight,
+                            (panel * steps + (i + near) * amx.PAIRS) * columns + line * CACHE_LINE_FLOATS,
+                        )
+                multiply_tiles(both, run, row, panel, i)
                 finish_some(run, i)
             save(both, run.acc)
         else:
@@ -232,55 +315,40 @@ def linear(
                 restore(both, run.acc)
             else:
                 clear(both)
-            multiply(both, run, row, panel, whole_steps)
+            multiply_tiles(both, run, row, panel, whole_steps)
             save(both, run.acc)
 
-    @T.prim_func(private=True, s_tir=True)
-    def kernel(
-        x_arg: T.handle,
-        weight: T.Buffer((panels, steps, columns), bf16.PAIR),
-        bias: T.Buffer((panels * columns,), "float32"),
-        residual_arg: T.handle,
-        gamma: T.Buffer((n,), "float32"),
-        beta: T.Buffer((n,), "float32"),
-        out_arg: T.handle,
-    ):
-        T.func_attr({"tirx.noalias": True})
-        t = T.int64()
-        source = T.match_buffer(x_arg, (t, rows, x_rows.width), x_rows.dtype)
-        residual_rows = T.match_buffer(residual_arg, (t, rows, extra_rows.width), extra_rows.dtype)
-        result = T.match_buffer(out_arg, (t, rows, out_rows.width), out_rows.dtype)
-        with T.attr(T.int32(0), "pragma_import_llvm", CPU_LLVM + instructions):
-            count: T.let = (t + units - 1) // units
-            most: T.let = T.max(T.min(count * panels // _RUN_TASKS, T.int64(_MOST_RUNS)), T.int64(_LEAST_RUNS))
-            runs: T.let = T.min(count * panels, most)
-            for index in T.parallel(runs):
-                with T.sblock("run"):
-                    T.reads()
-                    T.writes()
-                    acc = T.sblock_alloc_buffer((_HEIGHT, columns), "float32")
-                    shapes = T.sblock_alloc_buffer((8,), "int64")
-                    state = T.sblock_alloc_buffer((_REMEMBERED,), "int64")
-                    run = T.meta_var(Run(state, acc, shapes, source, weight, bias, residual_rows, result))
-                    state[ROWS] = T.int64(0)
-                    state[SHAPE] = T.int64(0)
-                    state[TASK] = index * (count * panels) // runs
-                    state[END] = (index + 1) * (count * panels) // runs
-                    for _ in range(state[END] - state[TASK]):
-                        locate(state, t, count)
-                        if state[HEIGHT] > amx.ROWS:
-                            accumulate(True, run)
-                        else:
-                            accumulate(False, run)
-                        state[UNIT] = state[NEXT_UNIT]
-                        state[PANEL] = state[NEXT_PANEL]
-                        state[ROWS] = state[HEIGHT]
-                        state[TASK] = state[TASK] + 1
-                    for r in range(state[ROWS]):
-                        finish_row(run, r)
-                    amx.release()
-            if normalized:
-                normalize_all(result, None, result, gamma, beta)
+    @T.inline
+    def multiply(t, operands):
+        count: T.let = (t + units - 1) // units
+        most: T.let = T.max(T.min(count * panels // run_tasks, T.int64(_MOST_RUNS)), T.int64(_LEAST_RUNS))
+        runs: T.let = T.min(count * panels, most)
+        for index in T.parallel(runs):
+            with T.sblock("run"):
+                T.reads()
+                T.writes()
+                acc = T.sblock_alloc_buffer((_HEIGHT, columns), "float32")
+                shapes = T.sblock_alloc_buffer((8,), "int64")
+                state = T.sblock_alloc_buffer((_REMEMBERED,), "int64")
+                run = T.meta_var(
+                    Run(state, acc, shapes, operands.x, operands.weight, operands.bias, operands.extra, operands.out)
+                )
+                state[ROWS] = T.int64(0)
+                state[SHAPE] = T.int64(0)
+                state[TASK] = index * (count * panels) // runs
+                state[END] = (index + 1) * (count * panels) // runs
+                for _ in range(state[END] - state[TASK]):
+                    locate(state, t, count)
+                    if state[HEIGHT] > amx.ROWS:
+                        accumulate(True, run)
+                    else:
+                        accumulate(False, run)
+                    state[UNIT] = state[NEXT_UNIT]
+                    state[PANEL] = state[NEXT_PANEL]
+                    state[ROWS] = state[HEIGHT]
+                    state[TASK] = state[TASK] + 1
+                for r in range(state[ROWS]):
+                    finish_row(run, r)
+                amx.release()
 
-    absent = [] if residual else ["residual_rows"]
-    return without_parameters(kernel, absent if normalized else [*absent, "gamma", "beta"])
+    return multiply

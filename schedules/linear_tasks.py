@@ -19,9 +19,6 @@ Macro = Callable[..., None]
 PANEL, UNIT, MISSING, IN_BLOCK, _AHEAD, _RATE, _TILE, _WITHIN, _BLOCK, _WHOLE = range(10)
 PLACES = 10
 
-GROUP = 4  # steps that prefetch together
-
-AHEAD_ELEMENTS = 4096  # 16 KB: with one tile per panel, how far the prefetch is ahead
 _FRACTION_BITS = 16
 
 
@@ -30,11 +27,12 @@ def next_row(place: tvm.tirx.Buffer, group: Expr) -> Expr:
     return place[_AHEAD] + T.shift_right(group * place[_RATE], T.int64(_FRACTION_BITS))
 
 
-def locate_macro(units: int, panels: int, steps: int, columns: int) -> Macro:
+def locate_macro(units: int, panels: int, steps: int, columns: int, group: int, ahead: int) -> Macro:
     """`locate(place, task, t, count, blocks)` fills in the place of a task.
 
-    units: row tiles per register tile; steps: rows per panel. t: row tiles of the batch, in `count` register tiles and
-    `blocks` blocks of them, sizes as equal as can be.
+    units: row tiles per register tile; steps: rows per panel; group: steps that prefetch together; ahead: by how many
+    elements a tile that is alone with its panel. t: row tiles of the batch, in `count` register tiles and `blocks`
+    blocks of them, sizes as equal as can be.
     """
 
     @T.inline
@@ -67,12 +65,12 @@ def locate_macro(units: int, panels: int, steps: int, columns: int) -> Macro:
     @T.inline
     def plan_prefetch(place):
         # each tile of a block prefetches its share of the next panel; a single one runs ahead of itself
-        place[_RATE] = T.int64(GROUP << _FRACTION_BITS) // place[IN_BLOCK]
+        place[_RATE] = T.int64(group << _FRACTION_BITS) // place[IN_BLOCK]
         if place[IN_BLOCK] == 1:
-            place[_AHEAD] = place[PANEL] * steps + AHEAD_ELEMENTS // columns
+            place[_AHEAD] = place[PANEL] * steps + ahead // columns
         else:
             place[_AHEAD] = (place[PANEL] + 1) * steps + T.shift_right(
-                place[_WITHIN] * (steps // GROUP) * place[_RATE], T.int64(_FRACTION_BITS)
+                place[_WITHIN] * (steps // group) * place[_RATE], T.int64(_FRACTION_BITS)
             )
 
     @T.inline

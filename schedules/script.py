@@ -22,6 +22,12 @@ define i32 @turbo_prefetch_read(ptr %base, i64 %index) alwaysinline nounwind {
   ret i32 0
 }
 
+define i32 @turbo_prefetch_near(ptr %base, i64 %index) alwaysinline nounwind {
+  %address = getelementptr i8, ptr %base, i64 %index
+  call void @llvm.prefetch.p0(ptr %address, i32 0, i32 3, i32 1) memory(inaccessiblemem: readwrite)
+  ret i32 0
+}
+
 declare float @llvm.vector.reduce.fadd.v4f32(float, <4 x float>)
 
 define float @turbo_sum_4(<4 x float> %v) alwaysinline nounwind readnone {
@@ -50,8 +56,17 @@ def prefetch_read(buffer: tvm.tirx.Buffer, index: Expr) -> Expr:
 
     The statement must stand inside `T.attr(T.int32(0), "pragma_import_llvm", CPU_LLVM)`.
     """
+    return _prefetch("read", buffer, index)
+
+
+def prefetch_near(buffer: tvm.tirx.Buffer, index: Expr) -> Expr:
+    """The same into L1."""
+    return _prefetch("near", buffer, index)
+
+
+def _prefetch(where: str, buffer: tvm.tirx.Buffer, index: Expr) -> Expr:
     offset = T.cast(index, "int64") * tvm.DataType(str(buffer.dtype)).itemsize
-    return T.evaluate(T.call_extern("int32", "turbo_prefetch_read", buffer.data, offset))
+    return T.evaluate(T.call_extern("int32", f"turbo_prefetch_{where}", buffer.data, offset))
 
 
 def lane_sum(vector: Expr, lanes: int) -> Expr:

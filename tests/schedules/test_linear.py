@@ -11,7 +11,6 @@ import pytest
 import tvm
 
 from turbo_tvm.schedules import linear, tiles
-from turbo_tvm.schedules.linear_tasks import GROUP
 from turbo_tvm.schedules.rows import RowFormat
 
 EPS = 1e-5
@@ -226,11 +225,12 @@ def check_loops(loops, geometry, instruction: str) -> None:
     """
     lines, vectors = max(1, geometry.col_tile // 16), geometry.row_tile * geometry.col_tile // geometry.lanes
     products = sorted(sum(instruction in line for line in loop) for loop in loops)
-    assert products == [GROUP * vectors * height for height in range(1, geometry.tile_units + 1)]
+    group = linear.space(geometry).default["group"]
+    assert products == [group * vectors * height for height in range(1, geometry.tile_units + 1)]
     for loop in loops:
         blocks = re.split(r"\n\.L\w+:|\n\t(?:j|b\.|[ct]bn?z).*", "\n".join(loop))
         asked = [len(re.findall(r"\t(?:prefetch|prfm)", block)) for block in blocks]
-        assert asked[:2] == [lines, (GROUP - 1) * lines]
+        assert asked[:2] == [lines, (group - 1) * lines]
         assert sum(asked[2:]) <= 1
 
 
