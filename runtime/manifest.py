@@ -32,9 +32,10 @@ __all__ = [
     "PositionRule",
     "TargetSpec",
     "TensorSpec",
+    "VariantSpec",
 ]
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 
 # What a batch says about itself, by layout: tiles of token rows and of sequence rows; or sequences, the longest one in
 # tokens, and tiles of the rows of all of them.
@@ -198,11 +199,19 @@ class ParameterSpec:
 
 
 @dataclass(frozen=True)
+class VariantSpec:
+    """How a kernel runs batches of up to `max_rows` rows, 0 for all larger ones: what a tuner chose, by decision."""
+
+    setting: dict[str, int]
+    max_rows: Natural = 0
+
+
+@dataclass(frozen=True)
 class KernelSpec:
     """One distinct kernel and how often a run calls it, for `inspect` and the cost model.
 
-    flops_per_token, flops_per_pair (a pair is a query and a key), bytes_per_token (of rows in and out) and
-    bytes_weights are for one call.
+    recipe: what it is built from, for a tuner; variants: none where nothing was tuned. flops_per_token, flops_per_pair
+    (a pair is a query and a key), bytes_per_token (of rows in and out) and bytes_weights are for one call.
     """
 
     name: str
@@ -213,6 +222,8 @@ class KernelSpec:
     flops_per_pair: float = 0.0
     bytes_weights: Natural = 0
     bytes_per_token: Natural = 0
+    recipe: str = ""
+    variants: tuple[VariantSpec, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -254,7 +265,8 @@ class Manifest:
     tile; query_tile: query rows per attention task. relative_positions: attention looks at distances between tokens;
     pools_first: an output is made from a sequence's first token. buffers, parameters: in call order. steps: the kernels
     that a run calls, in order. device_kernels: what they take of each GPU; device_source: the sha256 of the source that
-    their machine code was made from. declined: what was not fused, and why. source_parameters: the parameter count of
+    their machine code was made from. declined: what was not fused, and why. tuning: logs that
+    did not hold, and why. source_parameters: the parameter count of
     the model before packing. costs: what batches cost, by machine (`CompiledModel.machine`). members: every member
     of the file but the manifest itself; filled when the artifact is saved.
     """
@@ -284,6 +296,7 @@ class Manifest:
     device_kernels: tuple[DeviceKernelSpec, ...] = ()
     device_source: str = ""
     declined: tuple[str, ...] = ()
+    tuning: tuple[str, ...] = ()
     source_parameters: Natural = 0
     costs: dict[str, CostSpec] = field(default_factory=dict)
     members: dict[str, MemberSpec] = field(default_factory=dict)

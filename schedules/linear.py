@@ -109,7 +109,7 @@ def space(tiles: CpuTiles, **_options: object) -> Space:
             Knob("tile_units", tuple(range(1, tiles.tile_units + 1)), tiles.tile_units, "row tiles of a register tile"),
             Knob("group", (2, 4, 8), 4, "steps of k that are spelt out and prefetch together"),
             Knob("ahead", (1024, 2048, 4096, 8192, 16384), 4096, "elements that a lone tile's prefetch is ahead"),
-            Knob("near", (0, 4, 8, 16), 0, "steps by which weights are also asked into L1; 0: not"),
+            Knob("near", (0, 2, 4, 8, 16), 0, "steps by which weights are also asked into L1; 0: not"),
             Knob("touch_rows", (0, 1), 1, "whether the lines of residual and output are asked for"),
         )
     )

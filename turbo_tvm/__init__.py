@@ -5,6 +5,7 @@ import turbo_tvm
 fast = turbo_tvm.compile(model)                  # a torch.nn.Module or a model folder
 vectors = fast.run([ids_a, ids_b, ids_c])        # any lengths, no padding
 fast.save("model.turbo")
+turbo_tvm.tune("model.turbo")                    # the best kernels for this machine, kept in tuning_logs/
 fast = turbo_tvm.load("model.turbo")             # no torch, no compiler
 with turbo_tvm.Engine(fast) as engine:           # many requests at once, in the best batches
     vector = engine.infer_sync(ids_a)
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from turbo_tvm.loader import load
     from turbo_tvm.runtime.engine import Engine
     from turbo_tvm.runtime.model import CompiledModel
+    from turbo_tvm.tuning.tune import tune
 
 __version__ = "0.1.0"
 
@@ -43,11 +45,13 @@ __all__ = [
     "__version__",
     "compile",
     "load",
+    "tune",
 ]
 
 _LAZY = {
     "compile": "turbo_tvm.compiler",
     "load": "turbo_tvm.loader",
+    "tune": "turbo_tvm.tuning.tune",
     "CompiledModel": "turbo_tvm.runtime.model",
     "Engine": "turbo_tvm.runtime.engine",
 }
@@ -63,7 +67,7 @@ def __getattr__(name: str) -> Any:
 
     if name == "load":
         config.import_tvm_to_run()
-    elif name == "compile":
+    elif name in ("compile", "tune"):
         config.check_tvm_can_compile()
     value = getattr(importlib.import_module(_LAZY[name]), name)
     globals()[name] = value

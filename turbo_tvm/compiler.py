@@ -19,6 +19,7 @@ from turbo_tvm.cuda import machine_code
 from turbo_tvm.errors import ArtifactError, CompileError, TargetError, TurboError, UnsupportedModelError, summary
 from turbo_tvm.frontends import onnx_folder
 from turbo_tvm.frontends.imported import TOLERANCES, Imported
+from turbo_tvm.kernels import Tuned
 from turbo_tvm.loader import open_model
 from turbo_tvm.passes.fuse_pooling import LARGEST
 from turbo_tvm.passes.rewriter import dims_of
@@ -26,11 +27,20 @@ from turbo_tvm.progress import Progress
 from turbo_tvm.runtime import gpu
 from turbo_tvm.runtime.cpu_features import check_host
 from turbo_tvm.runtime.executor import ForeignExecutor
-from turbo_tvm.runtime.manifest import BufferSpec, Manifest, OutputSpec, ParameterSpec, PooledToken, TensorSpec
+from turbo_tvm.runtime.manifest import (
+    BufferSpec,
+    KernelSpec,
+    Manifest,
+    OutputSpec,
+    ParameterSpec,
+    PooledToken,
+    TensorSpec,
+)
 from turbo_tvm.runtime.model import CompiledModel
 from turbo_tvm.runtime.text import TextTokenizer
 from turbo_tvm.schedules.cuda.tiles import CUDA_TILES
 from turbo_tvm.schedules.tiles import cpu_tiles
+from turbo_tvm.tuning.apply import SHIPPED, Applied, applied
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 _KINDS = {"input_ids": "token_ids"}  # other inputs are named after their kind
@@ -55,6 +65,7 @@ def compile(
     image_size: int | tuple[int, int] | None = None,
     tokenizer: str | PathLike[str] | None = None,
     threads: int | None = None,
+    logs: str | PathLike[str] | bool = True,
     progress: bool | None = None,
 ) -> CompiledModel:
     """Compile a transformer encoder for requests of any batch size and length.
@@ -72,10 +83,12 @@ def compile(
         the model's positions are interpolated, if it can.
     tokenizer: the path of a `tokenizer.json` for `encode`; a model folder brings its own.
     threads: threads per call; by default one per physical core.
+    logs: a directory of tuning logs (`turbo_tvm.tune`) whose settings the kernels get, where they fit the target; True
+        for those that come with turbo_tvm, False for none. The manifest names the kernels that were tuned.
     progress: whether to show progress on stderr; by default if it is a terminal.
 
     Returns a CompiledModel; one for a CPU or GPU that this machine lacks can be saved, not run. Raises
-    UnsupportedModelError, TargetError or CompileError, all of them TurboError.
+    UnsupportedModelError, TargetError, CompileError or, for a damaged log, TuningLogError, all of them TurboError.
     """
     if precision not in PRECISIONS:
         raise TargetError(f"precision {precision!r} is not supported; use one of {', '.join(PRECISIONS)}")
@@ -92,14 +105,15 @@ def compile(
         show("optimising the graph")
         tiles = CUDA_TILES if architectures else cpu_tiles(machine)
         optimized = pipeline.optimize(imported.mod, tiles, imported.bounds.max_length, precision)
-        show("generating code and packing weights")
-        built = _build(optimized, imported, machine, tiles)
+        tuning = applied(optimized.kernels(), target, _logs(logs)) if logs else Applied()
+        show(f"generating code and packing weights{_tuned_words(tuning)}")
+        built = _build(optimized, imported, machine, tiles, tuning.variants)
         code = machine_code.DeviceCode()
         if architectures:
             show(f"machine code for {', '.join(architectures)}")
             code = machine_code.compile_source(built.device_source, architectures, built.device_counts)
         show("linking")
-        manifest = _manifest(imported, optimized, built, targets.describe(target, machine), precision, tiles)
+        manifest = _manifest(imported, optimized, built, targets.describe(target, machine), precision, tiles, tuning)
         manifest = replace(manifest, device_kernels=code.kernels, device_source=code.source)
         library = _link(built.executable)
         path = Path(f"{imported.name}.turbo")
@@ -108,6 +122,28 @@ def compile(
         show("comparing with the original")
         _check_answers(model, imported)
         return model
+
+
+def kernels_of(model: Any, target: str, precision: str) -> tuple[tuple[KernelSpec, ...], int]:
+    """The kernels that a model is compiled to, without compiling them, and its longest sequence in tokens."""
+    machine = targets.resolve(target)
+    targets.check_precision(machine, precision)
+    imported = _import(model, None, None, None, None)
+    tiles = CUDA_TILES if targets.architectures(target) else cpu_tiles(machine)
+    optimized = pipeline.optimize(imported.mod, tiles, imported.bounds.max_length, precision)
+    return optimized.kernels(), imported.bounds.max_length
+
+
+def _logs(logs: str | PathLike[str] | bool) -> Path:
+    """The directory of the logs. CompileError for one that does not exist."""
+    path = SHIPPED if isinstance(logs, bool) else Path(logs)
+    if not isinstance(logs, bool) and not path.is_dir():
+        raise CompileError(f"there is no directory of tuning logs at {path}")
+    return path
+
+
+def _tuned_words(tuning: Applied) -> str:
+    return f", {len(tuning.variants)} kernels as tuned" if tuning.variants else ""
 
 
 def _check_answers(compiled: CompiledModel, imported: Imported) -> None:
@@ -222,9 +258,11 @@ def _check_compiler() -> None:
         raise CompileError("no C++ compiler was found to link the code: install g++ or clang, or name one in CXX")
 
 
-def _build(optimized: pipeline.Optimized, imported: Imported, machine: Any, tiles: pipeline.Tiles) -> pipeline.Built:
+def _build(
+    optimized: pipeline.Optimized, imported: Imported, machine: Any, tiles: pipeline.Tiles, tuned: Tuned
+) -> pipeline.Built:
     try:
-        return pipeline.build(optimized, imported.weights, machine, targets.resolve("cpu"), tiles)
+        return pipeline.build(optimized, imported.weights, machine, targets.resolve("cpu"), tiles, tuned=tuned)
     except TurboError:
         raise
     except Exception as error:  # whatever TVM's lowering raises for a graph that it cannot compile
@@ -248,6 +286,7 @@ def _manifest(
     target: Any,
     precision: str,
     tiles: pipeline.Tiles,
+    tuning: Applied,
 ) -> Manifest:
     func = optimized.mod["main"]
     inputs = [(p.name, str(p.ty.dtype)) for p in func.params[: int(func.attrs["num_input"])]]
@@ -275,7 +314,8 @@ def _manifest(
         buffers=tuple(BufferSpec(**vars(b)) for b in built.memory.buffers),
         steps=built.memory.steps,
         parameters=tuple(ParameterSpec(n, tuple(a.shape), str(a.dtype)) for n, a in built.parameters.items()),  # type: ignore[arg-type]
-        kernels=optimized.kernels,
+        kernels=optimized.kernels(tuning.variants),
+        tuning=tuple(f"{kernel}: {why}" for kernel, why in tuning.refused.items()),
         declined=optimized.declined,
         source_parameters=imported.parameter_count,
     )

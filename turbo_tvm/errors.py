@@ -48,3 +48,11 @@ class OverloadError(EngineError):
 
 class DeadlineError(EngineError, TimeoutError):
     """A request was not answered within its time; if it was still waiting, it never ran."""
+
+
+class TuningError(TurboError):
+    """Tuning cannot start or go on: nothing to tune, a tracker that does not answer, no worker that stays alive."""
+
+
+class TuningLogError(TuningError):
+    """A tuner's log cannot be used: damaged, or not a log; the message names the file and the line."""

@@ -7,13 +7,12 @@ The passes know composites, the schedules know loops; the pipeline hands `CpuKer
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from tvm import ir, relax, s_tir, tirx
+from tvm import ir, relax, tirx
 
 from turbo_tvm.kernel_names import (
     fits_tiles,
@@ -25,11 +24,11 @@ from turbo_tvm.kernel_names import (
     row_types,
     true_columns,
 )
+from turbo_tvm.kernel_recipe import KernelRecipe
 from turbo_tvm.passes import composite
 from turbo_tvm.passes.composite import Composite
-from turbo_tvm.passes.plan_memory import OVERWRITES
 from turbo_tvm.passes.rewriter import dims_of, shape_of
-from turbo_tvm.runtime.manifest import KernelSpec
+from turbo_tvm.runtime.manifest import KernelSpec, VariantSpec
 from turbo_tvm.schedules import (
     attention,
     attention_amx,
@@ -47,16 +46,37 @@ from turbo_tvm.schedules import (
 )
 from turbo_tvm.schedules.cuda.tiles import CudaTiles
 from turbo_tvm.schedules.rows import RowFormat
+from turbo_tvm.schedules.space import Variant
 from turbo_tvm.schedules.tiles import CpuTiles
 
 Recipe = tuple[Callable[..., tirx.PrimFunc], dict[str, Any]]  # a schedule and its parameters
 
 
-class WeightKernels:
-    """Builds the kernels that prepare weights, which run on the CPU that compiles, in the layout of `tiles`."""
+Tuned = Mapping[str, Sequence[Variant]]  # variants by the kernel's name
 
-    def __init__(self, tiles: CpuTiles | CudaTiles):
+
+class WeightKernels:
+    """Builds the kernels that prepare weights, which run on the CPU that compiles, in the layout of `tiles`.
+
+    tuned: the variants of those kernels that are not built as they are by themselves.
+    """
+
+    def __init__(self, tiles: CpuTiles | CudaTiles, tuned: Tuned | None = None):
         self.tiles = tiles
+        self.tuned = tuned or {}
+
+    def __call__(self, fused: Composite, out: relax.TensorType) -> tuple[str, tirx.PrimFunc]:
+        """The kernel's name, unique for its parameters, and its PrimFunc."""
+        name = self.name(fused, out)
+        return name, self.recipe(fused, out).build(overwritable(fused, out), self.tuned.get(name, ()))
+
+    def name(self, fused: Composite, out: relax.TensorType) -> str:
+        """What the kernel is called."""
+        return kernel_name(fused, out)
+
+    def recipe(self, fused: Composite, out: relax.TensorType) -> KernelRecipe:
+        """Which schedule implements a composite, with which parameters."""
+        raise NotImplementedError
 
     def _pack_weight(self, fused: Composite, out: relax.TensorType) -> Recipe:
         dtype = {} if fused.attrs.get("pairs") else {"dtype": str(out.dtype)}
@@ -77,14 +97,14 @@ class CpuKernels(WeightKernels):
 
     tiles: CpuTiles
 
-    def __call__(self, fused: Composite, out: relax.TensorType) -> tuple[str, tirx.PrimFunc]:
-        """The kernel's name, unique for its parameters, and its PrimFunc."""
+    def name(self, fused: Composite, out: relax.TensorType) -> str:
+        return kernel_name(fused, out, self.tiles.amx)
+
+    def recipe(self, fused: Composite, out: relax.TensorType) -> KernelRecipe:
         factory, options = getattr(self, "_" + fused.name)(fused, out)
-        options = options | row_formats(fused, out)
         if self.tiles.amx and fits_tiles(fused, out):
             factory = _IN_TILES[fused.name]
-        kernel = build_kernel(factory, self.tiles, options, overwritable(fused, out))
-        return kernel_name(fused, out, self.tiles.amx), kernel
+        return KernelRecipe.of(factory, self.tiles, options | row_formats(fused, out))
 
     def _linear(self, fused: Composite, out: relax.TensorType) -> Recipe:
         return linear.linear, linear_options(fused, out)
@@ -160,36 +180,6 @@ def embedding_options(fused: Composite, out: relax.TensorType) -> dict[str, Any]
     return {"hidden": true_columns(fused, out), "table_type": str(table.ty.dtype)} | fused.attrs
 
 
-def build_kernel(
-    factory: Callable[..., tirx.PrimFunc],
-    tiles: CpuTiles | CudaTiles | None,
-    options: dict[str, Any],
-    overwrites: tuple[int, ...],
-) -> tirx.PrimFunc:
-    """A schedule for these parameters, and for these tiles if it takes any."""
-    return _build(factory, tiles, tuple(sorted(options.items())), overwrites)
-
-
-@lru_cache(maxsize=512)
-def _build(
-    factory: Callable[..., tirx.PrimFunc],
-    tiles: CpuTiles | CudaTiles | None,
-    options: tuple[tuple[str, Any], ...],
-    overwrites: tuple[int, ...],
-) -> tirx.PrimFunc:
-    """Parsing TVMScript takes up to a second, so models of one process share their kernels."""
-    positional = () if tiles is None else (tiles,)
-    return _rooted(factory(*positional, **dict(options))).with_attr(OVERWRITES, list(overwrites))
-
-
-def _rooted(func: tirx.PrimFunc) -> tirx.PrimFunc:
-    """The function inside a root block, which TVM's analyses expect of every function that a graph calls."""
-    if isinstance(func.body, s_tir.SBlockRealize):
-        return func
-    root = s_tir.SBlockRealize([], True, s_tir.SBlock([], [], [], "root", func.body))
-    return tirx.PrimFunc(func.params, root, func.ret_type, func.attrs)
-
-
 def overwritable(fused: Composite, out: relax.TensorType) -> tuple[int, ...]:
     """Which tensors may be the memory of the output, if they are stored as it is.
 
@@ -213,20 +203,26 @@ _IN_TILES: dict[str, Callable[..., tirx.PrimFunc]] = {
 }
 
 
-def inventory(mod: ir.IRModule, amx: bool = False) -> tuple[KernelSpec, ...]:
+def inventory(mod: ir.IRModule, kernels: WeightKernels) -> tuple[KernelSpec, ...]:
     """The kernels that `main` calls, before they are lowered: how often, and what one call costs per token.
 
-    amx: as for `kernel_name`. A kernel on one row per sequence counts as nothing: next to the tokens there are few.
+    kernels: those of the target. A kernel on one row per sequence counts as nothing: next to the tokens there are few.
     """
     calls: Counter[str] = Counter()
     specs: dict[str, KernelSpec] = {}
     batch = dims_of(mod["main"].params[0].ty)[0]
     for fused, out in composites(mod["main"]):
-        name = kernel_name(fused, out, amx)
+        name = kernels.name(fused, out)
         calls[name] += 1
         per_token = any(v.same_as(batch) for v in tirx.analysis.undefined_vars(dims_of(out)[0]))
-        specs.setdefault(name, _describe(name, fused, out, per_token, batch))
+        if name not in specs:
+            spec = _describe(name, fused, out, per_token, batch)
+            specs[name] = replace(spec, recipe=kernels.recipe(fused, out).to_json(), variants=_variants(kernels, name))
     return tuple(replace(spec, calls=calls[name]) for name, spec in specs.items())
+
+
+def _variants(kernels: WeightKernels, name: str) -> tuple[VariantSpec, ...]:
+    return tuple(VariantSpec(dict(v.setting), v.max_rows or 0) for v in kernels.tuned.get(name, ()))
 
 
 def composites(func: relax.Function) -> Iterable[tuple[Composite, relax.TensorType]]:

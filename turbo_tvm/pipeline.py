@@ -21,7 +21,7 @@ from turbo_tvm.cuda import lowering
 from turbo_tvm.cuda.block_counts import BlockCounts
 from turbo_tvm.cuda.kernels import CudaKernels
 from turbo_tvm.kernel_names import has_distances, has_position_bias
-from turbo_tvm.kernels import CpuKernels, composites, inventory
+from turbo_tvm.kernels import CpuKernels, Tuned, composites, inventory
 from turbo_tvm.passes.capture_graphs import capture_graphs
 from turbo_tvm.passes.compose_operators import compose_operators
 from turbo_tvm.passes.drop_mask import drop_mask
@@ -45,7 +45,7 @@ from turbo_tvm.passes.widen_rows import widen_rows
 from turbo_tvm.runtime.manifest import KernelSpec
 from turbo_tvm.schedules.cuda.attention import MAX_HEAD_DIM
 from turbo_tvm.schedules.cuda.tiles import CudaTiles
-from turbo_tvm.schedules.tiles import CpuTiles
+from turbo_tvm.schedules.tiles import BASELINE, CpuTiles
 
 Pass = Callable[[ir.IRModule], ir.IRModule]
 Tiles = CpuTiles | CudaTiles
@@ -57,18 +57,17 @@ STORAGE = {"bf16": "uint16", "fp16": "float16"}  # the dtype of rows by precisio
 class Optimized:
     """A module in composites, ready to lower.
 
-    layout: "packed" or "padded"; declined: why, if not packed; amx: whether what fits AMX's tiles runs there.
+    layout: "packed" or "padded"; declined: why, if not packed; tiles: of the target.
     """
 
     mod: ir.IRModule
     layout: str
     declined: tuple[str, ...] = ()
-    amx: bool = False
+    tiles: Tiles = BASELINE
 
-    @property
-    def kernels(self) -> tuple[KernelSpec, ...]:
-        """What `main` calls and what it costs."""
-        return inventory(self.mod, self.amx)
+    def kernels(self, tuned: Tuned | None = None) -> tuple[KernelSpec, ...]:
+        """What `main` calls and what it costs; tuned: the variants of kernels."""
+        return inventory(self.mod, _kernels(self.tiles, tuned))
 
     @property
     def relative_positions(self) -> bool:
@@ -155,15 +154,14 @@ def _lower_precision(cpu: bool, precision: str) -> list[Pass]:
 
 def optimize(mod: ir.IRModule, tiles: Tiles, max_length: int, precision: str = "fp32") -> Optimized:
     """Graph to composites: packed if every part allows it, else padded with the reason kept."""
-    amx = isinstance(tiles, CpuTiles) and tiles.amx
     try:
         done = _run(mod, packed(tiles, max_length, precision), "packed")
         if isinstance(tiles, CudaTiles):
             _check_attention(done)
-        return Optimized(done, "packed", amx=amx)
+        return Optimized(done, "packed", tiles=tiles)
     except Declined as why:
         done = _run(mod, padded(tiles, precision), "padded")
-        return Optimized(done, "padded", (f"padding was not removed: {why}",), amx)
+        return Optimized(done, "padded", (f"padding was not removed: {why}",), tiles)
 
 
 def _check_attention(mod: ir.IRModule) -> None:
@@ -182,14 +180,16 @@ def build(
     host: tvm.target.Target,
     tiles: Tiles,
     planned: bool = True,
+    tuned: Tuned | None = None,
 ) -> Built:
     """Composites to machine code and prepared weights.
 
     weights: the model's weights in the order of the imported module's parameters. host: this machine, which prepares
-    them; it may be another than the target. planned: False leaves intermediates to TVM's own allocator.
+    them; it may be another than the target. planned: False leaves intermediates to TVM's own allocator. tuned: the
+    variants of kernels, by name.
     """
     cuda = isinstance(tiles, CudaTiles)
-    mod = lower_kernels(optimized.mod, CudaKernels(tiles) if isinstance(tiles, CudaTiles) else CpuKernels(tiles))
+    mod = lower_kernels(optimized.mod, _kernels(tiles, tuned))
     names = [p.name for p in mod["main"].params[int(mod["main"].attrs["num_input"]) :]]
     parameters = _prepare_weights(mod, weights, names, host)
     main = ir.IRModule({var: f for var, f in mod.functions_items() if var.name_hint != TRANSFORM})
@@ -203,6 +203,10 @@ def build(
         executable = tvm.compile(main, target=target, relax_pipeline=relax_pipeline, tir_pipeline=tir_pipeline)
     source = lowering.source_of(executable.mod) if cuda else ""
     return Built(executable, parameters, memory[0], outputs, source, counts)
+
+
+def _kernels(tiles: Tiles, tuned: Tuned | None) -> CpuKernels | CudaKernels:
+    return CudaKernels(tiles, tuned) if isinstance(tiles, CudaTiles) else CpuKernels(tiles, tuned)
 
 
 def _prepare_weights(

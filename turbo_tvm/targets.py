@@ -84,6 +84,11 @@ def _this_machine(triple: str) -> tvm.target.Target:
     return tvm.target.Target({**known.export(), "mattr": changes}) if changes else known
 
 
+def log_name(name: str) -> str:
+    """The directory of a target's tuning logs: its CPU by LLVM's name, or its oldest GPU architecture."""
+    return (architectures(name) or (str(resolve(name).attrs["mcpu"]),))[0]
+
+
 def check_precision(target: tvm.target.Target, precision: str) -> None:
     """Raises TargetError if the target has no instructions for this precision."""
     if str(target.kind.name) == "cuda":

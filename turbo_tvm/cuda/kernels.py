@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from tvm import relax, tirx
+from tvm import relax
 
-from turbo_tvm.kernel_names import kernel_name, last_dim, true_columns
+from turbo_tvm.kernel_names import last_dim, true_columns
+from turbo_tvm.kernel_recipe import KernelRecipe
 from turbo_tvm.kernels import (
     Recipe,
     WeightKernels,
     attention_options,
-    build_kernel,
     embedding_options,
     linear_options,
-    overwritable,
     pool_options,
     rotary_options,
     row_formats,
@@ -30,12 +29,11 @@ class CudaKernels(WeightKernels):
 
     tiles: CudaTiles
 
-    def __call__(self, fused: Composite, out: relax.TensorType) -> tuple[str, tirx.PrimFunc]:
-        """The kernel's name, unique for its parameters, and its PrimFunc."""
+    def recipe(self, fused: Composite, out: relax.TensorType) -> KernelRecipe:
+        """Which schedule implements a composite, with which parameters."""
         factory, options = getattr(self, "_" + fused.name)(fused, out)
-        options = options | row_formats(fused, out)
         tiles = self.tiles if fused.name in (*_ON_HOST, *_TILED) else None
-        return kernel_name(fused, out), build_kernel(factory, tiles, options, overwritable(fused, out))
+        return KernelRecipe.of(factory, tiles, options | row_formats(fused, out))
 
     def _linear(self, fused: Composite, out: relax.TensorType) -> Recipe:
         options = linear_options(fused, out)

@@ -1,0 +1,113 @@
+"""What there is to tune: the kernels of a model that have knobs, and the batches in which they are measured."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from turbo_tvm.errors import TuningError
+from turbo_tvm.kernel_recipe import KernelRecipe
+from turbo_tvm.runtime.manifest import KernelSpec
+from turbo_tvm.schedules.space import Space
+
+# Tokens of a measured batch, and up to how many the choice then holds: halfway to the next, on a scale of doublings.
+_ROWS = (16, 64, 256, 1024)
+_REQUESTS = (1, 4, 16, 32)  # batch sizes that a distribution of lengths is seen in, if none are named
+
+USUAL_LENGTHS = (8, 16, 32, 64, 128, 256, 512)
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Batches of up to `max_rows` rows, None for any: measured as `lengths`; weight: how much of the work they are."""
+
+    max_rows: int | None
+    lengths: tuple[int, ...]
+    weight: float
+
+    @property
+    def rows(self) -> int:
+        """Tokens of the measured batch."""
+        return sum(self.lengths)
+
+
+@dataclass(frozen=True)
+class TuningTask:
+    """A kernel to tune. calls: of a run of the model; flops: of a call per token and per pair of tokens."""
+
+    kernel: str
+    recipe: KernelRecipe
+    calls: int
+    flops_per_token: float
+    flops_per_pair: float
+    bytes_weights: int
+    bytes_per_token: int
+    space: Space = field(compare=False)
+
+    def flops(self, lengths: Sequence[int]) -> float:
+        """Of one call on sequences of these lengths."""
+        return self.flops_per_token * sum(lengths) + self.flops_per_pair * sum(n * n for n in lengths)
+
+    def bytes(self, lengths: Sequence[int]) -> float:
+        """What one call reads and writes at least: its weights once, and its rows."""
+        return self.bytes_weights + self.bytes_per_token * sum(lengths)
+
+
+def tasks_of(kernels: Iterable[KernelSpec], only: Sequence[str] = ()) -> list[TuningTask]:
+    """The kernels that can be tuned and whose names contain one of `only`, those with most work first.
+
+    TuningError where none is left.
+    """
+    tasks = []
+    for spec in kernels:
+        if not spec.recipe or not spec.calls:
+            continue
+        recipe = KernelRecipe.from_json(spec.recipe)
+        counts = (spec.flops_per_token, spec.flops_per_pair, spec.bytes_weights, spec.bytes_per_token)
+        task = TuningTask(spec.name, recipe, spec.calls, *counts, recipe.space)
+        per_token = bool(spec.flops_per_token or spec.flops_per_pair)  # else it runs on a row per sequence
+        if task.space.most > 1 and per_token:
+            tasks.append(task)
+    chosen = [task for task in tasks if not only or any(word in task.kernel for word in only)]
+    if not chosen:
+        names = ", ".join(task.kernel for task in tasks) or "none"
+        raise TuningError(
+            f"there is nothing to tune{f' called {list(only)}' if only else ''}; kernels with knobs: {names}"
+        )
+    return sorted(chosen, key=lambda task: -task.calls * task.flops(USUAL_LENGTHS))
+
+
+def buckets(lengths: Sequence[int], max_length: int, seed: int = 0, device: str = "cpu") -> tuple[Bucket, ...]:
+    """The buckets for requests whose lengths are distributed like `lengths`, in batches of 1 to 32 of them.
+
+    Each weighs what batches in its range are of all work; those without any are left out. A GPU's kernels have one
+    setting for all rows: the buckets are measured all the same.
+    """
+    rng = np.random.default_rng(seed)
+    allowed = [int(n) for n in lengths if 1 <= int(n) <= max_length]
+    if not allowed:
+        raise TuningError(
+            f"none of the lengths {list(lengths)[:8]} is one that the model takes: 1 to {max_length} tokens"
+        )
+    totals = np.array([sum(rng.choice(allowed, size)) for size in _REQUESTS for _ in range(64)])
+    bounds = [math.isqrt(a * b) for a, b in itertools.pairwise(_ROWS)]
+    places = np.searchsorted(bounds, totals)
+    shares = [float((places == i).mean()) for i in range(len(_ROWS))]
+    kept = [i for i, share in enumerate(shares) if share > 0]
+    made = []
+    for i in kept:
+        bound = bounds[i] if i != kept[-1] else None
+        made.append(Bucket(bound, _batch(allowed, _ROWS[i], rng), shares[i]))
+    return tuple(made)
+
+
+def _batch(allowed: Sequence[int], rows: int, rng: np.random.Generator) -> tuple[int, ...]:
+    """Sequences of such lengths that are `rows` tokens together; the last one is cut."""
+    made: list[int] = []
+    while sum(made) < rows:
+        made.append(min(int(rng.choice(allowed)), rows - sum(made)))
+    return tuple(made)

@@ -1,0 +1,60 @@
+"""Processes that build and measure candidates; one that crashes or hangs costs a trial and is started anew.
+
+TVM's own `PopenWorker` does the work: functions go there by cloudpickle, and a time-out kills the process.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any
+
+from tvm.support.popen_pool import PopenWorker
+
+from turbo_tvm.errors import TuningError
+
+Failed = TuningError  # what a job that failed gives in place of its value
+
+
+class Workers:
+    """So many processes. A job's value is what its function returns, or the TuningError that says why it has none."""
+
+    def __init__(self, count: int, timeout_s: float):
+        self._timeout_s = timeout_s
+        self._workers = [PopenWorker(stderr=subprocess.DEVNULL) for _ in range(count)]
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        for worker in self._workers:
+            worker.kill()
+
+    def run(self, function: Callable[..., Any], jobs: Sequence[tuple]) -> list[Any]:
+        """The values of `function` for the arguments of every job, in order; several at a time."""
+        results: list[Any] = []
+        for start in range(0, len(jobs), len(self._workers)):
+            group = list(zip(self._workers, jobs[start : start + len(self._workers)], strict=False))
+            for worker, job in group:
+                worker.send(function, job, timeout=self._timeout_s)
+            results += [self._result(worker) for worker, _ in group]
+        return results
+
+    def restart(self) -> None:
+        """Begin anew, without what the processes remember."""
+        for worker in self._workers:
+            worker.kill()
+
+    def _result(self, worker: PopenWorker) -> Any:
+        try:
+            return worker.recv()
+        except TimeoutError:
+            return Failed(f"took longer than {self._timeout_s:g} s")
+        except ChildProcessError:
+            return Failed("the process crashed")
+        except TuningError as error:
+            return error
+        except Exception as error:  # whatever TVM raises for it
+            lines = str(error).strip().splitlines() or [""]
+            return Failed(f"{type(error).__name__}: {lines[-1][:300]}")
