@@ -1,4 +1,4 @@
-"""The command line: `turbo-tvm compile`, `inspect`, `run`, `profile`, `cost` and `simulate`, one file each.
+"""The command line: `turbo-tvm compile`, `inspect`, `run`, `tune`, `profile`, `cost` and `simulate`.
 
 Starting is quick: a command imports TVM, PyTorch or rich only when it does its work.
 """
@@ -14,6 +14,7 @@ from turbo_tvm.cli.options import Commands, debug_option, print_version
 from turbo_tvm.cli.profile import profile_command
 from turbo_tvm.cli.run import run_command
 from turbo_tvm.cli.simulate import simulate_command
+from turbo_tvm.cli.tune import tune_command, tune_server_command
 
 __all__ = ["main"]
 
@@ -39,5 +40,8 @@ def main() -> None:
     """
 
 
-for command in (compile_command, inspect_command, run_command, profile_command, cost_command, simulate_command):
+for command in (
+    *(compile_command, inspect_command, run_command, tune_command, tune_server_command),
+    *(profile_command, cost_command, simulate_command),
+):
     main.add_command(command)

@@ -50,6 +50,13 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="A tokenizer.json to carry.  [default: the folder's own]",
 )
+@click.option(
+    "--logs",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="Tuning logs whose settings kernels get (turbo-tvm tune).  [default: those that come with turbo-tvm]",
+)
+@click.option("--no-logs", is_flag=True, help="Build every kernel as it is by itself.")
 @click.option("--check", is_flag=True, help="Run an ONNX file beside the result on random ragged batches and compare.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress and no summary.")
 @debug_option
@@ -62,6 +69,8 @@ def compile_command(
     image_size: tuple[int, int] | None,
     name: str | None,
     tokenizer: Path | None,
+    logs: Path | None,
+    no_logs: bool,
     check: bool,
     quiet: bool,
 ) -> None:
@@ -83,7 +92,10 @@ def compile_command(
       turbo-tvm compile path/to/bert -o bert.turbo --precision bf16
       turbo-tvm compile path/to/bert -o bert.turbo --target cpu:x86-64-v3
       turbo-tvm compile path/to/vit -o vit.turbo --image-size 384
+      turbo-tvm compile path/to/bert -o bert.turbo --logs tuning_logs
     """
+    if logs is not None and no_logs:
+        raise click.UsageError("--logs and --no-logs exclude each other")
     _check_output(output)
     if check and _onnx_file(model) is None:
         raise Failure(f"--check is for ONNX files; {model} is compared with PyTorch at the end of every compile")
@@ -100,11 +112,14 @@ def compile_command(
         max_length=max_length,
         image_size=image_size,
         tokenizer=tokenizer,
+        logs=False if no_logs else logs or True,
         progress=not quiet,
     )
     compiled.save(output)
     if not quiet:
         click.echo(_summary(output, artifact.read(output).manifest))
+        for note in compiled.manifest.tuning:
+            click.echo(f"note: not tuned, {note}", err=True)
     if check:
         _print_check(_onnx_file(model) or model, compiled, progress=not quiet)
 
@@ -141,7 +156,7 @@ def _check_output(output: Path) -> None:
 
 
 def _summary(output: Path, manifest: Manifest) -> str:
-    from turbo_tvm.cli.numbers import size, why_padded
+    from turbo_tvm.cli.numbers import size, tuned_words, why_padded
 
     kernels = f"{len(manifest.kernels)} kernels, {sum(k.calls for k in manifest.kernels)} calls"
     lines = [
@@ -149,7 +164,7 @@ def _summary(output: Path, manifest: Manifest) -> str:
         f"  model      {manifest.name} ({manifest.model_type}), {manifest.source_parameters / 1e6:.1f} M parameters",
         f"  target     {manifest.target.name} ({manifest.target.mcpu}), {manifest.precision}{_spills(manifest)}",
         f"  layout     {manifest.layout}{why_padded(manifest)}",
-        f"  code       {kernels}",
+        f"  code       {kernels}{tuned_words(manifest)}",
         f"next: {_next_command(output, manifest)}",
     ]
     return "\n".join(lines)

@@ -19,8 +19,14 @@ def show(file: Path, manifest: Manifest, lengths: list[int] | None) -> None:
     out = console()
     print_fields(out, _overview(file, manifest))
     out.print(_kernels(manifest))
+    if any(kernel.variants for kernel in manifest.kernels):
+        out.print(_variants(manifest))
     out.print(_memory(manifest))
     out.print(_members(manifest))
+    if manifest.tuning:
+        out.print("[bold]Tuning logs that did not hold[/]")
+        for reason in manifest.tuning:
+            out.print(plain(f"  {reason}"))
     out.print("[bold]Not fused[/]" if manifest.declined else "[bold]Not fused[/]  nothing")
     for reason in manifest.declined:
         out.print(plain(f"  {reason}"))
@@ -95,6 +101,16 @@ def _kernels(manifest: Manifest) -> Table:
         add_row(rows, kernel.family, kernel.name, kernel.shapes, str(kernel.calls), *_costs([kernel]))
     rows.add_section()
     add_row(rows, "total", "", "", str(sum(k.calls for k in manifest.kernels)), *_costs(list(manifest.kernels)))
+    return rows
+
+
+def _variants(manifest: Manifest) -> Table:
+    rows = table("Tuned kernels", ["name", "rows up to>", "setting"], "name")
+    for kernel in manifest.kernels:
+        for number, variant in enumerate(kernel.variants):
+            setting = " ".join(f"{name}={value}" for name, value in sorted(variant.setting.items())) or "default"
+            bound = f"{variant.max_rows:,}" if variant.max_rows else "any"
+            add_row(rows, "" if number else kernel.name, bound, setting)
     return rows
 
 

@@ -34,6 +34,12 @@ def flops(count: float) -> str:
     return _scaled(count, "FLOP")
 
 
+def tuned_words(manifest: Manifest) -> str:
+    """How many kernels are as a tuner found them, "" for none."""
+    tuned = sum(bool(kernel.variants) for kernel in manifest.kernels)
+    return f", {tuned} tuned" if tuned else ""
+
+
 def why_padded(manifest: Manifest) -> str:
     """' (why)' for a layout that is not packed."""
     return f" ({'; '.join(manifest.declined)})" if manifest.layout != "packed" and manifest.declined else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from turbo_tvm.runtime.model import CompiledModel
 from turbo_tvm.tuning.candidate import Remote
 from turbo_tvm.tuning.log import TuningLog
 from turbo_tvm.tuning.search import SEARCHES
-from turbo_tvm.tuning.tasks import USUAL_LENGTHS, buckets, tasks_of
+from turbo_tvm.tuning.tasks import USUAL_LENGTHS, Bucket, TuningTask, buckets, tasks_of
 from turbo_tvm.tuning.tuner import KernelOutcome, Plan, Progress, Tuner
 
 DEFAULT_TRIALS = 64
@@ -38,7 +39,7 @@ def tune(
     target: str | None = None,
     precision: str = "fp32",
     trials: int = DEFAULT_TRIALS,
-    lengths: Sequence[int] = USUAL_LENGTHS,
+    lengths: Sequence[int] | None = None,
     logs: str | PathLike[str] = "tuning_logs",
     kernels: Sequence[str] = (),
     search: str = "xgb",
@@ -70,27 +71,56 @@ def tune(
     TuningError, and what `compile` raises. Method: the search of AutoTVM (Chen et al., arXiv 1805.08166) over
     declared knobs.
     """
-    _check(trials, search, tracker, key)
-    specs, name, max_length = _kernels_of(model, target, precision)
-    tasks = tasks_of(specs, kernels)
-    remote = _remote(tracker, key)
-    if remote is None:
-        _check_here(name)
-    count = config.num_threads(threads)
+    if trials < 1:
+        raise TuningError(f"at least one trial is needed, not {trials}")
+    if search not in SEARCHES:
+        raise TuningError(f"unknown search {search!r}: use one of {', '.join(SEARCHES)}")
+    it = job(model, target, precision, lengths, logs, kernels, tracker, key, seed)
     plan = Plan(
-        target=name,
+        target=it.target,
         trials=trials,
-        buckets=buckets(lengths, max_length, seed),
+        buckets=it.buckets,
         search=search,
         seed=seed,
-        threads=count,
+        threads=config.num_threads(threads),
         timeout_s=timeout_s,
-        remote=remote,
-        machine=f"{platform.machine()} behind key {key}" if remote else _machine(),
+        remote=it.remote,
+        machine=f"{key} behind a tracker" if it.remote else _machine(),
     )
-    log = TuningLog(Path(logs), targets.log_name(name))
-    outcomes = Tuner(tasks, plan, log, show).run()
-    return TuningReport(name, log.directory, tuple(outcomes))
+    outcomes = Tuner(it.tasks, plan, it.log, show).run()
+    return TuningReport(it.target, it.log.directory, tuple(outcomes))
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is tuned, in which batches, where it is kept and measured."""
+
+    target: str
+    tasks: tuple[TuningTask, ...]
+    buckets: tuple[Bucket, ...]
+    log: TuningLog
+    remote: Remote | None
+
+
+def job(
+    model: Any,
+    target: str | None = None,
+    precision: str = "fp32",
+    lengths: Sequence[int] | None = None,
+    logs: str | PathLike[str] = "tuning_logs",
+    kernels: Sequence[str] = (),
+    tracker: str | None = None,
+    key: str | None = None,
+    seed: int = 0,
+) -> Job:
+    """The job that these arguments of `tune` describe. TuningError where it cannot be done."""
+    _check_packages()
+    remote = _remote(tracker, key)
+    specs, name, max_length = _kernels_of(model, target, precision)
+    if remote is None:
+        _check_here(name)
+    found = buckets(lengths or USUAL_LENGTHS, max_length, seed)
+    return Job(name, tuple(tasks_of(specs, kernels)), found, TuningLog(Path(logs), targets.log_name(name)), remote)
 
 
 def _kernels_of(model: Any, target: str | None, precision: str) -> tuple[Sequence[KernelSpec], str, int]:
@@ -111,21 +141,15 @@ def _kernels_of(model: Any, target: str | None, precision: str) -> tuple[Sequenc
     return specs, name, max_length
 
 
-def _check(trials: int, search: str, tracker: str | None, key: str | None) -> None:
-    if trials < 1:
-        raise TuningError(f"at least one trial is needed, not {trials}")
-    if search not in SEARCHES:
-        raise TuningError(f"unknown search {search!r}: use one of {', '.join(SEARCHES)}")
-    if (tracker is None) != (key is None):
-        raise TuningError("a machine behind a tracker needs both: tracker='host:port' and the key that its server gave")
-    for module, package in (("xgboost", "xgboost"), ("cloudpickle", "cloudpickle"), ("tornado", "tornado")):
-        try:
-            __import__(module)
-        except ImportError as error:
-            raise TuningError(f"tuning needs {package} ({error}): pip install 'turbo-tvm[tune]'") from error
+def _check_packages() -> None:
+    for package in ("xgboost", "cloudpickle", "psutil", "tornado"):
+        if importlib.util.find_spec(package) is None:
+            raise TuningError(f"tuning needs {package}: pip install 'turbo-tvm[tune]'")
 
 
 def _remote(tracker: str | None, key: str | None) -> Remote | None:
+    if (tracker is None) != (key is None):
+        raise TuningError("a machine behind a tracker needs both: tracker='host:port' and the key that its server gave")
     if tracker is None or key is None:
         return None
     host, _, port = tracker.rpartition(":")

@@ -1,0 +1,169 @@
+"""The report of a tuning log: every kernel as it is by itself and as tuned, side by side; and how the searches went."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from turbo_tvm.errors import TuningError
+from turbo_tvm.runtime.roofline import Bound, MachineLimits, Work, floor
+from turbo_tvm.tuning import candidate
+from turbo_tvm.tuning.candidate import Effort, Remote
+from turbo_tvm.tuning.choose import mean_gain
+from turbo_tvm.tuning.log import KernelLog, TuningLog
+from turbo_tvm.tuning.tasks import Bucket, TuningTask
+from turbo_tvm.tuning.tuner import observations, task_record
+from turbo_tvm.tuning.workers import Workers
+
+SECONDS = 1.0  # per kernel and bucket
+
+
+@dataclass(frozen=True)
+class BucketReport:
+    """A kernel on one batch. pairs: (default, tuned) seconds in turn; floor_s: the machine's limit, None if unknown.
+
+    setting: what was tuned, {} where the default was best.
+    """
+
+    kernel: str
+    lengths: tuple[int, ...]
+    flops: float
+    pairs: tuple[tuple[float, float], ...]
+    floor_s: float | None
+    bound: Bound | None
+    setting: dict[str, int]
+
+    @property
+    def gain(self) -> float:
+        """The median of default / tuned."""
+        return statistics.median(a / b for a, b in self.pairs)
+
+    @property
+    def default_s(self) -> float:
+        """The default's best time: what the machine leaves it when nobody disturbs."""
+        return min(a for a, _ in self.pairs)
+
+    @property
+    def tuned_s(self) -> float:
+        """The tuned kernel's best time."""
+        return min(b for _, b in self.pairs)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A search on one kernel: the best mean gain over the default after each of its trials."""
+
+    kernel: str
+    search: str
+    best: tuple[float, ...]
+
+
+def compare(
+    tasks: Sequence[TuningTask],
+    log: TuningLog,
+    target: str,
+    threads: int,
+    buckets: Sequence[Bucket],
+    *,
+    limits: MachineLimits | None = None,
+    remote: Remote | None = None,
+    show: Callable[[str], None] = lambda _: None,
+) -> list[BucketReport]:
+    """Build every kernel both ways and time them in turn, on this machine or another.
+
+    TuningError where the log has nothing on any of the kernels.
+    """
+    known = {task.kernel: log.read(task_record(task, target)) for task in tasks}
+    tuned = [task for task in tasks if known[task.kernel].result is not None]
+    if not tuned:
+        raise TuningError(f"there is no result for these kernels in {log.directory}: tune them first")
+    found: list[BucketReport] = []
+    footprint = sum(task.calls * task.bytes_weights for task in tasks)
+    with tempfile.TemporaryDirectory(prefix="turbo_tvm_report_") as directory, Workers(1, 300.0) as workers:
+        for number, task in enumerate(tuned):
+            show(f"{task.kernel} ({number + 1} of {len(tuned)})")
+            effort = Effort(SECONDS, threads)
+            seconds = _measure(
+                task, known[task.kernel], target, buckets, effort, remote, workers, Path(directory), number
+            )
+            for bucket in buckets:
+                work = Work(
+                    task.flops(bucket.lengths),
+                    task.bytes_weights,
+                    task.bytes(bucket.lengths) - task.bytes_weights,
+                    footprint,
+                )
+                least, bound = floor(task.kernel, work, limits) if limits else (None, None)
+                pairs = tuple((a, b) for a, b in seconds[bucket.rows])
+                setting = _setting(known[task.kernel], bucket.rows)
+                found.append(BucketReport(task.kernel, bucket.lengths, work.flops, pairs, least, bound, setting))
+    return found
+
+
+def curves(tasks: Sequence[TuningTask], log: TuningLog, target: str) -> list[Curve]:
+    """How each search in the log went, kernel by kernel."""
+    made = []
+    for task in tasks:
+        known = log.read(task_record(task, target))
+        weights = {int(r): w for r, w in known.result.weights.items()} if known.result else {}
+        for name in dict.fromkeys(trial.search for trial in known.trials):
+            seen = observations([trial for trial in known.trials if trial.search == name])
+            gains = [mean_gain(o.gains, weights) if weights and set(o.gains) >= set(weights) else 0.0 for o in seen]
+            made.append(Curve(task.kernel, name, _best_so_far(gains)))
+    return made
+
+
+def mean_curve(found: Sequence[Curve], search: str) -> tuple[float, ...]:
+    """The geometric mean over the kernels of one search, as long as all of them go on."""
+    mine = [curve.best for curve in found if curve.search == search]
+    return tuple(math.exp(statistics.fmean(map(math.log, best))) for best in zip(*mine, strict=False))
+
+
+def geometric_mean(found: Sequence[BucketReport], weights: Mapping[int, float]) -> float:
+    """The gain over all kernels and buckets, each bucket by its weight."""
+    total = sum(weights[sum(one.lengths)] for one in found)
+    return math.exp(sum(weights[sum(one.lengths)] * math.log(one.gain) for one in found) / total)
+
+
+def _measure(
+    task: TuningTask,
+    known: KernelLog,
+    target: str,
+    buckets: Sequence[Bucket],
+    effort: Effort,
+    remote: Remote | None,
+    workers: Workers,
+    directory: Path,
+    number: int,
+) -> dict[int, list[list[float]]]:
+    assert known.result is not None
+    text = task.recipe.to_json()
+    paths = [str(directory / f"{name}_{number}.so") for name in ("default", "tuned")]
+    variants = [(), known.result.as_variants()]
+    results = workers.run(candidate.build, [(text, v, target, p) for v, p in zip(variants, paths, strict=True)])
+    batches = [bucket.lengths for bucket in buckets]
+    results += workers.run(candidate.measure, [(text, *paths, batches, effort, remote)])
+    for result in results:
+        if isinstance(result, TuningError):
+            raise TuningError(f"{task.kernel}: {result}")
+    return results[-1]
+
+
+def _setting(known: KernelLog, rows: int) -> dict[str, int]:
+    assert known.result is not None
+    for variant in known.result.as_variants():
+        if variant.max_rows is None or rows <= variant.max_rows:
+            return dict(variant.setting)
+    return {}
+
+
+def _best_so_far(gains: Sequence[float]) -> tuple[float, ...]:
+    best, made = 1.0, []
+    for gain in gains:
+        best = max(best, gain)
+        made.append(best)
+    return tuple(made)
