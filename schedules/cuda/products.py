@@ -6,23 +6,30 @@ transposed for registers, and of W `(2, depth, columns)`, both padded against ba
 Tensor cores: fragments of 16 x 16 x 16 (`nvcuda::wmma`, which every GPU from sm_70 on has; bf16 from sm_80 on). What a
 lane holds of a fragment is the hardware's secret, so results pass through shared memory to be finished, 16 rows by 32
 columns of a warp at a time: a warp waits for nobody else.
-Registers: a thread takes 8 x 8 of the result as two by two groups of 4 x 4, whose operands are 128-bit accesses.
+Registers: a thread takes groups of 4 x 4 of the result, by itself two by two of them, whose operands are 128-bit
+accesses; a warp's threads lie 8 x 4, so that one group of each covers 32 rows by 16 columns.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import tvm
+from tvm.ir import Expr
 from tvm.script import tirx as T
 
-from turbo_tvm.schedules.cuda.script import sync_warp
+from turbo_tvm.schedules.cuda.reduction import ACCESS_BYTES
+from turbo_tvm.schedules.cuda.script import SHARED_BYTES, sync_warp
 
 WARP = 32
 FRAGMENT = 16
 _PAD = 8  # elements after each row of a tile
 _STAGE_COLUMNS, _STAGE_PAD = 32, 4
+_GROUP = 4  # rows, and columns, of what a thread computes from one access to each operand
+_LANES = (8, 4)  # of a warp, down and across, where it multiplies in registers
+_MOST_REGISTERS = 168  # of a thread, for numbers; indices and addresses need some too
 _UNROLLED = 4  # steps of k that are spelt out in registers; more only makes code that takes long to compile
 
 Macro = Callable[..., None]
@@ -50,13 +57,18 @@ class BlockProduct:
 
     @property
     def down(self) -> int:
-        """Fragments of a warp from top to bottom."""
-        return self.rows // self.warps[0] // FRAGMENT
+        """Fragments of a warp, or groups of its threads, from top to bottom."""
+        return self.rows // self.warps[0] // self.unit[0]
 
     @property
     def across(self) -> int:
-        """Fragments of a warp from left to right."""
-        return self.columns // self.warps[1] // FRAGMENT
+        """The same from left to right."""
+        return self.columns // self.warps[1] // self.unit[1]
+
+    @property
+    def unit(self) -> tuple[int, int]:
+        """Rows and columns that a fragment, or one group of each thread of a warp, covers."""
+        return (FRAGMENT, FRAGMENT) if self.tensor_cores else (_LANES[0] * _GROUP, _LANES[1] * _GROUP)
 
     @property
     def widest(self) -> int:
@@ -81,17 +93,18 @@ class BlockProduct:
     @property
     def x_part(self) -> tuple[int, ...]:
         """What a warp, or a thread, holds of x for one step."""
-        return (self.down * FRAGMENT * FRAGMENT,) if self.tensor_cores else (8,)
+        return (self.down * FRAGMENT * FRAGMENT,) if self.tensor_cores else (self.down * _GROUP,)
 
     @property
     def w_part(self) -> tuple[int, ...]:
         """What it holds of W."""
-        return (self.across * FRAGMENT * FRAGMENT,) if self.tensor_cores else (8,)
+        return (self.across * FRAGMENT * FRAGMENT,) if self.tensor_cores else (self.across * _GROUP,)
 
     @property
     def sums(self) -> tuple[int, ...]:
         """The accumulators."""
-        return (self.down * self.across * FRAGMENT * FRAGMENT,) if self.tensor_cores else (64,)
+        one = FRAGMENT * FRAGMENT if self.tensor_cores else _GROUP * _GROUP
+        return (self.down * self.across * one,)
 
     @property
     def x_scope(self) -> str:
@@ -107,6 +120,42 @@ class BlockProduct:
     def sums_scope(self) -> str:
         """For `sums`."""
         return "wmma.accumulator" if self.tensor_cores else "local"
+
+    def first_row(self, warp: Expr) -> Expr | int:
+        """The first row of a warp's part of the tile."""
+        return warp // self.warps[1] * (self.rows // self.warps[0]) if self.warps[0] > 1 else 0
+
+    def first_column(self, warp: Expr) -> Expr:
+        """Its first column."""
+        return (warp % self.warps[1] if self.warps[0] > 1 else warp) * (self.columns // self.warps[1])
+
+    def fits(self, itemsize: int, x_vector: int) -> bool:
+        """Whether warps have whole parts of the tile, threads whole accesses, and a block enough of what it needs.
+
+        itemsize: bytes of an operand. x_vector: elements of x per access.
+        """
+        height, width = self.rows // self.warps[0], self.columns // self.warps[1]
+        whole_width = _STAGE_COLUMNS if self.tensor_cores else self.unit[1]
+        x_held, w_held = self.rows * self.depth, self.depth * self.columns
+        return (
+            height % self.unit[0] == 0
+            and width % whole_width == 0
+            and x_held % (x_vector * self.threads) == 0
+            and w_held % (ACCESS_BYTES // itemsize * self.threads) == 0
+            and self._shared_bytes(itemsize) <= SHARED_BYTES
+            and self._registers(itemsize) <= _MOST_REGISTERS
+        )
+
+    def _shared_bytes(self, itemsize: int) -> int:
+        stage = math.prod(self.stage_shape) * 4 if self.tensor_cores else 0
+        return (math.prod(self.x_shape) + math.prod(self.w_shape)) * itemsize + stage
+
+    def _registers(self, itemsize: int) -> int:
+        """What a thread holds: sums, parts of operands, and what is on its way from memory."""
+        sharing = WARP if self.tensor_cores else 1  # threads that hold a fragment together
+        parts = self.x_part[0] + self.w_part[0]
+        moving = (self.rows + self.columns) * self.depth // self.threads
+        return self.sums[0] // sharing + (parts // sharing + moving) * itemsize // 4
 
 
 def block_product(dtype: str, columns: int) -> BlockProduct:
@@ -130,7 +179,7 @@ def clear_macro(block: BlockProduct) -> Macro:
             for i in T.unroll(block.down * block.across):
                 T.evaluate(T.tvm_fill_fragment(*fragment(sums, i), T.float32(0)))
         else:
-            for i in T.unroll(64):
+            for i in T.unroll(block.sums[0]):
                 sums[i] = T.float32(0)
 
     return clear
@@ -139,6 +188,7 @@ def clear_macro(block: BlockProduct) -> Macro:
 def multiply_macro(block: BlockProduct) -> Macro:
     """`multiply(x_tile, w_tile, x_part, w_part, sums, warp, lane, side)`: sums += the product of one side's tiles."""
     down, across, stride_x, stride_w = block.down, block.across, block.x_shape[-1], block.w_shape[-1]
+    both, unit = min(down, across), block.unit
 
     @T.inline
     def in_tensor_cores(x_tile, w_tile, x_part, w_part, sums, warp, lane, side):
@@ -170,18 +220,36 @@ def multiply_macro(block: BlockProduct) -> Macro:
                     )
 
     @T.inline
+    def load_x(x_part, x_tile, side, row, warp, lane, part):
+        for j in T.vectorized(_GROUP):
+            x_part[part * _GROUP + j] = x_tile[
+                side, row, block.first_row(warp) + part * unit[0] + lane // _LANES[1] * _GROUP + j
+            ]
+
+    @T.inline
+    def load_w(w_part, w_tile, side, row, warp, lane, part):
+        for j in T.vectorized(_GROUP):
+            w_part[part * _GROUP + j] = w_tile[
+                side, row, block.first_column(warp) + part * unit[1] + lane % _LANES[1] * _GROUP + j
+            ]
+
+    @T.inline
     def in_registers(x_tile, w_tile, x_part, w_part, sums, warp, lane, side):
         for group in range(block.depth // _UNROLLED):
             for i in T.unroll(_UNROLLED):
                 row = T.meta_var(group * _UNROLLED + i)
-                for half in T.unroll(2):
-                    for j in T.vectorized(4):
-                        x_part[half * 4 + j] = x_tile[side, row, half * 32 + lane // 4 * 4 + j]
-                    for j in T.vectorized(4):
-                        w_part[half * 4 + j] = w_tile[side, row, warp * 32 + half * 16 + lane % 4 * 4 + j]
-                for r in T.unroll(8):
-                    for c in T.unroll(8):
-                        sums[r * 8 + c] = sums[r * 8 + c] + x_part[r] * w_part[c]
+                for part in T.unroll(both):
+                    load_x(x_part, x_tile, side, row, warp, lane, part)
+                    load_w(w_part, w_tile, side, row, warp, lane, part)
+                if down > both:
+                    for part in T.unroll(down - both):
+                        load_x(x_part, x_tile, side, row, warp, lane, both + part)
+                if across > both:
+                    for part in T.unroll(across - both):
+                        load_w(w_part, w_tile, side, row, warp, lane, both + part)
+                for r in T.unroll(down * _GROUP):
+                    for c in T.unroll(across * _GROUP):
+                        sums[r * (across * _GROUP) + c] = sums[r * (across * _GROUP) + c] + x_part[r] * w_part[c]
 
     return in_tensor_cores if block.tensor_cores else in_registers
 
@@ -191,7 +259,7 @@ def finish_macro(block: BlockProduct, vector: int) -> Macro:
 
     values: local fp32 `(vector,)`, filled before each call of store(row, column), which are places in the tile.
     """
-    across, down = block.across, block.down
+    across, down, unit = block.across, block.down, block.unit
     per_row = _STAGE_COLUMNS // vector
     pieces = FRAGMENT * per_row // WARP
     pairs = _STAGE_COLUMNS // FRAGMENT
@@ -227,14 +295,14 @@ def finish_macro(block: BlockProduct, vector: int) -> Macro:
 
     @T.inline
     def from_registers(sums, stage, values, warp, lane, store):
-        for r in T.unroll(8):
-            for half in T.unroll(2):
-                for piece in T.unroll(4 // vector):
+        for r in T.unroll(down * _GROUP):
+            for part in T.unroll(across):
+                for piece in T.unroll(_GROUP // vector):
                     for j in T.unroll(vector):
-                        values[j] = sums[r * 8 + half * 4 + piece * vector + j]
+                        values[j] = sums[r * (across * _GROUP) + part * _GROUP + piece * vector + j]
                     store(
-                        r // 4 * 32 + lane // 4 * 4 + r % 4,
-                        warp * 32 + half * 16 + lane % 4 * 4 + piece * vector,
+                        block.first_row(warp) + r // _GROUP * unit[0] + lane // _LANES[1] * _GROUP + r % _GROUP,
+                        block.first_column(warp) + part * unit[1] + lane % _LANES[1] * _GROUP + piece * vector,
                     )
 
     return from_tensor_cores if block.tensor_cores else from_registers
