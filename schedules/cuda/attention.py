@@ -29,7 +29,7 @@ from tvm.script import tirx as T
 
 from turbo_tvm.schedules.cuda import attention_registers, attention_tensor_cores
 from turbo_tvm.schedules.cuda.attention_task import HeadRows, Scores, Task
-from turbo_tvm.schedules.cuda.products import WARP
+from turbo_tvm.schedules.cuda.block_product import WARP
 from turbo_tvm.schedules.cuda.script import kernel_attrs, only_setting, operand_type
 from turbo_tvm.schedules.cuda.tiles import CudaTiles
 from turbo_tvm.schedules.rows import RowFormat

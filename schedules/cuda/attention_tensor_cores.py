@@ -25,7 +25,8 @@ from turbo_tvm.schedules.cuda.attention_task import (
     softmax_step_macro,
     start_macro,
 )
-from turbo_tvm.schedules.cuda.products import FRAGMENT, fragment
+from turbo_tvm.schedules.cuda.block_product import FRAGMENT
+from turbo_tvm.schedules.cuda.products import fragment
 from turbo_tvm.schedules.cuda.script import SHARED_BYTES, sync_block, sync_warp
 from turbo_tvm.schedules.rows import RowFormat
 

@@ -29,8 +29,8 @@ import tvm
 from tvm.script import tirx as T
 
 from turbo_tvm.schedules.cuda import products
+from turbo_tvm.schedules.cuda.block_product import WARP, BlockProduct, block_product
 from turbo_tvm.schedules.cuda.numbers import BF16_STORAGE, from_float, to_float
-from turbo_tvm.schedules.cuda.products import WARP
 from turbo_tvm.schedules.cuda.reduction import ACCESS_BYTES, vector_width
 from turbo_tvm.schedules.cuda.script import kernel_attrs, only_setting, operand_type, sync_block
 from turbo_tvm.schedules.cuda.tiles import CudaTiles
@@ -50,7 +50,7 @@ def space(tiles: CudaTiles, *, k: int, x: RowFormat | None = None, **_options: o
     Every thread then has as many whole accesses to the tiles as the others.
     """
     x_rows = x or RowFormat(k)
-    usual = products.block_product(operand_type(x_rows.dtype), tiles.col_tile)
+    usual = block_product(operand_type(x_rows.dtype), tiles.col_tile)
     depths = (16, 32, 64) if usual.tensor_cores else (8, 16, 32)
 
     def fits(setting: Setting) -> bool:
@@ -67,7 +67,7 @@ def space(tiles: CudaTiles, *, k: int, x: RowFormat | None = None, **_options: o
     )
 
 
-def _block(usual: products.BlockProduct, setting: Setting) -> products.BlockProduct:
+def _block(usual: BlockProduct, setting: Setting) -> BlockProduct:
     """The geometry that a setting asks for."""
     warps = setting["warps_down"], setting["warps_across"]
     return replace(usual, rows=setting["rows"], depth=setting["depth"], warps=warps)
@@ -93,7 +93,7 @@ def linear(
     x_rows, extra_rows, out_rows = x or RowFormat(k), extra or RowFormat(n), out or RowFormat(n)
     dtype = operand_type(x_rows.dtype)
     columns, panels = tiles.col_tile, tiles.panels(n)
-    block = _block(products.block_product(dtype, columns), only_setting(variants, space(tiles, k=k, x=x)))
+    block = _block(block_product(dtype, columns), only_setting(variants, space(tiles, k=k, x=x)))
     threads, depth, height = block.threads, block.depth, block.rows
     steps = -(-k // depth)
     per_access = ACCESS_BYTES // x_rows.itemsize

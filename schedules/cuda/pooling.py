@@ -14,8 +14,8 @@ from collections.abc import Sequence
 import tvm
 from tvm.script import tirx as T
 
+from turbo_tvm.schedules.cuda.block_product import WARP
 from turbo_tvm.schedules.cuda.numbers import to_float
-from turbo_tvm.schedules.cuda.products import WARP
 from turbo_tvm.schedules.cuda.reduction import vector_width
 from turbo_tvm.schedules.cuda.script import kernel_attrs, only_setting, sync_block
 from turbo_tvm.schedules.pooling import MODES
