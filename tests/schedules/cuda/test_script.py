@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import tvm
+import tvm_ffi
 
 from turbo_tvm.schedules.cuda import attention, embedding, gate, linear, normalization, pooling, rotary, rows, softmax
 from turbo_tvm.schedules.cuda.script import only_setting
@@ -45,13 +46,12 @@ def test_the_default_setting_is_what_is_done_without_any(family):
     tvm.ir.assert_structural_equal(schedule(), schedule(variants=(usual,)))
 
 
-def test_each_extreme_setting_is_another_kernel(family, extremes):
+def test_another_setting_is_another_kernel(family):
     _, space, schedule = family
-    settings = [variant for variant in extremes(space) if dict(variant.setting) != space.default]
-    assert bool(settings) == bool(space.knobs)
-    for variant in settings:
-        with pytest.raises(ValueError, match="StructuralEqual check failed"):
-            tvm.ir.assert_structural_equal(schedule(), schedule(variants=(variant,)))
+    others = [setting for setting in space.settings() if setting != space.default]
+    assert bool(others) == bool(space.knobs)
+    for setting in others[:1]:
+        assert not tvm_ffi.structural_equal(schedule(), schedule(variants=(Variant(tuple(setting.items())),)))
 
 
 def test_settings_that_do_not_exist(family):
