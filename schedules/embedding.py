@@ -19,13 +19,21 @@ import tvm
 from tvm.ir import Expr
 from tvm.script import tirx as T
 
-from turbo_tvm.schedules import bf16
+from turbo_tvm.schedules import bf16, normalization
 from turbo_tvm.schedules.normalization import normalize_row, row_of
 from turbo_tvm.schedules.rows import RowFormat
 from turbo_tvm.schedules.script import CPU_LLVM, without_parameters
+from turbo_tvm.schedules.space import Macro, Space, Variant, by_rows
 from turbo_tvm.schedules.tiles import CpuTiles
 
+VERSION = 1  # of the kernel: a tuner's log of another one says nothing about it
+
 MAX_TABLES = 3
+
+
+def space(tiles: CpuTiles, *, norm_eps: float | None = None, **_options: object) -> Space:
+    """The decision of this kernel is that of its layer norm, if there is one."""
+    return Space() if norm_eps is None else normalization.space(tiles)
 
 
 def _sum_of_rows(
@@ -47,30 +55,19 @@ def embedding(
     norm_eps: float | None = None,
     table_type: str = "float32",
     out: RowFormat | None = None,
+    variants: Sequence[Variant] = (),
 ) -> tvm.tirx.PrimFunc:
     """`(ids_0, ..., table_0, ..., [gamma, beta,] out)`: out = [layer_norm](sum of table_i[ids_i]).
 
     ids_i: int32 `(t, R)`, in 0 .. rows_i - 1: the caller checks. table_i: `(rows_i, hidden)` of `table_type`, fp32 or
     uint16 for bf16; rows_i symbolic. gamma, beta: fp32 `(hidden,)`, present when `norm_eps` is given. out: fp32
-    `(t, R, hidden)` unless the format says else.
+    `(t, R, hidden)` unless the format says else. variants: settings of `space` by rows.
     """
     if not 1 <= tables <= MAX_TABLES:
         raise ValueError(f"tables = {tables}: an embedding sums 1 to {MAX_TABLES} tables")
-    rows, lanes = tiles.row_tile, tiles.lanes
-    whole = hidden // lanes * lanes
-    normalize = normalize_row(lanes, hidden, norm_eps or 0.0)
-    used = slice(0, tables)
-    out_rows = out or RowFormat(hidden)
-
-    @T.inline
-    def gather(ids, table, tile, row, out):
-        for block in range(hidden // lanes):
-            for lane in T.vectorized(lanes):
-                out[tile, row, block * lanes + lane] = bf16.stored(
-                    out, _sum_of_rows(ids, table, tile, row, block * lanes + lane)
-                )
-        for rest in range(hidden - whole):
-            out[tile, row, whole + rest] = bf16.stored(out, _sum_of_rows(ids, table, tile, row, whole + rest))
+    rows, out_rows, used = tiles.row_tile, out or RowFormat(hidden), slice(0, tables)
+    choices = space(tiles, norm_eps=norm_eps)
+    embed = by_rows(variants, choices, rows, lambda setting: _embed_macro(tiles, hidden, norm_eps, setting))
 
     @T.prim_func(private=True, s_tir=True)
     def kernel(
@@ -99,11 +96,41 @@ def embedding(
         beta = T.match_buffer(beta_arg, (hidden,), "float32")
         result = T.match_buffer(out_arg, (t, rows, out_rows.width), out_rows.dtype)
         with T.attr(T.int32(0), "pragma_import_llvm", CPU_LLVM):
-            for tile in T.parallel(t):
-                for row in range(rows):
-                    gather((ids_0, ids_1, ids_2)[used], (table_0, table_1, table_2)[used], tile, row, result)
-                    if norm_eps is not None:
-                        normalize(result, tile, row, row_of(tile, row, result), gamma, beta)
+            all_ids = T.meta_var((ids_0, ids_1, ids_2)[used])
+            all_tables = T.meta_var((table_0, table_1, table_2)[used])
+            operands = T.meta_var((all_ids, all_tables, gamma, beta, result))
+            embed(t, operands)
 
     unused = [f"{name}_{i}" for name in ("ids", "table") for i in range(tables, MAX_TABLES)]
     return without_parameters(kernel, unused + ([] if norm_eps is not None else ["gamma", "beta"]))
+
+
+def _embed_macro(tiles: CpuTiles, hidden: int, norm_eps: float | None, setting: dict[str, int]) -> Macro:
+    """`embed(t, operands)`: the whole strategy; operands: (ids, tables, gamma, beta, out)."""
+    rows, lanes = tiles.row_tile, tiles.lanes
+    whole = hidden // lanes * lanes
+    normalize = normalize_row(lanes, hidden, norm_eps or 0.0, **setting)
+
+    @T.inline
+    def gather(ids, table, tile, row, out):
+        for block in range(hidden // lanes):
+            for lane in T.vectorized(lanes):
+                out[tile, row, block * lanes + lane] = bf16.stored(
+                    out, _sum_of_rows(ids, table, tile, row, block * lanes + lane)
+                )
+        for rest in range(hidden - whole):
+            out[tile, row, whole + rest] = bf16.stored(out, _sum_of_rows(ids, table, tile, row, whole + rest))
+
+    @T.inline
+    def embed_tiles(t, ids, tables, gamma, beta, out):
+        for tile in T.parallel(t):
+            for row in range(rows):
+                gather(ids, tables, tile, row, out)
+                if norm_eps is not None:
+                    normalize(out, tile, row, row_of(tile, row, out), gamma, beta)
+
+    @T.inline
+    def embed(t, operands):
+        embed_tiles(t, *operands)
+
+    return embed

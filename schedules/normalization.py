@@ -5,7 +5,7 @@ Layout: activations `(t, R, n)` or wider, fp32 or bf16 (`schedules/bf16.py`), R 
 
 Strategy
 1. One task per row, all rows in one parallel loop: a row is a few KB, its sweeps after the first read L1.
-2. A sweep walks the row in groups of `_CHAINS` vectors, each with an accumulator of its own, so that
+2. A sweep walks the row in groups of vectors (knob `chains`), each with an accumulator of its own, so that
    additions do not wait for each other; then the vectors left over, then the scalars (n % lanes).
 3. Layer norm is the corrected two-pass algorithm: the sum, hence the mean; then the sums of x - mean, which
    repairs the rounding of the mean, and of its squares; the result. E[x^2] - E[x]^2 in one pass was rejected:
@@ -21,7 +21,7 @@ Zhang, Sennrich, "Root Mean Square Layer Normalization" (arXiv 1910.07467).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import tvm
 from tvm.ir import Expr
@@ -30,13 +30,20 @@ from tvm.script import tirx as T
 from turbo_tvm.schedules import bf16
 from turbo_tvm.schedules.rows import RowFormat
 from turbo_tvm.schedules.script import CPU_LLVM, lane_sum, tree_sum, without_parameters
+from turbo_tvm.schedules.space import Knob, Macro, Space, Variant, by_rows
 from turbo_tvm.schedules.tiles import CpuTiles
 
+VERSION = 1  # of the kernels: a tuner's log of another one says nothing about them
+
 KINDS = ("layer", "rms")
-_CHAINS = 4
+CHAINS = 4  # vectors of a sweep that are summed at once, unless a setting says else
 
 Row = Callable[[Expr], Expr]
-Macro = Callable[..., None]
+
+
+def space(tiles: CpuTiles, **_options: object) -> Space:
+    """The decision of both kernels, and of whoever normalises rows as they do."""
+    return Space((Knob("chains", (2, 4, 8), CHAINS, "vectors that are summed at once, in an accumulator each"),))
 
 
 def row_of(tile: Expr, row: Expr, x: tvm.tirx.Buffer, residual: tvm.tirx.Buffer | None = None) -> Row:
@@ -51,9 +58,9 @@ def _lane_sum(partial: tvm.tirx.Buffer) -> Expr:
     return lane_sum(tree_sum([partial[chain, T.ramp(0, 1, lanes)] for chain in range(chains)]), lanes)
 
 
-def _row_sums(lanes: int, n: int) -> Macro:
+def _row_sums(lanes: int, n: int, chains: int) -> Macro:
     """`row_sums(partials, elements)` leaves the sum of each element(0 .. n - 1) spread over its `partial`."""
-    group = _CHAINS * lanes
+    group = chains * lanes
     grouped, vectors = n // group * group, n // lanes * lanes
 
     @T.inline
@@ -68,7 +75,7 @@ def _row_sums(lanes: int, n: int) -> Macro:
 
     @T.inline
     def clear_from(i, again, partials):
-        for chain in T.unroll(_CHAINS):
+        for chain in T.unroll(chains):
             for lane in T.vectorized(lanes):
                 partials[i][chain, lane] = T.float32(0)
         if i + 1 < len(partials):
@@ -78,7 +85,7 @@ def _row_sums(lanes: int, n: int) -> Macro:
     def row_sums(partials, elements):
         clear_from(0, clear_from, partials)
         for block in range(n // group):
-            for chain in T.unroll(_CHAINS):
+            for chain in T.unroll(chains):
                 for lane in T.vectorized(lanes):
                     add(partials, elements, chain, lane, block * group + chain * lanes + lane)
         for chain in T.unroll((vectors - grouped) // lanes):
@@ -125,20 +132,20 @@ def _affine(x: Row, gamma: tvm.tirx.Buffer, beta: tvm.tirx.Buffer) -> Row:
     return lambda column: x(column) * gamma[column] + beta[column]
 
 
-def normalize_row(lanes: int, n: int, eps: float) -> Macro:
+def normalize_row(lanes: int, n: int, eps: float, chains: int = CHAINS) -> Macro:
     """`normalize(out, tile, row, x, gamma, beta)`: layer norm of the row `x`, be it that of `out` itself.
 
     Every division by n is exact in a row of equal elements, which therefore gives beta to the last bit.
     """
-    row_sums, row_store = _row_sums(lanes, n), _row_store(lanes, n)
+    row_sums, row_store = _row_sums(lanes, n, chains), _row_store(lanes, n)
 
     @T.inline
     def normalize(out, tile, row, x, gamma, beta):
         with T.sblock("normalize"):
             T.reads()
             T.writes()
-            partial = T.sblock_alloc_buffer((_CHAINS, lanes), "float32")
-            squares = T.sblock_alloc_buffer((_CHAINS, lanes), "float32")
+            partial = T.sblock_alloc_buffer((chains, lanes), "float32")
+            squares = T.sblock_alloc_buffer((chains, lanes), "float32")
             row_sums((partial,), (x,))
             mean: T.let = _lane_sum(partial) / T.float32(n)
             row_sums((partial, squares), (_centred(x, mean), _squared(_centred(x, mean))))
@@ -150,16 +157,16 @@ def normalize_row(lanes: int, n: int, eps: float) -> Macro:
     return normalize
 
 
-def _rms_normalize_row(lanes: int, n: int, eps: float) -> Macro:
+def _rms_normalize_row(lanes: int, n: int, eps: float, chains: int = CHAINS) -> Macro:
     """The same as RMS norm; beta is not looked at."""
-    row_sums, row_store = _row_sums(lanes, n), _row_store(lanes, n)
+    row_sums, row_store = _row_sums(lanes, n, chains), _row_store(lanes, n)
 
     @T.inline
     def normalize(out, tile, row, x, gamma, beta):
         with T.sblock("normalize"):
             T.reads()
             T.writes()
-            squares = T.sblock_alloc_buffer((_CHAINS, lanes), "float32")
+            squares = T.sblock_alloc_buffer((chains, lanes), "float32")
             row_sums((squares,), (_squared(x),))
             scale: T.let = T.float32(1) / T.sqrt(_lane_sum(squares) / T.float32(n) + T.float32(eps))
             row_store(out, tile, row, _gained(_scaled(x, scale), gamma))
@@ -167,9 +174,9 @@ def _rms_normalize_row(lanes: int, n: int, eps: float) -> Macro:
     return normalize
 
 
-def normalize_all_macro(lanes: int, n: int, eps: float, kind: str = "layer") -> Macro:
+def normalize_all_macro(lanes: int, n: int, eps: float, kind: str = "layer", chains: int = CHAINS) -> Macro:
     """`normalize_all(x, residual, out, gamma, beta)`: layer norm, or RMS norm, of all rows of x [+ residual]."""
-    normalize = {"layer": normalize_row, "rms": _rms_normalize_row}[kind](lanes, n, eps)
+    normalize = {"layer": normalize_row, "rms": _rms_normalize_row}[kind](lanes, n, eps, chains)
 
     @T.inline
     def normalize_all(x, residual, out, gamma, beta):
@@ -191,18 +198,29 @@ def norm(
     x: RowFormat | None = None,
     extra: RowFormat | None = None,
     out: RowFormat | None = None,
+    variants: Sequence[Variant] = (),
 ) -> tvm.tirx.PrimFunc:
     """`(x, [residual,] gamma, [beta,] out)`: v = x + residual, normalised.
 
     kind: "layer", (v - mean v) / sqrt(var v + eps) * gamma + beta, where the variance divides by n; or "rms",
     v / sqrt(mean v^2 + eps) * gamma, without beta. x, extra, out: how x, the residual and out are stored, by default
-    fp32 `(t, R, n)`. gamma, beta: fp32 `(n,)`.
+    fp32 `(t, R, n)`. gamma, beta: fp32 `(n,)`. variants: settings of `space` by rows.
     """
     if kind not in KINDS:
         raise ValueError(f"unknown norm {kind!r}: use one of {', '.join(KINDS)}")
     rows = tiles.row_tile
     x_rows, extra_rows, out_rows = (rows_format or RowFormat(n) for rows_format in (x, extra, out))
-    normalize_all = normalize_all_macro(tiles.lanes, n, eps, kind)
+
+    def body(setting: dict[str, int]) -> Macro:
+        normalize_all = normalize_all_macro(tiles.lanes, n, eps, kind, **setting)
+
+        @T.inline
+        def run(t, operands):
+            normalize_all(*operands)
+
+        return run
+
+    run = by_rows(variants, space(tiles), rows, body)
 
     @T.prim_func(private=True, s_tir=True)
     def kernel(
@@ -218,19 +236,54 @@ def norm(
         residual_rows = T.match_buffer(residual_arg, (t, rows, extra_rows.width), extra_rows.dtype)
         result = T.match_buffer(out_arg, (t, rows, out_rows.width), out_rows.dtype)
         with T.attr(T.int32(0), "pragma_import_llvm", CPU_LLVM):
-            normalize_all(source, residual_rows if residual else None, result, gamma, beta)
+            operands = T.meta_var((source, residual_rows if residual else None, result, gamma, beta))
+            run(t, operands)
 
     absent = [*([] if residual else ["residual_rows"]), *([] if kind == "layer" else ["beta"])]
     return without_parameters(kernel, absent)
 
 
+def _l2_normalize_macro(lanes: int, n: int, eps: float, chains: int) -> Macro:
+    """`run(t, operands)`: every row of x over its length; operands: (x, out)."""
+    row_sums, row_store = _row_sums(lanes, n, chains), _row_store(lanes, n)
+
+    @T.inline
+    def normalize_all(t, rows, source, result):
+        for task in T.parallel(t * rows):
+            with T.sblock("row"):
+                T.reads()
+                T.writes()
+                partial = T.sblock_alloc_buffer((chains, lanes), "float32")
+                tile: T.let = task // rows
+                row: T.let = task % rows
+                row_sums((partial,), (_squared(row_of(tile, row, source)),))
+                length: T.let = T.sqrt(_lane_sum(partial))
+                inverse: T.let = T.float32(1) / T.max(length, T.float32(eps))
+                row_store(result, tile, row, _scaled(row_of(tile, row, source), inverse))
+
+    @T.inline
+    def run(t, operands):
+        normalize_all(t, operands[1].shape[1], *operands)
+
+    return run
+
+
 def l2_normalize(
-    tiles: CpuTiles, *, n: int, eps: float = 1e-12, x: RowFormat | None = None, out: RowFormat | None = None
+    tiles: CpuTiles,
+    *,
+    n: int,
+    eps: float = 1e-12,
+    x: RowFormat | None = None,
+    out: RowFormat | None = None,
+    variants: Sequence[Variant] = (),
 ) -> tvm.tirx.PrimFunc:
-    """`(x, out)`: each row of x over max(its Euclidean length, eps). Both fp32 `(t, R, n)` unless x, out say else."""
-    rows, lanes = tiles.row_tile, tiles.lanes
+    """`(x, out)`: each row of x over max(its Euclidean length, eps). Both fp32 `(t, R, n)` unless x, out say else.
+
+    variants: settings of `space` by rows.
+    """
+    rows = tiles.row_tile
     x_rows, out_rows = x or RowFormat(n), out or RowFormat(n)
-    row_sums, row_store = _row_sums(lanes, n), _row_store(lanes, n)
+    run = by_rows(variants, space(tiles), rows, lambda setting: _l2_normalize_macro(tiles.lanes, n, eps, **setting))
 
     @T.prim_func(private=True, s_tir=True)
     def kernel(x_arg: T.handle, out_arg: T.handle):
@@ -239,16 +292,7 @@ def l2_normalize(
         source = T.match_buffer(x_arg, (t, rows, x_rows.width), x_rows.dtype)
         result = T.match_buffer(out_arg, (t, rows, out_rows.width), out_rows.dtype)
         with T.attr(T.int32(0), "pragma_import_llvm", CPU_LLVM):
-            for task in T.parallel(t * rows):
-                with T.sblock("row"):
-                    T.reads()
-                    T.writes()
-                    partial = T.sblock_alloc_buffer((_CHAINS, lanes), "float32")
-                    tile: T.let = task // rows
-                    row: T.let = task % rows
-                    row_sums((partial,), (_squared(row_of(tile, row, source)),))
-                    length: T.let = T.sqrt(_lane_sum(partial))
-                    inverse: T.let = T.float32(1) / T.max(length, T.float32(eps))
-                    row_store(result, tile, row, _scaled(row_of(tile, row, source), inverse))
+            operands = T.meta_var((source, result))
+            run(t, operands)
 
     return kernel

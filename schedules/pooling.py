@@ -6,16 +6,16 @@ of out become zero. Any hidden.
 
 Strategy
 1. One parallel task per pooled row.
-2. The mean adds the rows of its sequence into the output row in whole vectors, `_ROWS` rows per sweep, and scales it
-   last: x streams through once, in the order of its addresses, while the output row stays in L1. Walking down the
-   rows one column block at a time (sums in registers) was rejected: it touches a new page every row or two.
+2. The mean adds the rows of its sequence into the output row in whole vectors, some rows per sweep (knob `rows`), and
+   scales it last: x streams through once, in the order of its addresses, while the output row stays in L1. Walking
+   down the rows one column block at a time (sums in registers) was rejected: it touches a new page every row or two.
 
 Method: pooling by cu_seqlens instead of a mask, after ByteTransformer (arXiv 2210.03052).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import tvm
 from tvm.ir import Expr
@@ -24,12 +24,17 @@ from tvm.script import tirx as T
 from turbo_tvm.schedules import bf16
 from turbo_tvm.schedules.rows import RowFormat
 from turbo_tvm.schedules.script import tree_sum
+from turbo_tvm.schedules.space import Knob, Macro, Space, Variant, by_rows
 from turbo_tvm.schedules.tiles import CpuTiles
 
-MODES = ("first", "mean")
-_ROWS = 4
+VERSION = 1  # of the kernel: a tuner's log of another one says nothing about it
 
-Macro = Callable[..., None]
+MODES = ("first", "mean")
+
+
+def space(tiles: CpuTiles, *, mode: str, **_options: object) -> Space:
+    """The decision of this kernel: wide sweeps touch the output less often, narrow ones leave fewer rows over."""
+    return Space((Knob("rows", (2, 4, 8), 4, "rows that a sweep adds to the output"),) if mode == "mean" else ())
 
 
 def _for_each_column(lanes: int, hidden: int) -> Macro:
@@ -65,31 +70,29 @@ def _zero(column: Expr) -> Expr:
     return T.float32(0)
 
 
-def pool(tiles: CpuTiles, *, hidden: int, mode: str, row: int = 0, x: RowFormat | None = None) -> tvm.tirx.PrimFunc:
+def pool(
+    tiles: CpuTiles,
+    *,
+    hidden: int,
+    mode: str,
+    row: int = 0,
+    x: RowFormat | None = None,
+    variants: Sequence[Variant] = (),
+) -> tvm.tirx.PrimFunc:
     """`(x, cu_seqlens, out)`: out row i = the first row of sequence i, or the mean of its rows.
 
     In mode "first", cu_seqlens may be any rows of x in the place of the first ones, and one number more. row: not that
     one but so many after it; every sequence must have it.
 
     x: fp32 `(t, R, hidden)` unless the format says else. cu_seqlens: int32 `(b + 1,)`, ascending from 0: every sequence
-    has a row. out: fp32 `(bt, R, hidden)`; its rows from b on become zero.
+    has a row. out: fp32 `(bt, R, hidden)`; its rows from b on become zero. variants: settings of `space` by rows of x.
     """
     if mode not in MODES:
         raise ValueError(f"unknown pooling mode {mode!r}: use one of {', '.join(MODES)}")
     row_tile = tiles.row_tile
     x_rows = x or RowFormat(hidden)
-    assign = _for_each_column(tiles.lanes, hidden)
-
-    @T.inline
-    def mean(x, out, row, begin, length):
-        assign(out, row, _zero)
-        for group in range(length // _ROWS):
-            first: T.let = begin + group * _ROWS
-            assign(out, row, _added(out, row, _sum_of_rows(x, [first + i for i in range(_ROWS)])))
-        for i in range(length % _ROWS):
-            last: T.let = begin + length - 1 - i
-            assign(out, row, _added(out, row, _sum_of_rows(x, [last])))
-        assign(out, row, _scaled(_sum_of_rows(out, [row]), T.float32(1) / T.cast(length, "float32")))
+    choices = space(tiles, mode=mode)
+    run = by_rows(variants, choices, row_tile, lambda setting: _pool_macro(tiles, hidden, mode, row, setting))
 
     @T.prim_func(private=True, s_tir=True)
     def kernel(x_arg: T.handle, cu_seqlens_arg: T.handle, out_arg: T.handle):
@@ -100,11 +103,34 @@ def pool(tiles: CpuTiles, *, hidden: int, mode: str, row: int = 0, x: RowFormat 
         source = T.match_buffer(x_arg, (t, row_tile, x_rows.width), x_rows.dtype)
         cu_seqlens = T.match_buffer(cu_seqlens_arg, (bounds,), "int32")
         out = T.match_buffer(out_arg, (bt, row_tile, hidden), "float32")
-        for i in T.parallel(bt * row_tile):
+        operands = T.meta_var((source, cu_seqlens, out))
+        run(t, operands)
+
+    return kernel
+
+
+def _pool_macro(tiles: CpuTiles, hidden: int, mode: str, row: int, setting: dict[str, int]) -> Macro:
+    """`run(t, operands)`: every row of the output; operands: (x, cu_seqlens, out)."""
+    assign, at_once = _for_each_column(tiles.lanes, hidden), setting.get("rows", 1)
+
+    @T.inline
+    def mean(x, out, row, begin, length):
+        assign(out, row, _zero)
+        for group in range(length // at_once):
+            first: T.let = begin + group * at_once
+            assign(out, row, _added(out, row, _sum_of_rows(x, [first + i for i in range(at_once)])))
+        for i in range(length % at_once):
+            last: T.let = begin + length - 1 - i
+            assign(out, row, _added(out, row, _sum_of_rows(x, [last])))
+        assign(out, row, _scaled(_sum_of_rows(out, [row]), T.float32(1) / T.cast(length, "float32")))
+
+    @T.inline
+    def pool_rows(source, cu_seqlens, out):
+        for i in T.parallel(out.shape[0] * out.shape[1]):
             with T.sblock("row"):
                 T.reads()
                 T.writes()
-                if i < bounds - 1:
+                if i < cu_seqlens.shape[0] - 1:
                     begin: T.let = T.cast(cu_seqlens[i], "int64")
                     length: T.let = T.cast(cu_seqlens[i + 1], "int64") - begin
                     if mode == "mean":
@@ -114,4 +140,8 @@ def pool(tiles: CpuTiles, *, hidden: int, mode: str, row: int = 0, x: RowFormat 
                 else:
                     assign(out, i, _zero)
 
-    return kernel
+    @T.inline
+    def run(t, operands):
+        pool_rows(*operands)
+
+    return run

@@ -7,7 +7,7 @@ last ones to finish are short.
 
 Strategy
 1. A block takes the queries of one task for one head, a warp 16 of them, two lanes a query. Keys and values pass
-   through shared memory, some dozens at a time, and no score ever reaches global memory.
+   through shared memory, some dozens at a time (knob `keys`), and no score ever reaches global memory.
 2. Online softmax: a query keeps its running maximum, the sum that belongs to it and the weighted values; a larger
    maximum scales them down. Each lane sums on its own, the two meet once, at the end. The scale carries log2(e), so
    that a weight is one power of two.
@@ -20,19 +20,66 @@ Method: FlashAttention (arXiv 2205.14135) on packed batches as in ByteTransforme
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from types import ModuleType
+
 import tvm
 from tvm.ir import Expr
 from tvm.script import tirx as T
 
 from turbo_tvm.schedules.cuda import attention_registers, attention_tensor_cores
 from turbo_tvm.schedules.cuda.attention_task import HeadRows, Scores, Task
-from turbo_tvm.schedules.cuda.products import WARP
-from turbo_tvm.schedules.cuda.script import kernel_attrs, operand_type
+from turbo_tvm.schedules.cuda.block_product import WARP
+from turbo_tvm.schedules.cuda.script import kernel_attrs, only_setting, operand_type
 from turbo_tvm.schedules.cuda.tiles import CudaTiles
 from turbo_tvm.schedules.rows import RowFormat
 from turbo_tvm.schedules.script import without_parameters
+from turbo_tvm.schedules.space import Knob, Space, Variant
+
+VERSION = 1  # of the kernel: a tuner's log of another one says nothing about it
 
 MAX_HEAD_DIM = 128  # a query's columns are held in registers
+
+
+def space(
+    tiles: CudaTiles,
+    *,
+    heads: int,
+    head_dim: int,
+    q: tuple[int, int],
+    k: tuple[int, int],
+    v: tuple[int, int],
+    kv_heads: int | None = None,
+    x: RowFormat | None = None,
+    **_options: object,
+) -> Space:
+    """The decision of this kernel: few keys leave room for more blocks, many need fewer barriers."""
+    return _space_of(_head_rows(tiles, heads, head_dim, (q, k, v), kv_heads, x))
+
+
+def _head_rows(
+    tiles: CudaTiles,
+    heads: int,
+    head_dim: int,
+    columns: tuple[tuple[int, int], ...],
+    kv_heads: int | None,
+    x: RowFormat | None,
+) -> HeadRows:
+    """Where heads lie, and how many threads a block has."""
+    dtype = operand_type(x.dtype if x is not None else "float32")
+    threads = tiles.query_tile // attention_registers.ROWS * WARP
+    return HeadRows(head_dim, dtype, threads, columns, heads // (kv_heads or heads))
+
+
+def _body(rows: HeadRows) -> ModuleType:
+    """The file whose arithmetic is that of the operands."""
+    return attention_registers if rows.dtype == "float32" else attention_tensor_cores
+
+
+def _space_of(rows: HeadRows) -> Space:
+    body = _body(rows)
+    keys = tuple(count for count in body.KEYS if body.fits(rows, count))
+    return Space((Knob("keys", keys, body.usual_keys(rows), "keys in shared memory at a time"),))
 
 
 def attention(
@@ -50,6 +97,7 @@ def attention(
     position_bias: bool = False,
     x: RowFormat | None = None,
     out: RowFormat | None = None,
+    variants: Sequence[Variant] = (),
 ) -> tvm.tirx.PrimFunc:
     """`(q, k, v, query_tiles, [position_bias,] out)`: out = softmax(scale Q K^T [+ bias]) V per sequence and head.
 
@@ -57,17 +105,17 @@ def attention(
     int32 `(nq, 3)`. out: fp32 `(m, 1, heads * head_dim)` unless the format says else. kv_heads: heads of k and v, if
     fewer: heads / kv_heads neighbouring heads of q share one. window: query i sees key j where |i - j| <= window.
     position_bias: fp32 `(heads, 2 * max_length - 1)`, added for query i, key j at column j - i + max_length - 1. x: the
-    dtype of q, k and v, by default fp32. Raises ValueError for heads of more than 128 columns.
+    dtype of q, k and v, by default fp32. variants: one setting of `space` at most. Raises ValueError for heads of
+    more than 128 columns.
     """
     if head_dim > MAX_HEAD_DIM:
         raise ValueError(f"heads of {head_dim} columns: a GPU kernel holds at most {MAX_HEAD_DIM}")
     q_width, k_width, v_width = q[0], k[0], v[0]
     stored = x.dtype if x is not None else "float32"
     out_rows, dtype = out or RowFormat(heads * head_dim), operand_type(stored)
-    warps = tiles.query_tile // attention_registers.ROWS
-    body = attention_registers if dtype == "float32" else attention_tensor_cores
-    rows = HeadRows(head_dim, dtype, warps * WARP, (q, k, v), heads // (kv_heads or heads))
-    attend = body.attend_macro(rows, Scores(scale, max_length, position_bias, window), out_rows)
+    rows = _head_rows(tiles, heads, head_dim, (q, k, v), kv_heads, x)
+    scores, keys = Scores(scale, max_length, position_bias, window), only_setting(variants, _space_of(rows))["keys"]
+    attend, warps = _body(rows).attend_macro(rows, scores, out_rows, keys), rows.threads // WARP
 
     def seen(first: Expr, begin: Expr, end: Expr) -> tuple[Expr, Expr]:
         """The keys that a block visits."""

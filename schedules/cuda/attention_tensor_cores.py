@@ -25,23 +25,41 @@ from turbo_tvm.schedules.cuda.attention_task import (
     softmax_step_macro,
     start_macro,
 )
-from turbo_tvm.schedules.cuda.products import FRAGMENT, fragment
-from turbo_tvm.schedules.cuda.script import sync_block, sync_warp
+from turbo_tvm.schedules.cuda.block_product import FRAGMENT
+from turbo_tvm.schedules.cuda.products import fragment
+from turbo_tvm.schedules.cuda.script import SHARED_BYTES, sync_block, sync_warp
 from turbo_tvm.schedules.rows import RowFormat
 
-__all__ = ["ROWS", "attend_macro"]
+__all__ = ["KEYS", "ROWS", "attend_macro", "fits", "usual_keys"]
 
+KEYS = (16, 32, 64)  # that may be at hand at a time
 _GROUP = 64  # columns that pass through shared memory together
 _PAD = 8
 
 Macro = Callable[..., None]
 
 
-def attend_macro(rows: HeadRows, scores: Scores, out: RowFormat) -> Macro:
+def usual_keys(rows: HeadRows) -> int:
+    """How many keys are at hand at a time by default: as many as shared memory has room for."""
+    return 64 if rows.padded <= 64 else 32
+
+
+def fits(rows: HeadRows, keys_at_once: int) -> bool:
+    """Whether a block has the memory for so many keys and values, and for scores and weights on their way."""
+    both = 2 * keys_at_once * (rows.padded + _PAD) * rows.itemsize
+    passing = rows.threads // 32 * ROWS * _width(rows, keys_at_once) * (rows.itemsize + 4)
+    return both + passing <= SHARED_BYTES
+
+
+def _width(rows: HeadRows, keys_at_once: int) -> int:
+    """Elements of a row in which scores, weights and products pass through shared memory."""
+    return min(_GROUP, max(keys_at_once, rows.padded)) + _PAD
+
+
+def attend_macro(rows: HeadRows, scores: Scores, out: RowFormat, keys_at_once: int) -> Macro:
     """`attend(task, q, k, v, bias, out)`."""
-    keys_at_once = 64 if rows.padded <= 64 else 32
     dtype, padded, chunks, warps = rows.dtype, rows.padded, rows.chunks, rows.threads // 32
-    width, stride = min(_GROUP, max(keys_at_once, padded)) + _PAD, padded + _PAD
+    width, stride = _width(rows, keys_at_once), padded + _PAD
     mine = keys_at_once // LANES  # keys of a lane
     load_keys, load_values = (load_tile_macro(rows, which, keys_at_once) for which in (1, 2))
     start, finish = start_macro(chunks), finish_macro(rows, out, both=True)

@@ -7,6 +7,8 @@ sum there and stores it once. Ids are not checked: whoever makes them keeps them
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import tvm
 from tvm.script import tirx as T
 
@@ -18,6 +20,19 @@ from turbo_tvm.schedules.cuda.strips import Team
 from turbo_tvm.schedules.embedding import MAX_TABLES
 from turbo_tvm.schedules.rows import RowFormat
 from turbo_tvm.schedules.script import without_parameters
+from turbo_tvm.schedules.space import Space, Variant
+
+VERSION = 1  # of the kernel: a tuner's log of another one says nothing about it
+
+
+def space(*, hidden: int, table_type: str = "float32", out: RowFormat | None = None, **_options: object) -> Space:
+    """The decisions of this kernel: how rows are spread over threads."""
+    return reduction.row_space(hidden, _vector(hidden, table_type, out))
+
+
+def _vector(hidden: int, table_type: str, out: RowFormat | None) -> int:
+    """Elements per access that suit the tables and the output."""
+    return reduction.vector_width(hidden, out or RowFormat(hidden), RowFormat(hidden, table_type))
 
 
 def embedding(
@@ -29,17 +44,17 @@ def embedding(
     vectors: str = "float32",
     out: RowFormat | None = None,
     form: RowForm | None = None,
+    variants: Sequence[Variant] = (),
 ) -> tvm.tirx.PrimFunc:
     """`(ids..., tables..., [gamma, beta,] out)`: out = norm(sum of tables[i][ids[i]]).
 
     norm_eps: None leaves the norm out. table_type, vectors: the dtypes of the tables, and of gamma and beta. out: fp32
-    and hidden columns wide unless the format says else. form: as for `normalization.norm`.
+    and hidden columns wide unless the format says else. form, variants: as for `normalization.norm`.
     """
     if not 1 <= tables <= MAX_TABLES:
         raise ValueError(f"{tables} tables: 1 to {MAX_TABLES} are supported")
     out_rows = out or RowFormat(hidden)
-    formats = (out_rows, RowFormat(hidden, table_type))
-    form = form or reduction.row_form(hidden, reduction.vector_width(hidden, *formats))
+    form = form or reduction.chosen_form(hidden, _vector(hidden, table_type, out), variants)
     gather, add = (strips.gather_rows_macro(form, table_type, added=added) for added in (False, True))
     normalize = normalize_macro(form, eps=norm_eps or 0.0, kind="layer", out=out_rows, vectors=vectors)
     each_chunk, store_chunk = strips.each_chunk_macro(form), strips.store_chunk_macro(form, out_rows.dtype)

@@ -11,7 +11,7 @@ Strategy
    thread holds its part of the next in registers, on its way from memory. One barrier per BK. Rows in shared memory are
    padded so that the accesses of a warp fall into different banks.
 3. fp16 and bf16 multiply in tensor cores (`products.py`), 16 x 16 x 16 at a time, a warp 32 rows by half a panel. fp32
-   multiplies in registers, 8 x 8 per thread.
+   multiplies in registers, 8 x 8 per thread. How many rows, how much of k and by which warps are knobs.
 4. The accumulators pass through shared memory once more, so that each thread gets neighbours in a row: bias, activation
    and residual apply there, in fp32, and rows are stored in 128-bit accesses.
 
@@ -22,22 +22,55 @@ Method: tiling after Kerr et al., "CUTLASS: Fast Linear Algebra in CUDA C++" (20
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import tvm
 from tvm.script import tirx as T
 
 from turbo_tvm.schedules.cuda import products
+from turbo_tvm.schedules.cuda.block_product import WARP, BlockProduct, block_product
 from turbo_tvm.schedules.cuda.numbers import BF16_STORAGE, from_float, to_float
-from turbo_tvm.schedules.cuda.products import WARP
-from turbo_tvm.schedules.cuda.reduction import vector_width
-from turbo_tvm.schedules.cuda.script import kernel_attrs, operand_type, sync_block
+from turbo_tvm.schedules.cuda.reduction import ACCESS_BYTES, vector_width
+from turbo_tvm.schedules.cuda.script import kernel_attrs, only_setting, operand_type, sync_block
 from turbo_tvm.schedules.cuda.tiles import CudaTiles
 from turbo_tvm.schedules.rows import RowFormat
 from turbo_tvm.schedules.script import without_parameters
+from turbo_tvm.schedules.space import Knob, Setting, Space, Variant
 from turbo_tvm.schedules.vector_math import activation as activation_by_name
 
+VERSION = 1  # of the kernel: a tuner's log of another one says nothing about it
+
 Macro = Callable[..., None]
+
+
+def space(tiles: CudaTiles, *, k: int, x: RowFormat | None = None, **_options: object) -> Space:
+    """The decisions of this kernel: what a block computes, and by which warps, as far as its resources go.
+
+    Every thread then has as many whole accesses to the tiles as the others.
+    """
+    x_rows = x or RowFormat(k)
+    usual = block_product(operand_type(x_rows.dtype), tiles.col_tile)
+    depths = (16, 32, 64) if usual.tensor_cores else (8, 16, 32)
+
+    def fits(setting: Setting) -> bool:
+        return _block(usual, setting).fits(x_rows.itemsize, vector_width(k, x_rows))
+
+    return Space(
+        (
+            Knob("rows", (32, 64, 128), usual.rows, "rows of the tile that a block computes"),
+            Knob("depth", depths, usual.depth, "of k at a time in shared memory"),
+            Knob("warps_down", (1, 2, 4), usual.warps[0], "warps that share the rows of a tile"),
+            Knob("warps_across", (1, 2, 4), usual.warps[1], "warps that share its columns"),
+        ),
+        fits,
+    )
+
+
+def _block(usual: BlockProduct, setting: Setting) -> BlockProduct:
+    """The geometry that a setting asks for."""
+    warps = setting["warps_down"], setting["warps_across"]
+    return replace(usual, rows=setting["rows"], depth=setting["depth"], warps=warps)
 
 
 def linear(
@@ -50,20 +83,20 @@ def linear(
     x: RowFormat | None = None,
     extra: RowFormat | None = None,
     out: RowFormat | None = None,
-    block: products.BlockProduct | None = None,
+    variants: Sequence[Variant] = (),
 ) -> tvm.tirx.PrimFunc:
     """`(x, weight, bias, [residual,] out)`: out = activation(x @ W + bias) [+ residual].
 
-    x, extra, out: how x, the residual and out are stored, by default fp32 and k, n and n columns wide. block: how a
-    block computes its tile; by default as `products.block_product` has it for the dtype of x.
+    x, extra, out: how x, the residual and out are stored, by default fp32 and k, n and n columns wide. variants: one
+    setting of `space` at most.
     """
     x_rows, extra_rows, out_rows = x or RowFormat(k), extra or RowFormat(n), out or RowFormat(n)
     dtype = operand_type(x_rows.dtype)
     columns, panels = tiles.col_tile, tiles.panels(n)
-    block = block or products.block_product(dtype, columns)
+    block = _block(block_product(dtype, columns), only_setting(variants, space(tiles, k=k, x=x)))
     threads, depth, height = block.threads, block.depth, block.rows
     steps = -(-k // depth)
-    per_access = 16 // x_rows.itemsize
+    per_access = ACCESS_BYTES // x_rows.itemsize
     x_vector = vector_width(k, x_rows)
     x_pieces = height * depth // x_vector // threads
     w_pieces = depth * columns // per_access // threads

@@ -14,7 +14,7 @@ Sennrich, "Root Mean Square Layer Normalization" (arXiv 1910.07467).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import tvm
 from tvm.ir import Expr
@@ -27,12 +27,34 @@ from turbo_tvm.schedules.cuda.script import kernel_attrs
 from turbo_tvm.schedules.cuda.strips import Team
 from turbo_tvm.schedules.rows import RowFormat
 from turbo_tvm.schedules.script import without_parameters
+from turbo_tvm.schedules.space import Space, Variant
 
 REGISTERS = 72  # for the elements of two rows, which share the reads of bias, gamma and beta
 
 KINDS = ("layer", "rms", "l2")
 
+VERSION = 1  # of the kernel: a tuner's log of another one says nothing about it
+
 Macro = Callable[..., None]
+
+
+def space(
+    *,
+    n: int,
+    residual: bool = False,
+    x: RowFormat | None = None,
+    extra: RowFormat | None = None,
+    out: RowFormat | None = None,
+    **_options: object,
+) -> Space:
+    """The decisions of this kernel: how rows are spread over threads."""
+    return reduction.row_space(n, _vector(n, residual, x, extra, out), registers=REGISTERS)
+
+
+def _vector(n: int, residual: bool, x: RowFormat | None, extra: RowFormat | None, out: RowFormat | None) -> int:
+    """Elements per access that suit all rows that are read or written."""
+    formats = (x, out, *((extra,) if residual else ()))
+    return reduction.vector_width(n, *(rows or RowFormat(n) for rows in formats))
 
 
 def normalize_macro(form: RowForm, *, eps: float, kind: str, out: RowFormat, vectors: str) -> Macro:
@@ -147,19 +169,19 @@ def norm(
     out: RowFormat | None = None,
     vectors: str = "float32",
     form: RowForm | None = None,
+    variants: Sequence[Variant] = (),
 ) -> tvm.tirx.PrimFunc:
     """`(x, [residual,] [bias,] [gamma,] [beta,] out)`: the rows v = x [+ residual] [+ bias], normalised.
 
     kind: "layer", (v - mean v) / sqrt(var v + eps) * gamma + beta; "rms", v / sqrt(mean v^2 + eps) * gamma; or "l2",
     v / max(|v|, eps), which takes neither. x, extra, out: how x, the residual and out are stored, by default fp32 and n
-    columns wide. vectors: the dtype of bias, gamma and beta. form: how rows are spread over threads; by default as
-    `reduction.row_form` has it.
+    columns wide. vectors: the dtype of bias, gamma and beta. variants: one setting of `space` at most. form: how rows
+    are spread over threads, in the place of variants.
     """
     if kind not in KINDS:
         raise ValueError(f"unknown norm {kind!r}: use one of {', '.join(KINDS)}")
     x_rows, extra_rows, out_rows = x or RowFormat(n), extra or RowFormat(n), out or RowFormat(n)
-    formats = (x_rows, out_rows, *((extra_rows,) if residual else ()))
-    form = form or reduction.row_form(n, reduction.vector_width(n, *formats), registers=REGISTERS)
+    form = form or reduction.chosen_form(n, _vector(n, residual, x, extra, out), variants, registers=REGISTERS)
     load_x = strips.load_rows_macro(form, x_rows.dtype)
     load_extra = strips.load_rows_macro(form, extra_rows.dtype, added=True)
     add_vector = strips.add_vector_macro(form, vectors)

@@ -3,36 +3,48 @@
 Layout: x `(m, 1, hidden)` or wider, fp32, fp16 or bf16; out fp32 `(b, 1, hidden)`; m and b symbolic. `cu_seqlens`:
 int32 `(b + 1,)`, ascending from 0: every sequence has a row. Any hidden.
 
-A block takes a strip of columns of one sequence, a lane some neighbouring columns. For the mean its warps take every
-eighth row each, and the first warp adds up what they found, in a fixed order.
+A block takes a strip of columns of one sequence, a lane some neighbouring columns. For the mean its warps take turns
+with the rows, and the first warp adds up what they found, in a fixed order.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import tvm
 from tvm.script import tirx as T
 
+from turbo_tvm.schedules.cuda.block_product import WARP
 from turbo_tvm.schedules.cuda.numbers import to_float
-from turbo_tvm.schedules.cuda.products import WARP
 from turbo_tvm.schedules.cuda.reduction import vector_width
-from turbo_tvm.schedules.cuda.script import kernel_attrs, sync_block
+from turbo_tvm.schedules.cuda.script import kernel_attrs, only_setting, sync_block
 from turbo_tvm.schedules.pooling import MODES
 from turbo_tvm.schedules.rows import RowFormat
+from turbo_tvm.schedules.space import Knob, Space, Variant
 
-_WARPS = 8
+VERSION = 1  # of the kernel: a tuner's log of another one says nothing about it
 
 
-def pool(*, hidden: int, mode: str, row: int = 0, x: RowFormat | None = None) -> tvm.tirx.PrimFunc:
+def space(*, mode: str, **_options: object) -> Space:
+    """The decision of this kernel; a first row is one warp's."""
+    return Space(
+        (Knob("warps", (2, 4, 8, 16), 8, "warps that share the rows of a sequence"),) if mode == "mean" else ()
+    )
+
+
+def pool(
+    *, hidden: int, mode: str, row: int = 0, x: RowFormat | None = None, variants: Sequence[Variant] = ()
+) -> tvm.tirx.PrimFunc:
     """`(x, cu_seqlens, out)`: out row i = the first row of sequence i, or the mean of its rows.
 
     row: not the first one but that many after it; every sequence must have it. x: fp32 `(m, 1, hidden)` unless the
-    format says else.
+    format says else. variants: one setting of `space` at most.
     """
     if mode not in MODES:
         raise ValueError(f"unknown pooling mode {mode!r}: use one of {', '.join(MODES)}")
     x_rows = x or RowFormat(hidden)
     vector = min(4, vector_width(hidden, x_rows))
-    warps, strip = (_WARPS if mode == "mean" else 1), WARP * vector
+    warps, strip = only_setting(variants, space(mode=mode)).get("warps", 1), WARP * vector
 
     @T.inline
     def add_row(sums, source, row, column):

@@ -12,8 +12,9 @@ with 128-bit accesses, reduces it in registers, and the team combines its thread
 Rows stay in registers between reductions: a kernel reads its input once. Rows too long for that are read once per
 sweep.
 
-How a row is spread is a schedule decision (`row_form`), not a branch in the kernel: as many lanes of a warp as a row
-has vectors, for rows of up to 1,024 elements, a block for longer ones, X so that registers suffice.
+How a row is spread is a schedule decision (`row_space`), not a branch in the kernel. By itself (`row_form`), as many
+lanes of a warp as a row has vectors, for rows of up to 1,024 elements, a block for longer ones, X so that registers
+suffice.
 
 Method: Fang, Yu, Zhao, Zhou, "TurboTransformers" (PPoPP 2021), section 4.1.2, in the form without its faults: lanes
 beyond the row hold the reduction's neutral element, rows may have any length, and the one-pass variance, which cancels
@@ -22,19 +23,23 @@ where |mean| >> std, is replaced by two passes over registers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from tvm.ir import Expr
 from tvm.script import tirx as T
 
+from turbo_tvm.schedules.cuda.script import only_setting
 from turbo_tvm.schedules.rows import RowFormat
+from turbo_tvm.schedules.space import Knob, Setting, Space, Variant
 
 WARP = 32
 ACCESS_BYTES = 16
 _WARP_ELEMENTS = 1024  # the longest row that a warp takes: 32 registers of a lane
 _MAX_STRIP = 64  # a thread holds no more of a row in registers
 _MAX_THREADS = 1024
+_MOST_HELD = 72  # elements of all its rows that a thread may hold in registers
+_FEWEST_THREADS = 4  # of a team, unless a row is shorter: fewer would read memory far apart
 _BLOCK_THREADS = 128  # of a block of warps with rows of their own, and of one that works on a row together
 _FULL_MASK = 0xFFFFFFFF
 
@@ -127,6 +132,37 @@ def row_form(
     if rows not in (1, 2, 4, 8) or threads & (threads - 1) or not 1 <= threads <= _MAX_THREADS:
         raise ValueError(f"{rows} rows by {threads} threads: rows are 1, 2, 4 or 8, threads a power of two up to 1024")
     return replace(one, rows=rows, teams=_BLOCK_THREADS // threads if one.in_warp else 1)
+
+
+def row_space(n: int, vector: int, *, registers: int = 16) -> Space:
+    """The decisions of a kernel on rows of n elements; its default is `row_form(n, vector, registers=registers)`.
+
+    A team has work for all its threads, which hold their parts of all its rows in registers; only rows that are too
+    long even for the largest team are read in segments.
+    """
+    usual = row_form(n, vector, registers=registers)
+    teams = [1 << i for i in range(_MAX_THREADS.bit_length())]
+
+    def is_fast(threads: int) -> bool:
+        few, many = min(_FEWEST_THREADS, usual.threads), _power_of_two(-(-n // vector))
+        return few <= threads <= many and RowForm(n, threads, 1, vector).segments == 1
+
+    def fits(setting: Setting) -> bool:
+        form = row_form(n, vector, **setting)
+        return form.rows * form.strip <= _MOST_HELD and (form.rows == 1 or form.segments == 1)
+
+    return Space(
+        (
+            Knob("rows", (1, 2, 4), usual.rows, "rows that a team reduces together"),
+            Knob("threads", tuple(t for t in teams if t == usual.threads or is_fast(t)), usual.threads, "of a team"),
+        ),
+        fits,
+    )
+
+
+def chosen_form(n: int, vector: int, variants: Sequence[Variant], *, registers: int = 16) -> RowForm:
+    """The form that the only variant asks for, or the default one."""
+    return row_form(n, vector, **only_setting(variants, row_space(n, vector, registers=registers)))
 
 
 def _power_of_two(count: int) -> int:

@@ -6,16 +6,24 @@ may be turned in place.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import tvm
 from tvm.script import tirx as T
 
 from turbo_tvm.schedules.cuda.numbers import from_float, to_float
 from turbo_tvm.schedules.cuda.reduction import vector_width
-from turbo_tvm.schedules.cuda.script import kernel_attrs
+from turbo_tvm.schedules.cuda.script import kernel_attrs, only_setting
 from turbo_tvm.schedules.rotary import kept_columns
 from turbo_tvm.schedules.rows import RowFormat
+from turbo_tvm.schedules.space import Knob, Space, Variant
 
-_THREADS = 128
+VERSION = 1  # of the kernel: a tuner's log of another one says nothing about it
+
+
+def space(**_options: object) -> Space:
+    """The decision of this kernel."""
+    return Space((Knob("threads", (32, 64, 128, 256), 128, "threads of a block"),))
 
 
 def rotary(
@@ -27,8 +35,13 @@ def rotary(
     spans: tuple[tuple[int, int], ...],
     x: RowFormat | None = None,
     out: RowFormat | None = None,
+    variants: Sequence[Variant] = (),
 ) -> tvm.tirx.PrimFunc:
-    """`(x, position_ids, table, out)`, as `rotary.rotary`; rows `(m, 1, width)`, position_ids int32 `(m, 1)`."""
+    """`(x, position_ids, table, out)`, as `rotary.rotary`; rows `(m, 1, width)`, position_ids int32 `(m, 1)`.
+
+    variants: one setting of `space` at most.
+    """
+    threads = only_setting(variants, space())["threads"]
     x_rows, out_rows = x or RowFormat(columns), out or RowFormat(columns)
     half = dims // 2
     kept = kept_columns(columns, head_dim, dims, spans)
@@ -79,8 +92,8 @@ def rotary(
     @T.inline
     def turn_span(source, result, table, held, row, thread, position, span, again):
         pieces = T.meta_var(spans[span][1] * per_head)
-        for i in range((pieces + _THREADS - 1) // _THREADS):
-            piece = T.meta_var(i * _THREADS + thread)
+        for i in range((pieces + threads - 1) // threads):
+            piece = T.meta_var(i * threads + thread)
             if piece < pieces:
                 turn(
                     source,
@@ -98,8 +111,8 @@ def rotary(
     @T.inline
     def copy_part(source, result, held, row, thread, part, again):
         pieces = T.meta_var(kept[part][1] // vector)
-        for i in range((pieces + _THREADS - 1) // _THREADS):
-            piece = T.meta_var(i * _THREADS + thread)
+        for i in range((pieces + threads - 1) // threads):
+            piece = T.meta_var(i * threads + thread)
             if piece < pieces:
                 load(held, source, row, kept[part][0] + piece * vector, 0)
                 store(result, row, kept[part][0] + piece * vector, same(held))
@@ -115,7 +128,7 @@ def rotary(
         table = T.match_buffer(table_arg, (positions, dims), "float32")
         result = T.match_buffer(out_arg, (m, 1, out_rows.width), out_rows.dtype)
         for row in T.thread_binding(m, thread="blockIdx.x"):
-            for thread in T.thread_binding(_THREADS, thread="threadIdx.x"):
+            for thread in T.thread_binding(threads, thread="threadIdx.x"):
                 with T.sblock("row"):
                     T.reads()
                     T.writes()

@@ -13,6 +13,7 @@ normalizer calculation for softmax" (arXiv 1805.02867).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import tvm
 from tvm.ir import Expr
@@ -23,19 +24,32 @@ from turbo_tvm.schedules.cuda.reduction import RowForm, add, largest
 from turbo_tvm.schedules.cuda.script import kernel_attrs
 from turbo_tvm.schedules.cuda.strips import Team
 from turbo_tvm.schedules.rows import RowFormat
+from turbo_tvm.schedules.space import Space, Variant
+
+VERSION = 1  # of the kernel: a tuner's log of another one says nothing about it
 
 _LOG2_E = math.log2(math.e)
 
 
+def space(*, n: int, x: RowFormat | None = None, out: RowFormat | None = None, **_options: object) -> Space:
+    """The decisions of this kernel: how rows are spread over threads."""
+    return reduction.row_space(n, reduction.vector_width(n, x or RowFormat(n), out or RowFormat(n)))
+
+
 def softmax(
-    *, n: int, x: RowFormat | None = None, out: RowFormat | None = None, form: RowForm | None = None
+    *,
+    n: int,
+    x: RowFormat | None = None,
+    out: RowFormat | None = None,
+    form: RowForm | None = None,
+    variants: Sequence[Variant] = (),
 ) -> tvm.tirx.PrimFunc:
     """`(x, out)`: e^x over the row's sum of that. x, out: fp32 and n columns wide unless the formats say else.
 
-    form: how rows are spread over threads; by default as `reduction.row_form` has it.
+    variants: one setting of `space` at most. form: how rows are spread over threads, in the place of variants.
     """
     x_rows, out_rows = x or RowFormat(n), out or RowFormat(n)
-    form = form or reduction.row_form(n, reduction.vector_width(n, x_rows, out_rows))
+    form = form or reduction.chosen_form(n, reduction.vector_width(n, x_rows, out_rows), variants)
     rows, segments = form.rows, form.segments
     load_rows = strips.load_rows_macro(form, x_rows.dtype, neutral=-math.inf)
     each_chunk, store_chunk = strips.each_chunk_macro(form), strips.store_chunk_macro(form, out_rows.dtype)

@@ -20,6 +20,7 @@ from tvm.target import codegen
 from turbo_tvm import targets
 from turbo_tvm.runtime.cpu_features import request_amx
 from turbo_tvm.schedules import amx
+from turbo_tvm.schedules.space import Space, Variant
 
 KERNEL = "kernel"
 FP32, BF16 = "float32", "uint16"
@@ -233,3 +234,21 @@ def guarded(shape: Sequence[int], dtype: str) -> tuple[np.ndarray, np.ndarray]:
 def assembly() -> Callable[..., str]:
     """`assembly(prim_func, target)`: the text that LLVM emits; nothing runs."""
     return lambda prim_func, target: build(prim_func, tvm.target.Target(target)).mod.inspect_source("asm")
+
+
+@pytest.fixture(scope="session")
+def extremes() -> Callable[[Space], list[Variant]]:
+    """`extremes(space)`: the least and the largest value of each knob that has a choice, with few other changes."""
+
+    def nearest(space: Space, name: str, pick: Callable[..., int]) -> Variant:
+        settings = list(space.settings())
+        value = pick(setting[name] for setting in settings)
+        having = [setting for setting in settings if setting[name] == value]
+        changes = [sum(s[other] != usual for other, usual in space.default.items()) for s in having]
+        return Variant(tuple(having[changes.index(min(changes))].items()))
+
+    def of(space: Space) -> list[Variant]:
+        found = [nearest(space, knob.name, pick) for knob in space.knobs for pick in (min, max)]
+        return list(dict.fromkeys(found))
+
+    return of

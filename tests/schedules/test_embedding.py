@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import tvm
 
-from turbo_tvm.schedules.embedding import embedding
+from turbo_tvm.schedules.embedding import embedding, space
 from turbo_tvm.schedules.rows import RowFormat
+from turbo_tvm.schedules.space import Space, Variant
 from turbo_tvm.schedules.tiles import NEON, cpu_tiles
 
 
@@ -87,3 +89,39 @@ def test_a_wrong_number_of_tables_is_refused(tables):
 def test_compiles_for_neon(assembly, neon_target):
     text = assembly(embedding(NEON, hidden=64, tables=3, norm_eps=1e-5), neon_target)
     assert "fadd\tv" in text
+
+
+def check_variants(run_kernel, target, batches, variants):
+    tiles, hidden = cpu_tiles(target), 203
+    gamma, beta = np.random.default_rng(1).standard_normal((2, hidden)).astype("float32")
+    kernel = embedding(tiles, hidden=hidden, tables=2, norm_eps=1e-5, variants=variants)
+    for count in batches:
+        ids, tables = inputs(tiles, hidden, (50, 30), count)
+        out = run_kernel(kernel, [*ids, *tables, gamma, beta], (count, tiles.row_tile, hidden), target)
+        summed = sum(table.astype("float64")[i] for i, table in zip(ids, tables, strict=True))
+        np.testing.assert_allclose(out, layer_norm(summed, gamma, beta, 1e-5), rtol=1e-5, atol=1e-5)
+
+
+def test_extreme_settings(run_kernel, target, extremes):
+    for variant in extremes(space(cpu_tiles(target), norm_eps=1e-5)):
+        check_variants(run_kernel, target, (3,), (variant,))
+
+
+def test_variants_by_rows(run_kernel, host_target):
+    few = Variant((("chains", 2),), 2 * cpu_tiles(host_target).row_tile)
+    check_variants(run_kernel, host_target, (1, 2, 3), (few, Variant((("chains", 8),))))
+
+
+@pytest.mark.parametrize("norm_eps", [None, 1e-5])
+def test_the_default_setting_is_what_is_done_without_any(norm_eps):
+    options = {"hidden": 100, "tables": 2, "norm_eps": norm_eps}
+    usual = Variant(tuple(space(NEON, **options).default.items()))
+    tvm.ir.assert_structural_equal(embedding(NEON, **options), embedding(NEON, variants=(usual,), **options))
+
+
+def test_settings_that_do_not_exist():
+    assert space(NEON, hidden=64, tables=1) == Space()
+    with pytest.raises(ValueError, match="knob chains cannot be 3; it is one of 2, 4, 8"):
+        embedding(NEON, hidden=64, tables=1, norm_eps=1e-5, variants=(Variant((("chains", 3),)),))
+    with pytest.raises(ValueError, match="there is no knob 'chains'"):
+        embedding(NEON, hidden=64, tables=1, variants=(Variant((("chains", 2),)),))

@@ -6,9 +6,11 @@ import itertools
 
 import numpy as np
 import pytest
+import tvm
 
 from turbo_tvm.schedules import normalization, tiles
 from turbo_tvm.schedules.rows import RowFormat
+from turbo_tvm.schedules.space import Variant
 
 WIDTHS = [1, 2, 7, 16, 36, 64, 100, 384, 768, 1003]
 EPS = 1e-12
@@ -165,3 +167,52 @@ def test_l2_normalize_in_the_place_of_its_input(run_kernel, target):
     kernel = normalization.l2_normalize(geometry, n=n)
     wanted = run_kernel(kernel, [rows], rows.shape, target)
     np.testing.assert_array_equal(run_kernel(kernel, [rows], rows.shape, target, out=rows), wanted)
+
+
+def kernels_of(geometry, n, **options):
+    """Every kernel of this file, with the function that it computes of x, gamma and beta."""
+    return {
+        "layer": (normalization.norm(geometry, n=n, eps=1e-5, **options), lambda *a: layer_norm64(*a, 1e-5)),
+        "rms": (
+            normalization.norm(geometry, n=n, eps=1e-5, kind="rms", **options),
+            lambda x, gamma, _: x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-5) * gamma,
+        ),
+        "l2": (
+            normalization.l2_normalize(geometry, n=n, **options),
+            lambda x, *_: x / np.linalg.norm(x, axis=-1, keepdims=True),
+        ),
+    }
+
+
+def check_kernels(run_kernel, target, batches, **options):
+    geometry, n = tiles.cpu_tiles(target), 203  # on every target whole groups of vectors, further ones, and a rest
+    gamma, beta = draw(3, n), draw(4, n)
+    for name, (kernel, function) in kernels_of(geometry, n, **options).items():
+        for t in batches:
+            x = draw(t, t, geometry.row_tile, n)
+            taken = {"layer": [gamma, beta], "rms": [gamma], "l2": []}[name]
+            out = run_kernel(kernel, [x, *taken], x.shape, target)
+            np.testing.assert_allclose(out, function(x.astype("float64"), gamma, beta), rtol=1e-5, atol=1e-5)
+
+
+def test_extreme_settings(run_kernel, target, extremes):
+    for variant in extremes(normalization.space(tiles.cpu_tiles(target))):
+        check_kernels(run_kernel, target, (3,), variants=(variant,))
+
+
+def test_variants_by_rows(run_kernel, host_target):
+    few = Variant((("chains", 2),), 2 * tiles.cpu_tiles(host_target).row_tile)
+    check_kernels(run_kernel, host_target, (1, 2, 3), variants=(few, Variant((("chains", 8),))))
+
+
+def test_the_default_setting_is_what_is_done_without_any():
+    usual = Variant(tuple(normalization.space(tiles.NEON).default.items()))
+    plain, asked = kernels_of(tiles.NEON, 100), kernels_of(tiles.NEON, 100, variants=(usual,))
+    for name, (kernel, _) in plain.items():
+        tvm.ir.assert_structural_equal(kernel, asked[name][0])
+
+
+@pytest.mark.parametrize("kernel", [normalization.norm, normalization.l2_normalize])
+def test_settings_that_do_not_exist(kernel):
+    with pytest.raises(ValueError, match="knob chains cannot be 3; it is one of 2, 4, 8"):
+        kernel(tiles.AVX2, n=8, eps=EPS, variants=(Variant((("chains", 3),)),))

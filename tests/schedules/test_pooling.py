@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import tvm
 
-from turbo_tvm.schedules.pooling import MODES, pool
+from turbo_tvm.schedules.pooling import MODES, pool, space
 from turbo_tvm.schedules.rows import RowFormat
+from turbo_tvm.schedules.space import Space, Variant
 from turbo_tvm.schedules.tiles import NEON, cpu_tiles
 
 RAGGED = (1, 2, 3, 4, 5, 7, 11, 12, 13, 31, 32, 33, 128, 511, 512)
@@ -17,13 +19,13 @@ def target(request):
     return request.getfixturevalue(request.param)
 
 
-def pooled(run_kernel, target, x: np.ndarray, lengths, mode: str) -> np.ndarray:
+def pooled(run_kernel, target, x: np.ndarray, lengths, mode: str, variants=()) -> np.ndarray:
     """All rows of the output, as a matrix."""
     rows, hidden = cpu_tiles(target).row_tile, x.shape[1]
     cu_seqlens = np.concatenate([[0], np.cumsum(lengths)]).astype("int32")
     x = np.pad(x, ((0, -len(x) % rows), (0, 0)), constant_values=1e30).reshape(-1, rows, hidden)
     shape = (-(-len(lengths) // rows), rows, hidden)
-    kernel = pool(cpu_tiles(target), hidden=hidden, mode=mode)
+    kernel = pool(cpu_tiles(target), hidden=hidden, mode=mode, variants=variants)
     return run_kernel(kernel, [x, cu_seqlens], shape, target).reshape(-1, hidden)
 
 
@@ -87,3 +89,34 @@ def test_an_unknown_mode_is_refused():
 
 def test_compiles_for_neon(assembly, neon_target):
     assert "fadd\tv" in assembly(pool(NEON, hidden=64, mode="mean"), neon_target)
+
+
+def check_variants(run_kernel, target, lengths, variants):
+    x = np.random.default_rng(0).standard_normal((sum(lengths), 100), dtype="float32")
+    out = pooled(run_kernel, target, x, lengths, "mean", variants)
+    np.testing.assert_allclose(out[: len(lengths)], expected(x, lengths, "mean"), rtol=1e-5, atol=1e-5)
+    assert (out[len(lengths) :] == 0).all()
+
+
+def test_extreme_settings(run_kernel, target, extremes):
+    for variant in extremes(space(cpu_tiles(target), hidden=100, mode="mean")):
+        check_variants(run_kernel, target, RAGGED, (variant,))
+
+
+def test_variants_by_rows(run_kernel, host_target):
+    few, many = Variant((("rows", 2),), 2 * cpu_tiles(host_target).row_tile), Variant((("rows", 8),))
+    for lengths in ((1,), (3, 1), (20, 9)):
+        check_variants(run_kernel, host_target, lengths, (few, many))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_default_setting_is_what_is_done_without_any(mode):
+    usual = Variant(tuple(space(NEON, hidden=100, mode=mode).default.items()))
+    options = {"hidden": 100, "mode": mode}
+    tvm.ir.assert_structural_equal(pool(NEON, **options), pool(NEON, variants=(usual,), **options))
+
+
+def test_settings_that_do_not_exist():
+    assert space(NEON, hidden=64, mode="first") == Space()
+    with pytest.raises(ValueError, match="knob rows cannot be 3; it is one of 2, 4, 8"):
+        pool(NEON, hidden=64, mode="mean", variants=(Variant((("rows", 3),)),))

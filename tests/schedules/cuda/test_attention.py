@@ -9,9 +9,10 @@ import pytest
 from cuda_kernels import DTYPES, ULP, loaded, stored
 
 from turbo_tvm.runtime import batch
-from turbo_tvm.schedules.cuda.attention import MAX_HEAD_DIM, attention
+from turbo_tvm.schedules.cuda.attention import MAX_HEAD_DIM, attention, space
 from turbo_tvm.schedules.cuda.tiles import CUDA_TILES
 from turbo_tvm.schedules.rows import RowFormat
+from turbo_tvm.schedules.space import Variant
 
 pytestmark = pytest.mark.xdist_group("cuda-attention")
 
@@ -29,6 +30,7 @@ def kernel(
     wider=0,
     kv_heads=None,
     window=None,
+    variants=(),
 ):
     inner = heads * head_dim
     widths = [inner, *[(kv_heads or heads) * head_dim] * 2]
@@ -43,6 +45,7 @@ def kernel(
         position_bias=bias,
         kv_heads=kv_heads,
         window=window,
+        variants=variants,
         x=RowFormat(width, dtype),
         out=RowFormat(inner, out or dtype),
         **dict(zip("qkv", places, strict=True)),
@@ -163,3 +166,25 @@ def test_counts(gpu, dtype):
 def test_heads_too_wide():
     with pytest.raises(ValueError, match=f"at most {MAX_HEAD_DIM}"):
         kernel(1, MAX_HEAD_DIM + 1, "float32", 8)
+
+
+def space_of(head_dim, dtype):
+    places = {name: (3 * head_dim, i * head_dim) for i, name in enumerate("qkv")}
+    return space(CUDA_TILES, heads=1, head_dim=head_dim, x=RowFormat(3 * head_dim, dtype), **places)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_extreme_settings(gpu, extremes, dtype):
+    for variant in extremes(space_of(20, dtype)):
+        check(gpu, 1, 20, dtype, (130, 1, 64), window=40, variants=(variant,))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("head_dim", "most"), [(64, 64), (80, None), (128, 32)])
+def test_as_many_keys_as_there_is_room_for(dtype, head_dim, most):
+    most = most or (64 if dtype == "float32" else 32)
+    keys = space_of(head_dim, dtype).knobs[0]
+    assert keys.values[-1] == most
+    if most < 64:
+        with pytest.raises(ValueError, match="knob keys cannot be 64; it is one of 16, 32"):
+            kernel(1, head_dim, dtype, 8, variants=(Variant((("keys", 64),)),))

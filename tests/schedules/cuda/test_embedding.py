@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from cuda_kernels import DTYPES, allowed, loaded, stored
 
-from turbo_tvm.schedules.cuda.embedding import embedding
+from turbo_tvm.schedules.cuda.embedding import embedding, space
 from turbo_tvm.schedules.rows import RowFormat
 
 SIZES = (1000, 2, 300)
@@ -42,3 +42,18 @@ def test_matches_float64(gpu, dtype, normalised, hidden, tables):
 def test_too_many_tables(tables):
     with pytest.raises(ValueError, match="1 to 3 are supported"):
         embedding(hidden=8, tables=tables)
+
+
+@pytest.mark.xdist_group("cuda-embedding")
+def test_extreme_settings(gpu, extremes):
+    hidden, m, rng = 300, 21, np.random.default_rng(0)
+    options = {"hidden": hidden, "tables": 2, "table_type": "float16", "out": RowFormat(hidden)}
+    tables = [rng.normal(size=(size, hidden)).astype("float16") for size in SIZES[:2]]
+    ids = [rng.integers(0, size, (m, 1), dtype=np.int32) for size in SIZES[:2]]
+    want = sum(loaded(table)[i] for i, table in zip(ids, tables, strict=True))
+    variants = extremes(space(**options))
+    module = gpu.build({f"f_{i}": embedding(variants=(variant,), **options) for i, variant in enumerate(variants)})
+    with gpu.device.uncounted():
+        for i in range(len(variants)):
+            found = gpu.run(module, f"f_{i}", [*ids, *tables], np.zeros((m, 1, hidden), np.float32))
+            assert (np.abs(found - want) <= allowed(want, "float32", 1e-6)).all()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from cuda_kernels import DTYPES, allowed, loaded, stored
 
-from turbo_tvm.schedules.cuda.gate import gate
+from turbo_tvm.schedules.cuda.gate import gate, space
 from turbo_tvm.schedules.rows import RowFormat
 
 pytestmark = pytest.mark.xdist_group("cuda-norm")
@@ -32,3 +32,13 @@ def test_matches_float64(gpu, dtype):
         error = 1e-6 * np.maximum(1, np.abs(active)) * np.abs(linear)
         assert (np.abs(loaded(found[..., :n]) - want) <= allowed(want, dtype, error)).all()
         assert (np.ascontiguousarray(found[..., n:]).view(np.uint8) == 0xFF).all()
+
+
+def test_extreme_settings(gpu, extremes):
+    n, x = 37, np.random.default_rng(0).normal(size=(19, 1, 74)).astype("float32")
+    active, linear = loaded(x[..., :n]), loaded(x[..., n:])
+    variants = extremes(space(columns=n))
+    module = gpu.build({f"f_{i}": gate(columns=n, activation="silu", variants=(v,)) for i, v in enumerate(variants)})
+    for i in range(len(variants)):
+        found = gpu.run(module, f"f_{i}", [x], np.zeros((19, 1, n), np.float32))
+        np.testing.assert_allclose(found, active / (1 + np.exp(-active)) * linear, rtol=2e-6, atol=1e-6)

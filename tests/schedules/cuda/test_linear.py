@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from cuda_kernels import DTYPES, LENGTHS, ROWS, ULP, allowed, loaded, stored
 
-from turbo_tvm.schedules.cuda.linear import linear
+from turbo_tvm.schedules.cuda.linear import linear, space
 from turbo_tvm.schedules.cuda.tiles import CUDA_TILES
 from turbo_tvm.schedules.rows import RowFormat
+from turbo_tvm.schedules.space import Variant
 
 COLUMNS = CUDA_TILES.col_tile
 SIZES = tuple(zip(LENGTHS, reversed(LENGTHS), strict=True))  # k and n: each takes every length once
@@ -141,3 +142,28 @@ def test_shared_memory_has_few_bank_conflicts(gpu, dtype, share):
     counts = gpu.counts()
     assert counts.bank_conflicts <= share * counts.shared_wavefronts
     assert counts.mma == (0 if dtype == "float32" else 128 * 256 * 256 // 16**3)
+
+
+@pytest.mark.parametrize(("k", "dtype"), [(72, "float32"), (72, "float16"), (33, "float16")])
+def test_extreme_settings(gpu, extremes, k, dtype):
+    """The batch ends within a tile, k within a step; 33 columns have no wide accesses."""
+    n, options = 130, {"activation": "relu", "residual": True}
+    variants = extremes(space(CUDA_TILES, k=k, n=n, x=RowFormat(k, dtype)))
+    if k == 33:
+        variants = variants[:2]  # what else there is does not depend on how x is read
+    module = gpu.build({f"f_{i}": kernel(k, n, dtype, variants=(v,), **options) for i, v in enumerate(variants)})
+    with gpu.device.uncounted():
+        for i in range(len(variants)):
+            check(gpu, module, f"f_{i}", 150, k, n, dtype, **options)
+
+
+def test_settings_that_do_not_fit_a_block():
+    too_much = {
+        "shared memory": {"depth": 32},
+        "registers": {"rows": 128, "warps_across": 2},
+        "rows of a warp": {"warps_down": 4},
+        "accesses of a thread": {"rows": 32, "depth": 8, "warps_across": 4},
+    }
+    for setting in too_much.values():
+        with pytest.raises(ValueError, match="does not fit this kernel"):
+            kernel(64, 128, "float32", variants=(Variant(tuple(setting.items())),))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from cuda_kernels import DTYPES, LENGTHS, ROWS, allowed, loaded, stored
 
-from turbo_tvm.schedules.cuda.normalization import KINDS, norm
+from turbo_tvm.schedules.cuda.normalization import KINDS, norm, space
 from turbo_tvm.schedules.cuda.reduction import row_form, vector_width
 from turbo_tvm.schedules.rows import RowFormat
 
@@ -151,3 +151,18 @@ def test_in_place_of_an_input(gpu):
 def test_an_unknown_kind():
     with pytest.raises(ValueError, match="unknown norm 'batch'"):
         norm(n=8, eps=EPS, kind="batch")
+
+
+@pytest.mark.parametrize(("n", "dtype"), [(300, "float32"), (1100, "float16")])
+def test_extreme_settings(gpu, extremes, n, dtype):
+    rows = dict.fromkeys(("x", "extra", "out"), RowFormat(n, dtype))
+    options = {"n": n, "eps": EPS, "residual": True, "vectors": dtype, **rows}
+    variants = extremes(space(**options))
+    module = gpu.build({f"f_{i}": norm(variants=(variant,), **options) for i, variant in enumerate(variants)})
+    x, residual, (_, gamma, beta) = adversarial(21, n, dtype), adversarial(21, n, dtype, seed=1), vectors(n, dtype)
+    v = loaded(x) + loaded(residual)
+    v[np.abs(v) < 1e-30] = 0
+    with gpu.device.uncounted():
+        for i in range(len(variants)):
+            out = gpu.run(module, f"f_{i}", [x, residual, gamma, beta], x)
+            check(out, v, loaded(gamma), loaded(beta), dtype)

@@ -7,10 +7,12 @@ import pytest
 from cuda_kernels import DTYPES, loaded, stored
 
 from turbo_tvm.runtime import batch
-from turbo_tvm.schedules.cuda.pooling import pool
+from turbo_tvm.schedules.cuda import rows
+from turbo_tvm.schedules.cuda.pooling import pool, space
 from turbo_tvm.schedules.cuda.rows import cast_rows
 from turbo_tvm.schedules.pooling import MODES
 from turbo_tvm.schedules.rows import RowFormat
+from turbo_tvm.schedules.space import Space
 
 pytestmark = pytest.mark.xdist_group("cuda-embedding")
 
@@ -55,3 +57,28 @@ def test_casts_round_to_nearest_even(gpu, dtype, columns, wider):
     with np.errstate(over="ignore"):
         np.testing.assert_array_equal(found[..., :columns], stored(x, dtype))
     assert (np.ascontiguousarray(found[..., columns:]).view(np.uint8) == 0xFF).all()
+
+
+def test_extreme_settings_of_the_mean(gpu, extremes):
+    lengths, options = (1, 2, 15, 16, 17, 40), {"hidden": 100, "mode": "mean"}
+    limits = batch.boundaries(list(lengths))
+    x = np.random.default_rng(0).normal(size=(sum(lengths), 1, 100)).astype("float32")
+    want = np.stack([part.mean(0) for part in np.split(loaded(x)[:, 0], limits[1:-1])])
+    variants = extremes(space(**options))
+    module = gpu.build({f"f_{i}": pool(variants=(variant,), **options) for i, variant in enumerate(variants)})
+    for i in range(len(variants)):
+        found = gpu.run(module, f"f_{i}", [x, limits], np.zeros((len(lengths), 1, 100), np.float32))[:, 0]
+        np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-6)
+
+
+def test_a_first_row_leaves_nothing_to_decide():
+    assert space(hidden=100, mode="first") == Space()
+
+
+def test_extreme_settings_of_casts(gpu, extremes):
+    out, x = RowFormat(33, "uint16"), np.random.default_rng(0).normal(size=(17, 1, 33)).astype("float32")
+    variants = extremes(rows.space(columns=33, out=out))
+    module = gpu.build({f"f_{i}": cast_rows(columns=33, out=out, variants=(v,)) for i, v in enumerate(variants)})
+    for i in range(len(variants)):
+        found = gpu.run(module, f"f_{i}", [x], np.zeros((17, 1, 33), "uint16"))
+        np.testing.assert_array_equal(found, stored(x, "uint16"))

@@ -7,7 +7,7 @@ import pytest
 import tvm
 from cuda_kernels import DTYPES, allowed, loaded, stored
 
-from turbo_tvm.schedules.cuda.rotary import rotary
+from turbo_tvm.schedules.cuda.rotary import rotary, space
 from turbo_tvm.schedules.rows import RowFormat
 
 pytestmark = pytest.mark.xdist_group("cuda-norm")
@@ -51,3 +51,16 @@ def test_matches_float64_also_in_place(gpu, dtype):
         place = tvm.runtime.tensor(x, tvm.cuda(0))
         module[name](place, *(tvm.runtime.tensor(a, tvm.cuda(0)) for a in (ids, table)), place)
         np.testing.assert_array_equal(place.numpy()[..., :columns], found[..., :columns])
+
+
+def test_extreme_settings(gpu, extremes):
+    columns, _, *turn = SHAPES["partial"]
+    options = dict(zip(("columns", "head_dim", "dims", "spans"), (columns, *turn), strict=True), positions=POSITIONS)
+    rng = np.random.default_rng(0)
+    x, table = rng.normal(size=(5, 1, columns)).astype("float32"), rng.normal(size=(POSITIONS, 6)).astype("float32")
+    ids = rng.integers(0, POSITIONS, (5, 1)).astype("int32")
+    want, variants = expected(loaded(x), ids, table, *turn), extremes(space(**options))
+    module = gpu.build({f"f_{i}": rotary(variants=(variant,), **options) for i, variant in enumerate(variants)})
+    for i in range(len(variants)):
+        found = gpu.run(module, f"f_{i}", [x, ids, table], x)
+        assert (np.abs(found - want) <= allowed(want, "float32", 1e-6)).all()

@@ -7,7 +7,7 @@ import pytest
 from cuda_kernels import DTYPES, LENGTHS, ROWS, allowed, loaded, stored
 
 from turbo_tvm.schedules.cuda.reduction import row_form, vector_width
-from turbo_tvm.schedules.cuda.softmax import softmax
+from turbo_tvm.schedules.cuda.softmax import softmax, space
 from turbo_tvm.schedules.rows import RowFormat
 
 pytestmark = pytest.mark.xdist_group("cuda-softmax")
@@ -99,3 +99,12 @@ def test_rows_too_long_for_registers(gpu):
 def test_forms_that_do_not_exist(options):
     with pytest.raises(ValueError, match="rows are 1, 2, 4 or 8"):
         row_form(100, 1, **options)
+
+
+def test_extreme_settings(gpu, extremes):
+    n, x = 300, adversarial(21, 300, "float32")
+    variants = extremes(space(n=n))
+    module = gpu.build({f"f_{i}": softmax(n=n, variants=(variant,)) for i, variant in enumerate(variants)})
+    with gpu.device.uncounted():
+        for i in range(len(variants)):
+            check(gpu.run(module, f"f_{i}", [x], x), x, "float32")
