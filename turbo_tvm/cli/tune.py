@@ -148,7 +148,7 @@ def tune_server_command(tracker: str, key: str, host: str, port: int) -> None:
     from turbo_tvm.tuning.rpc_server import serve
 
     click.echo(f"offering this machine as {key!r} at {tracker}; Ctrl-C ends it", err=True)
-    serve(tracker, key, host, port)
+    serve(tracker, key, host, port, lambda text: click.echo(text, err=True))
 
 
 def _repair(logs: Path) -> None:
@@ -190,7 +190,7 @@ class _Shown:
 
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
         self._status = self._console.status("starting") if enabled and sys.stderr.isatty() else None
-        self._enabled, self._said = enabled, 0
+        self._enabled, self._said, self._note = enabled, 0, ""
 
     def __enter__(self) -> _Shown:
         if self._status:
@@ -208,6 +208,9 @@ class _Shown:
             failed = f", {one.failed} failed" if one.failed else ""
             self._console.print(f"{one.kernel}: {one.mean_gain:.3f}x the default ({one.trials} trials{failed})")
         self._said = len(progress.finished)
+        if progress.note.startswith("waiting") and progress.note != self._note and not self._status:
+            self._console.print(progress.note)
+        self._note = progress.note
         if self._status:
             self._status.update(status_line(progress))
 

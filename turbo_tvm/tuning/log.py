@@ -52,13 +52,12 @@ class TaskRecord:
 class TrialRecord:
     """One setting. seconds: by the rows of the bucket, pairs of (default, candidate) as they were timed in turn.
 
-    gains: the median of default / candidate in them; error: why there are none.
+    error: why there are none.
     """
 
     setting: dict[str, int]
     search: str
     seed: int
-    gains: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, list[list[float]]] = field(default_factory=dict)
     error: str = ""
     machine: str = ""

@@ -2,39 +2,42 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+
 from turbo_tvm.errors import TuningError, summary
 
 
-def serve(tracker: str, key: str, host: str, port: int) -> None:
+def serve(tracker: str, key: str, host: str, port: int, say: Callable[[str], None]) -> None:
     """Offer this machine at `tracker`, "host:port", under a key, until the process is interrupted.
 
-    Whoever reaches the port can run code here: use it in a network that you trust. TuningError where it cannot start.
+    A candidate that crashes takes the session's process along, and with it the thread that accepts sessions: it is
+    started anew. Whoever reaches the port can run code here: use it in a network that you trust. TuningError where the
+    server cannot start.
     """
-    from tvm import rpc
+    from tvm.rpc.server import PopenRPCServerState
 
     name, _, number = tracker.rpartition(":")
     if not name or not number.isdecimal():
         raise TuningError(f"tracker {tracker!r} is not 'host:port', such as '10.0.0.5:9190'")
-    try:
-        server = rpc.Server(
-            host,
-            port,
-            port + 10,
-            key=key,
-            tracker_addr=(name, int(number)),
-            silent=True,
-            server_init_callback=_prepare,
-        )
-    except (OSError, RuntimeError, ValueError) as error:
-        raise TuningError(f"the RPC server cannot start on {host}:{port}: {summary(error)}") from error
-    try:
-        server.proc.join()
-    finally:
-        server.terminate()
+    _prepare()
+    options = {"tracker_addr": (name, int(number)), "key": key, "silent": True}
+    while True:
+        try:
+            state = PopenRPCServerState(host, port, port + 10, **options)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise TuningError(f"the RPC server cannot start on {host}:{port}: {summary(error)}") from error
+        say(f"listening on {host}:{state.port}")
+        try:
+            state.thread.join()
+        except KeyboardInterrupt:
+            os._exit(130)  # the thread waits for sessions and cannot be asked to end
+        state.sock.close()
+        say("a session crashed: starting again")
 
 
 def _prepare() -> None:
-    """In the server's process: what a process that runs our kernels does first."""
+    """What a process that runs our kernels does first; those of the sessions are forked from it."""
     from turbo_tvm import config, targets
     from turbo_tvm.runtime.cpu_features import request_amx
 

@@ -23,7 +23,7 @@ from turbo_tvm.tuning.tasks import Bucket, TuningTask
 from turbo_tvm.tuning.workers import Workers
 
 ROUND = 8  # candidates that are built together
-FINAL_SECONDS = 0.8  # per bucket and finalist
+FINAL_SECONDS = 0.5  # per bucket and finalist
 TRIAL_SECONDS = 0.15
 
 _BUILDERS = 2
@@ -261,7 +261,6 @@ class _Bench:
             setting=dict(setting),
             search=self._plan.search,
             seed=self._plan.seed,
-            gains={} if failed else {str(rows): round(gain, 4) for rows, gain in candidate.gains(seconds).items()},
             seconds={} if failed else {str(rows): pairs for rows, pairs in seconds.items()},
             error=str(seconds) if failed else "",
             machine=self._plan.machine,
@@ -279,7 +278,7 @@ def task_record(task: TuningTask, target: str) -> TaskRecord:
 
 def observations(trials: Sequence[TrialRecord]) -> list[Observation]:
     """What the search learns from."""
-    return [Observation(t.setting, {int(rows): gain for rows, gain in t.gains.items()}) for t in trials]
+    return [Observation(t.setting, candidate.gains({int(r): pairs for r, pairs in t.seconds.items()})) for t in trials]
 
 
 def outcome(task: TuningTask, known: KernelLog, added: int) -> KernelOutcome:
