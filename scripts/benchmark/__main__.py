@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from . import families, memory, overhead, scheduling, serving, serving_report
+from . import families, memory, overhead, scheduling, serving, serving_report, tuning
 from .contenders import RIVALS
 from .encoder import PRECISIONS, Settings, run
 from .measure import Limits
@@ -51,7 +51,9 @@ SCHEDULER = """Time the scheduling policies on 1 to 1,000 waiting requests, and 
 FAMILIES = """Compile one model of every supported family from PyTorch and from its ONNX file, compare it with PyTorch
 and time it beside PyTorch and ONNX Runtime on ragged requests. Some minutes per family.
 Writes models.json (every sample) and models.md, after every family."""
-COMMANDS = ("encoder", "models", "memory", "serving", "scheduler", "overhead", "report")
+TUNING = """Compile every model twice, as it is by itself and with tuning logs, and run both in turn on the encoder
+benchmark's workloads; and what compiling takes either way. Writes tuned.json (every sample) and tuned.md."""
+COMMANDS = ("encoder", "models", "memory", "serving", "scheduler", "tuning", "overhead", "report")
 QUICK_LIMITS = {"rounds": 3, "seconds": 5.0}
 
 
@@ -157,6 +159,18 @@ def _serving_options(parser: argparse.ArgumentParser) -> None:
     add("--resume", action="store_true", help="keep the loads that serving.json holds of this machine and version")
 
 
+def _tuning_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--models", nargs="+", choices=MODELS, default=["bert-base"], help="default: bert-base")
+    add("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS), help="default: all")
+    add("--logs", type=Path, default=Path("tuning_logs"), help="directory of the logs (default %(default)s)")
+    add("--only", metavar="SUBSTRING", help="workloads whose name contains this")
+    add("--seconds", type=float, default=8.0, help="per workload, beyond five rounds (default %(default)g)")
+    add("--threads", type=_positive, help="default: the physical cores")
+    add("--seed", type=int, default=0, help="of weights, lengths and token ids (default %(default)s)")
+    add("--out", type=Path, default=Path("bench_results"), help="output directory (default %(default)s)")
+
+
 def _scheduler_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--requests", type=_positive, default=scheduling.REQUESTS, help="that are simulated (default %(default)s)")
@@ -243,6 +257,22 @@ def serving_settings(args: argparse.Namespace, argv: list[str]) -> serving.Setti
     )
 
 
+def tuning_settings(args: argparse.Namespace, argv: list[str]) -> tuning.Settings:
+    from turbo_tvm import config
+
+    return tuning.Settings(
+        command=shlex.join(["scripts/bench", *argv]),
+        models={name: MODELS[name] for name in args.models},
+        precisions=tuple(args.precisions),
+        logs=args.logs,
+        threads=config.num_threads(args.threads),
+        seed=args.seed,
+        seconds=args.seconds,
+        out=args.out,
+        only=args.only,
+    )
+
+
 def main(argv: list[str]) -> int:
     args = arguments(argv)
     console = Console(soft_wrap=True, highlight=False)
@@ -262,6 +292,8 @@ def main(argv: list[str]) -> int:
 
             command = shlex.join(["scripts/bench", *argv])
             families.run(config.num_threads(args.threads), args.out, args.only, command, console)
+        elif args.command == "tuning":
+            tuning.run(tuning_settings(args, argv), console)
         elif args.command == "scheduler":
             scheduling.run(shlex.join(["scripts/bench", *argv]), args.seed, args.requests, args.out, console)
         elif args.command == "serving":
