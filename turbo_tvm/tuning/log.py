@@ -104,6 +104,7 @@ class KernelLog:
 
 
 _KINDS: dict[str, Any] = {"task": TaskRecord, "trial": TrialRecord, "result": ResultRecord}
+_MEASURED = (b'{"kind":"trial",', b'{"kind":"result",')
 Record = TaskRecord | TrialRecord | ResultRecord
 
 
@@ -204,22 +205,40 @@ def damaged(path: Path, number: int, what: str) -> TuningLogError:
 
 
 def repair(directory: Path) -> dict[Path, int]:
-    """Move the damaged lines of every log below a directory into `<log>.damaged`; how many, by log."""
+    """Move the damaged lines of every log below a directory into `<log>.damaged`; how many, by log.
+
+    With one that may have named a task goes what was measured for it: it would count for the task before.
+    """
     moved: dict[Path, int] = {}
     for path in sorted(directory.rglob("*.jsonl")):
         with FileLock(path.parent / _LOCK):
             lines = [line for line in path.read_bytes().split(b"\n") if line]
-            bad = [line for line in lines if decode(line) is None]
+            good, bad = _sorted(lines)
             if not bad and path.read_bytes().endswith(b"\n"):
                 continue
             if bad:
                 with path.with_name(path.name + ".damaged").open("ab") as aside:
                     aside.write(b"".join(line + b"\n" for line in bad))
             written = path.with_name(path.name + ".new")
-            written.write_bytes(b"".join(line + b"\n" for line in lines if decode(line) is not None))
+            written.write_bytes(b"".join(line + b"\n" for line in good))
             written.replace(path)
             moved[path] = len(bad)
     return moved
+
+
+def _sorted(lines: Sequence[bytes]) -> tuple[list[bytes], list[bytes]]:
+    """Which lines of a log are good, and which are damaged or belong to a task that is."""
+    good: list[bytes] = []
+    bad: list[bytes] = []
+    orphaned = False
+    for line in lines:
+        record = decode(line)
+        if isinstance(record, TaskRecord):
+            orphaned = False
+        elif record is None:
+            orphaned = orphaned or b'"kind":"task"' in line or not line.startswith(_MEASURED)
+        (bad if record is None or orphaned else good).append(line)
+    return good, bad
 
 
 def _check_end(path: Path, file: Any) -> None:
