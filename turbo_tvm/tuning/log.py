@@ -5,7 +5,8 @@
     {"kind": "result", ...}  the variants chosen of these trials; the last one counts
 
 A line ends with a checksum of itself. It is appended in one piece while the directory is locked, so that a process
-which dies leaves whole lines, and at worst a last one in part; a reader says which line is damaged and touches nothing.
+which dies leaves whole lines, and at worst a last one in part; a reader waits for one that is being written, says which
+line is damaged, and changes nothing.
 """
 
 from __future__ import annotations
@@ -170,7 +171,7 @@ def encode(record: Record) -> bytes:
 def read_records(path: Path) -> Iterator[Record]:
     """The records of a file. TuningLogError names the first line that is damaged."""
     try:
-        data = path.read_bytes()
+        data = _settled(path)
     except OSError as error:
         raise TuningLogError(f"the tuning log {path} cannot be read: {error.strerror or error}") from error
     *lines, rest = data.split(b"\n")
@@ -181,6 +182,18 @@ def read_records(path: Path) -> Iterator[Record]:
         yield record
     if rest:
         raise damaged(path, len(lines) + 1, "was written in part")
+
+
+def _settled(path: Path) -> bytes:
+    """A file as it is while nobody writes it: a line that seems to lack its end may be on its way."""
+    data = path.read_bytes()
+    if data[-1:] in (b"", b"\n"):
+        return data
+    try:
+        with FileLock(path.parent / _LOCK):
+            return path.read_bytes()
+    except OSError:  # a directory in which nobody can write
+        return data
 
 
 def decode(line: bytes) -> Record | None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 
 import pytest
+from filelock import FileLock
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -288,6 +291,20 @@ def test_two_processes_write_at_once(log):
         found = log.read(task).trials
         assert [trial.setting["a"] for trial in found] == list(range(200))
         assert {trial.seed for trial in found} == {number}
+
+
+def test_a_line_that_is_being_written_is_waited_for(log):
+    """Others see a write of several pages before it is whole."""
+    log.append(TASK, [trial(1)])
+    line = logs.encode(trial(2))
+    with ThreadPoolExecutor(1) as pool, log.path(TASK.kernel).open("ab", buffering=0) as file:
+        with FileLock(log.directory / ".lock"):
+            file.write(line[:30])
+            reading = pool.submit(log.read, TASK)
+            with pytest.raises(concurrent.futures.TimeoutError):
+                reading.result(timeout=0.3)
+            file.write(line[30:])
+        assert reading.result(timeout=60).trials == (trial(1), trial(2))
 
 
 def test_nothing_is_read_into_a_log_by_its_path(tmp_path):
