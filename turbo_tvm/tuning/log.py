@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +105,7 @@ class KernelLog:
 
 
 _KINDS: dict[str, Any] = {"task": TaskRecord, "trial": TrialRecord, "result": ResultRecord}
+_TYPES: dict[str, type] = {"str": str, "int": int, "dict": dict, "list": list}
 _MEASURED = (b'{"kind":"trial",', b'{"kind":"result",')
 Record = TaskRecord | TrialRecord | ResultRecord
 
@@ -204,9 +205,23 @@ def decode(line: bytes) -> Record | None:
         if not mark or tail.decode() != f'{_crc(text)}"}}':
             return None
         plain = json.loads(text)
-        return _KINDS[plain.pop("kind")](**plain)
-    except (ValueError, KeyError, TypeError, AttributeError):
+        record = _KINDS[plain.pop("kind")](**plain)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
+    return record if _well_formed(record) else None
+
+
+def _well_formed(record: Record) -> bool:
+    """Whether the fields have their types, as far as readers rely on them."""
+    if not all(isinstance(getattr(record, f.name), _TYPES[f.type.partition("[")[0]]) for f in fields(record)):
+        return False
+    return all(
+        isinstance(v, dict)
+        and v.keys() == {"setting", "max_rows"}
+        and isinstance(v["setting"], dict)
+        and isinstance(v["max_rows"], int | None)
+        for v in getattr(record, "variants", ())
+    )
 
 
 def damaged(path: Path, number: int, what: str) -> TuningLogError:

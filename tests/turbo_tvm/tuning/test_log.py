@@ -227,6 +227,28 @@ def test_what_is_no_log_is_refused(log, text):
         log.read(TASK)
 
 
+@pytest.mark.parametrize(
+    "record",
+    [
+        replace(TASK, kernel_version="1"),
+        replace(TASK, recipe=None),
+        replace(trial(1), setting=[1]),
+        replace(trial(1), gains=None),
+        replace(FAILED, error=1),
+        replace(RESULT, weights=1.0),
+    ],
+    ids=["version", "recipe", "setting", "gains", "error", "weights"],
+)
+def test_fields_of_other_types_are_no_tuners(record):
+    """Although the checksum is right."""
+    assert logs.decode(logs.encode(record)[:-1]) is None
+
+
+def test_a_line_that_is_deeply_nested_is_refused():
+    text = '{"kind":"trial","setting":' + "[" * 100_000 + "}"
+    assert logs.decode(f'{text[:-1]},"crc":"{logs._crc(text)}"}}'.encode()) is None
+
+
 def test_a_log_that_names_no_task_is_refused(log):
     log.directory.mkdir()
     log.path(TASK.kernel).write_bytes(logs.encode(trial(1)))
