@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -280,8 +280,3 @@ def _check_end(path: Path, file: Any) -> None:
 
 def _crc(text: str) -> str:
     return f"{zlib.crc32(text.encode()):08x}"
-
-
-def machine_name(mapping: Mapping[str, Any]) -> str:
-    """A line that says where a record was made."""
-    return ", ".join(f"{name} {value}" for name, value in mapping.items())

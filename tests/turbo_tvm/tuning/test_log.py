@@ -336,7 +336,3 @@ def test_nothing_is_read_into_a_log_by_its_path(tmp_path):
     a.append(replace(TASK, kernel="other"), [trial(2)])
     assert b.read(TASK) == KernelLog(None)
     assert sorted(p.name for p in a.directory.glob("*.jsonl")) == ["linear_8_8.jsonl", "other.jsonl"]
-
-
-def test_a_machine_in_a_line():
-    assert logs.machine_name({"cpu": "Zen 5", "cores": 2}) == "cpu Zen 5, cores 2"
