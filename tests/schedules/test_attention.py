@@ -382,6 +382,9 @@ def check_batches(run, shape: Heads, batches) -> None:
 
 
 @pytest.mark.parametrize("place", [0, -1], ids=["smallest", "largest"])
+@pytest.mark.parametrize(
+    "arithmetic", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in ("fp32", "bf16")], indirect=True
+)
 def test_all_knobs_at_their_ends(place, as_stored, target, compiled):
     shape = replace(as_stored(TUNED), variants=(Variant(end_of(cpu_tiles(target), place)),))
     check_batches(compiled(shape, target), shape, [*([n] for n in range(1, 21)), [33], [13, 12, 11, 5], [2, 130, 17]])

@@ -258,12 +258,10 @@ def test_equal_and_far_apart_values_are_weighted_as_in_float64(attend, spread):
     check(attend(SEPARATE, qkv, [(0, 101)]), qkv, [(0, 101)], SEPARATE, atol=1e-4)
 
 
-KNOBS = attention_amx.space(tiles.AMX).knobs
-BY_SIZE = (  # the smallest values for up to 36 rows, the largest for up to 120, the defaults beyond
-    Variant(tuple((knob.name, knob.values[0]) for knob in KNOBS), 36),
-    Variant(tuple((knob.name, knob.values[-1]) for knob in KNOBS), 120),
-    Variant(),
+SMALLEST, LARGEST = (
+    tuple((knob.name, knob.values[place]) for knob in attention_amx.space(tiles.AMX).knobs) for place in (0, -1)
 )
+BY_SIZE = Variant(SMALLEST, 36), Variant(LARGEST, 120), Variant()  # the last one has the defaults
 BATCHES = [[1], [7, 1], [36], [33, 3], [37], [13, 12, 11, 5], [120], [71, 49], [121], [2, 130, 17, 16]]
 
 
@@ -274,12 +272,8 @@ def check_batches(attend, shape: Heads) -> None:
         check(attend(shape, qkv, spans), qkv, spans, shape)
 
 
-@pytest.mark.parametrize(
-    "setting",
-    [((knob.name, knob.values[place]),) for knob in KNOBS for place in (0, -1)],
-    ids=lambda s: "=".join(map(str, s[0])),
-)
-def test_a_knob_at_its_ends(attend, setting):
+@pytest.mark.parametrize("setting", [SMALLEST, LARGEST], ids=["smallest", "largest"])
+def test_all_knobs_at_their_ends(attend, setting):
     check_batches(attend, replace(SEPARATE, variants=(Variant(setting),)))
 
 
