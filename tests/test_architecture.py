@@ -113,6 +113,7 @@ def test_public_names():
         "__version__",
         "compile",
         "load",
+        "tune",
     ]
     assert all(getattr(turbo_tvm, name) is not None for name in turbo_tvm.__all__)
     with pytest.raises(AttributeError, match="module 'turbo_tvm' has no attribute 'other'"):

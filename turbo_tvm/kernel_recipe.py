@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
@@ -76,10 +77,13 @@ class KernelRecipe:
             plain = json.loads(text)
             schedule, tiles = plain["schedule"], plain["tiles"]
             options = {name: _value(value) for name, value in plain["options"].items()}
-            kind = CudaTiles if schedule.startswith("cuda.") else CpuTiles
-            recipe = KernelRecipe(schedule, None if tiles is None else kind(**tiles), tuple(sorted(options.items())))
-            recipe._factory  # noqa: B018  it exists
-        except (ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+            kind = (
+                CpuTiles if "lanes" in (tiles or ()) else CudaTiles
+            )  # kernels on the host may prepare a GPU's weights
+            made = None if tiles is None else _record(kind, tiles)
+            recipe = KernelRecipe(schedule, made, tuple(sorted(options.items())))
+            inspect.signature(recipe._factory).bind(*recipe._tiles, **options)
+        except (ValueError, KeyError, TypeError, AttributeError, ImportError, RecursionError) as error:
             raise ValueError(f"no kernel of this turbo_tvm: {text[:200]!r} ({error})") from None
         return recipe
 
@@ -93,7 +97,8 @@ class KernelRecipe:
     @property
     def _factory(self) -> Callable[..., tirx.PrimFunc]:
         factory = getattr(self._module, self.schedule.rpartition(".")[2])
-        if getattr(factory, "__module__", None) != self._module.__name__:
+        makes = getattr(factory, "__annotations__", {}).get("return", "")
+        if getattr(factory, "__module__", None) != self._module.__name__ or not str(makes).endswith("PrimFunc"):
             raise AttributeError(f"there is no schedule {self.schedule!r}")
         return factory
 
@@ -124,7 +129,14 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
+def _record(kind: type[Any], plain: Mapping[str, Any]) -> Any:
+    """A dataclass. TypeError unless these are its fields, of their types."""
+    if {name: type(value).__name__ for name, value in plain.items()} != {f.name: f.type for f in fields(kind)}:
+        raise TypeError(f"this is no {kind.__name__}")
+    return kind(**plain)
+
+
 def _value(plain: Any) -> Any:
     if isinstance(plain, dict):
-        return RowFormat(**plain)
+        return _record(RowFormat, plain)
     return tuple(_value(item) for item in plain) if isinstance(plain, list) else plain

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import ml_dtypes
@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import tvm
 
-from turbo_tvm.schedules.attention import attention
+from turbo_tvm.schedules.attention import attention, space
 from turbo_tvm.schedules.distances import pack_distances
 from turbo_tvm.schedules.rows import RowFormat
-from turbo_tvm.schedules.tiles import NEON, CpuTiles, cpu_tiles
+from turbo_tvm.schedules.space import Variant
+from turbo_tvm.schedules.tiles import AVX512, NEON, CpuTiles, cpu_tiles
 
 MAX_LENGTH = 512
 RAGGED = (1, 2, 7, 11, 12, 13, 31, 32, 33, 128, 511, 512)
@@ -29,6 +30,7 @@ class Heads:
 
     distances: which tables there are over distances, of "keys" and "queries". dtype: of Q, K and V; out: of the result;
     wider: by how much rows are wider than their columns. kv_heads: of K and V, if fewer; window: how far a query sees.
+    variants: of the kernel.
     """
 
     heads: int
@@ -42,6 +44,7 @@ class Heads:
     scale: float | None = None
     kv_heads: int | None = None
     window: int | None = None
+    variants: tuple[Variant, ...] = field(default=(), repr=False)
 
     @property
     def factor(self) -> float:
@@ -79,6 +82,7 @@ class Heads:
             distance_width=DISTANCE_WIDTH if self.distances else 1,
             x=RowFormat(operands[0][0], self.dtype),
             out=RowFormat(h + more, self.out),
+            variants=self.variants,
             **dict(zip("qkv", operands, strict=True)),
         )
 
@@ -351,6 +355,67 @@ def test_equal_and_far_apart_values_are_weighted_as_in_float64(spread, as_stored
     qkv = random_qkv(length, shape)
     qkv[:, : shape.hidden] *= np.float32(spread)
     check(compiled(shape, target)(qkv, [length]), qkv, [length], shape, atol=1e-4)
+
+
+KNOBS = [knob.name for knob in space(AVX512).knobs]
+TUNED = Heads(2, 20, merged=False)
+
+
+def end_of(tiles: CpuTiles, place: int, names=KNOBS) -> tuple[tuple[str, int], ...]:
+    """The setting with the first (0) or last (-1) values of these knobs."""
+    return tuple((knob.name, knob.values[place]) for knob in space(tiles).knobs if knob.name in names)
+
+
+def by_size(tiles: CpuTiles, names) -> tuple[Variant, ...]:
+    """The smallest values for up to 36 rows, the largest for up to 120, the defaults beyond."""
+    return Variant(end_of(tiles, 0, names), 36), Variant(end_of(tiles, -1, names), 120), Variant()
+
+
+# by row tiles of 4 and of 2 in each variant, on its bound and beyond; few queries and many, keys that are left over
+BATCHES = [[1], [7, 1], [36], [33, 3], [37], [13, 12, 11, 5], [120], [71, 49], [121], [2, 130, 17, 16]]
+
+
+def check_batches(run, shape: Heads, batches) -> None:
+    for lengths in batches:
+        qkv, bias = random_qkv(sum(lengths), shape, seed=len(lengths)), random_bias(shape)
+        check(run(qkv, lengths, bias), qkv, lengths, shape, bias)
+
+
+@pytest.mark.parametrize("place", [0, -1], ids=["smallest", "largest"])
+@pytest.mark.parametrize(
+    "arithmetic", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in ("fp32", "bf16")], indirect=True
+)
+def test_all_knobs_at_their_ends(place, as_stored, target, compiled):
+    shape = replace(as_stored(TUNED), variants=(Variant(end_of(cpu_tiles(target), place)),))
+    check_batches(compiled(shape, target), shape, [*([n] for n in range(1, 21)), [33], [13, 12, 11, 5], [2, 130, 17]])
+
+
+def test_variants_by_rows(as_stored, target, compiled):
+    shape = replace(as_stored(TUNED), variants=by_size(cpu_tiles(target), KNOBS))
+    check_batches(compiled(shape, target), shape, BATCHES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KNOBS)
+def test_a_knob_at_its_ends(name, as_stored, target, compiled):
+    shape = as_stored(Heads(6, 32, kv_heads=2, window=40))
+    three = replace(shape, variants=by_size(cpu_tiles(target), [name]))
+    check_batches(compiled(three, target), three, BATCHES)
+    for place in (0, -1):
+        one = replace(shape, variants=(Variant(end_of(cpu_tiles(target), place, [name])),))
+        check_batches(compiled(one, target), one, BATCHES)
+
+
+def test_the_default_variant_is_the_kernel_by_itself():
+    plain = TUNED.kernel(AVX512)
+    for setting in ((), tuple(space(AVX512).default.items())):
+        tvm.ir.assert_structural_equal(replace(TUNED, variants=(Variant(setting),)).kernel(AVX512), plain)
+
+
+@pytest.mark.parametrize("setting", [("unroll", 2), ("chunks", 17), ("score_keys", 0), ("weigh_queries", 16)])
+def test_settings_that_do_not_exist_are_refused(setting):
+    with pytest.raises(ValueError, match=r"there is no knob 'unroll'|knob (chunks|score_keys|weigh_queries) cannot be"):
+        replace(TUNED, variants=(Variant((setting,)),)).kernel(AVX512)
 
 
 def test_neon_uses_vector_fma_and_calls_no_libm(assembly, neon_target):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import ml_dtypes
@@ -17,6 +17,7 @@ import tvm
 
 from turbo_tvm.schedules import attention, attention_amx, tiles
 from turbo_tvm.schedules.rows import RowFormat
+from turbo_tvm.schedules.space import Variant
 
 MAX_LENGTH = 512
 RAGGED = (1, 2, 15, 16, 17, 31, 32, 33, 47, 64, 65, 127, 128, 511, 512)
@@ -30,7 +31,7 @@ BLOCK = 32  # of queries, of keys and of columns
 class Heads:
     """heads x head_dim, with Q, K and V side by side in one buffer or in three.
 
-    wider: by how much rows are wider than their columns.
+    wider: by how much rows are wider than their columns; variants: of the kernel.
     """
 
     heads: int
@@ -41,6 +42,7 @@ class Heads:
     max_length: int = MAX_LENGTH
     kv_heads: int | None = None
     window: int | None = None
+    variants: tuple[Variant, ...] = field(default=(), repr=False)
 
     @property
     def factor(self) -> float:
@@ -72,6 +74,7 @@ def kernel_of(shape: Heads, **options) -> tvm.tirx.PrimFunc:
         window=shape.window,
         x=RowFormat(operands[0][0], BF16),
         out=RowFormat(h + more, BF16),
+        variants=shape.variants,
         **dict(zip("qkv", operands, strict=True)),
         **options,
     )
@@ -253,6 +256,46 @@ def test_equal_and_far_apart_values_are_weighted_as_in_float64(attend, spread):
     qkv = random_qkv(101, SEPARATE)
     qkv[:, : SEPARATE.hidden] *= np.float32(spread)
     check(attend(SEPARATE, qkv, [(0, 101)]), qkv, [(0, 101)], SEPARATE, atol=1e-4)
+
+
+SMALLEST, LARGEST = (
+    tuple((knob.name, knob.values[place]) for knob in attention_amx.space(tiles.AMX).knobs) for place in (0, -1)
+)
+BY_SIZE = Variant(SMALLEST, 36), Variant(LARGEST, 120), Variant()  # the last one has the defaults
+BATCHES = [[1], [7, 1], [36], [33, 3], [37], [13, 12, 11, 5], [120], [71, 49], [121], [2, 130, 17, 16]]
+
+
+def check_batches(attend, shape: Heads) -> None:
+    for lengths in BATCHES:
+        spans = spans_of(lengths)
+        qkv = random_qkv(spans[-1][1], shape, seed=len(lengths))
+        check(attend(shape, qkv, spans), qkv, spans, shape)
+
+
+@pytest.mark.parametrize("setting", [SMALLEST, LARGEST], ids=["smallest", "largest"])
+def test_all_knobs_at_their_ends(attend, setting):
+    check_batches(attend, replace(SEPARATE, variants=(Variant(setting),)))
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [SEPARATE, pytest.param(Heads(6, 32, kv_heads=2, window=40), marks=pytest.mark.slow)],
+    ids=["all", "window"],
+)
+def test_variants_by_rows(attend, shape):
+    check_batches(attend, replace(shape, variants=BY_SIZE))
+
+
+def test_the_default_variant_is_the_kernel_by_itself():
+    plain = kernel_of(SEPARATE)
+    for setting in ((), tuple(attention_amx.space(tiles.AMX).default.items())):
+        tvm.ir.assert_structural_equal(kernel_of(replace(SEPARATE, variants=(Variant(setting),))), plain)
+
+
+@pytest.mark.parametrize("setting", [("score_keys", 8), ("chunks", 17), ("fetch", 2)])
+def test_settings_that_do_not_exist_are_refused(setting):
+    with pytest.raises(ValueError, match=r"there is no knob 'score_keys'|knob (chunks|fetch) cannot be"):
+        kernel_of(replace(SEPARATE, variants=(Variant((setting,)),)))
 
 
 def test_what_fits():

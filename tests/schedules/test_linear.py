@@ -12,6 +12,7 @@ import tvm
 
 from turbo_tvm.schedules import linear, tiles
 from turbo_tvm.schedules.rows import RowFormat
+from turbo_tvm.schedules.space import Variant
 
 EPS = 1e-5
 FP32, BF16 = "float32", "uint16"
@@ -58,9 +59,12 @@ def check(run_kernel, stored, loaded, arithmetic):
     """`check(t, k, n, ...)`: the kernel on so many row tiles against float64.
 
     extra, out: the residual's and the output's dtype; wider: by how much the rows of x, residual and output are.
+    variants: of the kernel, a function of its tiles.
     """
 
-    def check(t, k, n, activation=None, residual=False, norm=False, extra=FP32, out=FP32, wider=(0, 0, 0)):
+    def check(
+        t, k, n, activation=None, residual=False, norm=False, extra=FP32, out=FP32, wider=(0, 0, 0), variants=None
+    ):
         geometry, k = tiles.cpu_tiles(arithmetic.target), arithmetic.even(k)
         formats = {
             "x": RowFormat(k + wider[0], arithmetic.dtype),
@@ -73,6 +77,7 @@ def check(run_kernel, stored, loaded, arithmetic):
         bias, gamma, beta = draw(4, n), draw(5, n), draw(6, n)
         inputs = [x, *pack(geometry, w, bias)] + [extra_rows] * residual + [gamma, beta] * norm
         options = {"activation": activation, "residual": residual, "norm_eps": EPS if norm else None}
+        options["variants"] = variants(geometry) if variants else ()
         kernel = kernel_of(geometry, k=k, n=n, **options, **formats)
         shape = (t, geometry.row_tile, n + wider[2])
         got = loaded(run_kernel(kernel, inputs, shape, arithmetic.target, out), n)
@@ -187,6 +192,61 @@ def test_a_row_does_not_depend_on_its_batch(run_kernel, stored, arithmetic):
     for t in range(1, 8):  # register tiles of other heights
         part = run_kernel(kernel, [x[11 : 11 + t], w, bias], (t, geometry.row_tile, 70), arithmetic.target)
         np.testing.assert_array_equal(together[11 : 11 + t], part)
+
+
+KNOBS = [knob.name for knob in linear.space(tiles.AVX512).knobs]
+
+
+def end_of(geometry, place, names=KNOBS):
+    """The setting with the first (0) or last (-1) values of these knobs."""
+    knobs = linear.space(geometry).knobs
+    return tuple((knob.name, knob.values[place]) for knob in knobs if knob.name in names)
+
+
+def by_size(geometry, names):
+    """The smallest values for up to 5 row tiles, the largest for up to 40, the defaults beyond."""
+    smallest, largest = end_of(geometry, 0, names), end_of(geometry, -1, names)
+    return Variant(smallest, 5 * geometry.row_tile), Variant(largest, 40 * geometry.row_tile), Variant()
+
+
+@pytest.mark.parametrize("place", [0, -1], ids=["smallest", "largest"])
+def test_all_knobs_at_their_ends(check, place):
+    for t in (1, 2, 5, 13, 49, 97):
+        check(t, 38, 40, residual=True, variants=lambda geometry: (Variant(end_of(geometry, place)),))
+
+
+# around the bounds, and in each variant around a register tile and a block of rows
+SIZES = (1, 2, 4, 5, 6, 7, 13, 39, 40, 41, 97)
+
+
+def test_variants_by_rows(check):
+    for t in SIZES:
+        check(t, 38, 40, residual=True, variants=lambda geometry: by_size(geometry, KNOBS))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KNOBS)
+def test_a_knob_at_its_ends(check, name):
+    for t in SIZES:
+        check(
+            t, 38, 70, activation="gelu", residual=True, norm=True, variants=lambda geometry: by_size(geometry, [name])
+        )
+    for place in (0, -1):
+        for t in (1, 5, 49):
+            check(t, 38, 40, residual=True, variants=lambda g, place=place: (Variant(end_of(g, place, [name])),))
+
+
+def test_the_default_variant_is_the_kernel_by_itself():
+    plain = linear.linear(tiles.AVX512, k=8, n=40)
+    whole = tuple(linear.space(tiles.AVX512).default.items())
+    for variants in ((Variant(),), (Variant(whole),)):
+        tvm.ir.assert_structural_equal(linear.linear(tiles.AVX512, k=8, n=40, variants=variants), plain)
+
+
+@pytest.mark.parametrize("setting", [("unroll", 2), ("group", 3), ("tile_units", 0), ("tile_units", 4)])
+def test_settings_that_do_not_exist_are_refused(setting):
+    with pytest.raises(ValueError, match=r"there is no knob 'unroll'|knob (group|tile_units) cannot be"):
+        linear.linear(tiles.AVX512, k=8, n=40, variants=(Variant((setting,)),))
 
 
 def test_unknown_activation_is_refused():

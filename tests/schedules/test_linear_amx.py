@@ -12,9 +12,11 @@ import re
 
 import numpy as np
 import pytest
+import tvm
 
 from turbo_tvm.schedules import linear_amx, tiles, weights
 from turbo_tvm.schedules.rows import RowFormat
+from turbo_tvm.schedules.space import Variant
 
 EPS = 1e-5
 FP32, BF16 = "float32", "uint16"
@@ -84,7 +86,7 @@ def multiply(run_kernel, tile_machine):
 def check(multiply, stored, loaded):
     """`check(t, k, n, ...)`: the kernel on so many row tiles against float64, as in `test_linear.py`."""
 
-    def check(t, k, n, activation=None, residual=False, norm=False, extra=FP32, out=FP32, wider=(0, 0, 0)):
+    def check(t, k, n, activation=None, residual=False, norm=False, extra=FP32, out=FP32, wider=(0, 0, 0), variants=()):
         x = stored(draw(1, t, R, k), BF16, k + wider[0])
         extra_rows = stored(draw(2, t, R, n), extra, n + wider[1])
         w = loaded(stored(draw(3, n, k) / np.float32(math.sqrt(k)), BF16), k).astype(FP32)
@@ -92,6 +94,7 @@ def check(multiply, stored, loaded):
         others = [extra_rows] * residual + [gamma, beta] * norm
         options = {"activation": activation, "residual": residual, "norm_eps": EPS if norm else None}
         options["extra"] = RowFormat(n + wider[1], extra) if residual else None
+        options["variants"] = variants
         got = loaded(multiply(x, w, bias, *others, width=n + wider[2], out=out, **options), n)
 
         products = loaded(x, k) @ w.T.astype("float64") + bias
@@ -201,6 +204,79 @@ def test_a_row_does_not_depend_on_its_batch(multiply, stored):
 def test_no_row_is_none(multiply):
     w = np.zeros((40, 72), FP32)
     assert multiply(np.zeros((0, R, 72), BF16), w, np.zeros(40), width=40).size == 0
+
+
+KNOBS = linear_amx.space(GEOMETRY, k=100).knobs
+
+
+def end_of(place, names=tuple(knob.name for knob in KNOBS)):
+    """The setting with the first (0) or last (-1) values of these knobs."""
+    return tuple((knob.name, knob.values[place]) for knob in KNOBS if knob.name in names)
+
+
+def by_size(*names):
+    """The smallest values for up to 44 rows, the largest for up to 200, the defaults beyond."""
+    return Variant(end_of(0, *names), 11 * R), Variant(end_of(-1, *names), 50 * R), Variant()
+
+
+# around the bounds, and in each variant tiles of all heights; runs of several tasks, one tile in a block and many
+SIZES = (1, 3, 4, 5, 10, 11, 12, 17, 49, 50, 51, 99)
+
+
+@pytest.mark.parametrize("place", [0, -1], ids=["smallest", "largest"])
+def test_all_knobs_at_their_ends(check, place):
+    for t in SIZES:
+        check(t, 100, 745, residual=True, out=BF16, variants=(Variant(end_of(place)),))
+
+
+def test_variants_by_rows(check):
+    for t in SIZES:
+        check(t, 100, 745, residual=True, out=BF16, variants=by_size())
+
+
+PACKED, BY_INTEGERS = (Variant((("pack", 1),)),), (Variant((("pack", 0),)),)
+
+
+def test_both_conversions_to_bf16_give_the_same(multiply, stored):
+    x, w, bias = stored(draw(1, 9, R, 72), BF16), draw(2, 64, 72), draw(3, 64)
+    got = [multiply(x, w, bias, width=64, out=BF16, variants=variants) for variants in (PACKED, BY_INTEGERS)]
+    np.testing.assert_array_equal(*got)
+
+
+def test_an_output_in_fp32_is_not_packed():
+    packed, plain = (kernel_of(k=72, n=64, x=RowFormat(72, BF16), variants=v) for v in (PACKED, BY_INTEGERS))
+    tvm.ir.assert_structural_equal(packed, plain)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [knob.name for knob in KNOBS])
+def test_a_knob_at_its_ends(check, name):
+    for t in SIZES:
+        check(t, 100, 745, activation="gelu", residual=True, norm=True, out=BF16, variants=by_size([name]))
+        check(t, 18, 40, residual=True, out=BF16, variants=by_size([name]))
+    for place in (0, -1):
+        for t in (1, 5, 49):
+            check(t, 64, 70, out=BF16, variants=(Variant(end_of(place, [name])),))
+
+
+def test_the_default_variant_is_the_kernel_by_itself():
+    options = {"k": 96, "n": 40, "x": RowFormat(96, BF16), "out": RowFormat(40, BF16)}
+    plain = linear_amx.linear(GEOMETRY, **options)
+    for setting in ((), tuple(linear_amx.space(GEOMETRY, **options).default.items())):
+        tuned = linear_amx.linear(GEOMETRY, **options, variants=(Variant(setting),))
+        tvm.ir.assert_structural_equal(tuned, plain)
+
+
+@pytest.mark.parametrize("width,usual", [(64, 12), (768, 12), (3072, 4), (13000, 1)])
+def test_a_block_takes_so_much_of_the_cache_by_itself(width, usual):
+    space = linear_amx.space(GEOMETRY, k=64, x=RowFormat(width, BF16))
+    assert space.default["block_tiles"] == usual
+
+
+@pytest.mark.parametrize("setting", [("group", 4), ("block_tiles", 5), ("near", -1), ("pack", 2)])
+def test_settings_that_do_not_exist_are_refused(setting):
+    with pytest.raises(ValueError, match=r"there is no knob 'group'|knob (block_tiles|near|pack) cannot be"):
+        linear_amx.linear(GEOMETRY, k=64, n=32, x=RowFormat(64, BF16), variants=(Variant((setting,)),))
 
 
 def test_tiles_that_do_not_fit_are_refused():

@@ -7,6 +7,7 @@ that is nearly as good for a neighbour's batches serves them too.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -56,17 +57,13 @@ def variants(
     `most` settings beside the default are used: those that gain most together.
     """
     rows = list(bounds)
-    default = Observation({}, dict.fromkeys(rows, 1.0))
-    used: list[Observation] = [default]
-    while len(used) <= most:
-        before = _best(used, rows)
-        found = [(sum(math.log(g) for g in _best([*used, o], rows).values()), i, o) for i, o in enumerate(final)]
-        if not found:
+    used = [Observation({}, dict.fromkeys(rows, 1.0))]
+    for count in range(1, most + 1):
+        sets = [[*used[:1], *some] for some in itertools.combinations(final, count)]
+        best = max(sets, key=lambda some: _worth_together(some, rows), default=used)
+        if _worth_together(best, rows) < _worth_together(used, rows) + math.log(LEAST_GAIN):
             break
-        total, _, best = max(found, key=lambda item: (item[0], -item[1]))
-        if total < sum(math.log(g) for g in before.values()) + math.log(LEAST_GAIN):
-            break
-        used.append(best)
+        used = best
     picked = {r: max(used, key=lambda o: _worth(o, r)) for r in rows}
     choices: list[Choice] = []
     for r in rows:
@@ -87,8 +84,9 @@ def one_for_all(
     return [Choice(dict(best.setting), None)], {rows: best.gains[rows] for rows in bounds}
 
 
-def _best(used: Sequence[Observation], rows: Sequence[int]) -> dict[int, float]:
-    return {r: max(_worth(o, r) for o in used) for r in rows}
+def _worth_together(used: Sequence[Observation], rows: Sequence[int]) -> float:
+    """The logarithms of what the buckets gain, each by the best of these settings."""
+    return sum(math.log(max(_worth(o, r) for o in used)) for r in rows)
 
 
 def _worth(o: Observation, rows: int) -> float:

@@ -5,15 +5,16 @@
     {"kind": "result", ...}  the variants chosen of these trials; the last one counts
 
 A line ends with a checksum of itself. It is appended in one piece while the directory is locked, so that a process
-which dies leaves whole lines, and at worst a last one in part; a reader says which line is damaged and touches nothing.
+which dies leaves whole lines, and at worst a last one in part; a reader waits for one that is being written, says which
+line is damaged, and changes nothing.
 """
 
 from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,8 @@ class KernelLog:
 
 
 _KINDS: dict[str, Any] = {"task": TaskRecord, "trial": TrialRecord, "result": ResultRecord}
+_TYPES: dict[str, type] = {"str": str, "int": int, "dict": dict, "list": list}
+_MEASURED = (b'{"kind":"trial",', b'{"kind":"result",')
 Record = TaskRecord | TrialRecord | ResultRecord
 
 
@@ -168,7 +171,7 @@ def encode(record: Record) -> bytes:
 def read_records(path: Path) -> Iterator[Record]:
     """The records of a file. TuningLogError names the first line that is damaged."""
     try:
-        data = path.read_bytes()
+        data = _settled(path)
     except OSError as error:
         raise TuningLogError(f"the tuning log {path} cannot be read: {error.strerror or error}") from error
     *lines, rest = data.split(b"\n")
@@ -181,6 +184,18 @@ def read_records(path: Path) -> Iterator[Record]:
         raise damaged(path, len(lines) + 1, "was written in part")
 
 
+def _settled(path: Path) -> bytes:
+    """A file as it is while nobody writes it: a line that seems to lack its end may be on its way."""
+    data = path.read_bytes()
+    if data[-1:] in (b"", b"\n"):
+        return data
+    try:
+        with FileLock(path.parent / _LOCK):
+            return path.read_bytes()
+    except OSError:  # a directory in which nobody can write
+        return data
+
+
 def decode(line: bytes) -> Record | None:
     """The record of a line, None if it is damaged."""
     head, mark, tail = line.rpartition(b',"crc":"')
@@ -189,9 +204,23 @@ def decode(line: bytes) -> Record | None:
         if not mark or tail.decode() != f'{_crc(text)}"}}':
             return None
         plain = json.loads(text)
-        return _KINDS[plain.pop("kind")](**plain)
-    except (ValueError, KeyError, TypeError, AttributeError):
+        record = _KINDS[plain.pop("kind")](**plain)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
+    return record if _well_formed(record) else None
+
+
+def _well_formed(record: Record) -> bool:
+    """Whether the fields have their types, as far as readers rely on them."""
+    if not all(isinstance(getattr(record, f.name), _TYPES[f.type.partition("[")[0]]) for f in fields(record)):
+        return False
+    return all(
+        isinstance(v, dict)
+        and v.keys() == {"setting", "max_rows"}
+        and isinstance(v["setting"], dict)
+        and isinstance(v["max_rows"], int | None)
+        for v in getattr(record, "variants", ())
+    )
 
 
 def damaged(path: Path, number: int, what: str) -> TuningLogError:
@@ -203,22 +232,40 @@ def damaged(path: Path, number: int, what: str) -> TuningLogError:
 
 
 def repair(directory: Path) -> dict[Path, int]:
-    """Move the damaged lines of every log below a directory into `<log>.damaged`; how many, by log."""
+    """Move the damaged lines of every log below a directory into `<log>.damaged`; how many, by log.
+
+    With one that may have named a task goes what was measured for it: it would count for the task before.
+    """
     moved: dict[Path, int] = {}
     for path in sorted(directory.rglob("*.jsonl")):
         with FileLock(path.parent / _LOCK):
             lines = [line for line in path.read_bytes().split(b"\n") if line]
-            bad = [line for line in lines if decode(line) is None]
+            good, bad = _sorted(lines)
             if not bad and path.read_bytes().endswith(b"\n"):
                 continue
             if bad:
                 with path.with_name(path.name + ".damaged").open("ab") as aside:
                     aside.write(b"".join(line + b"\n" for line in bad))
             written = path.with_name(path.name + ".new")
-            written.write_bytes(b"".join(line + b"\n" for line in lines if decode(line) is not None))
+            written.write_bytes(b"".join(line + b"\n" for line in good))
             written.replace(path)
             moved[path] = len(bad)
     return moved
+
+
+def _sorted(lines: Sequence[bytes]) -> tuple[list[bytes], list[bytes]]:
+    """Which lines of a log are good, and which are damaged or belong to a task that is."""
+    good: list[bytes] = []
+    bad: list[bytes] = []
+    orphaned = False
+    for line in lines:
+        record = decode(line)
+        if isinstance(record, TaskRecord):
+            orphaned = False
+        elif record is None:
+            orphaned = orphaned or b'"kind":"task"' in line or not line.startswith(_MEASURED)
+        (bad if record is None or orphaned else good).append(line)
+    return good, bad
 
 
 def _check_end(path: Path, file: Any) -> None:
@@ -232,8 +279,3 @@ def _check_end(path: Path, file: Any) -> None:
 
 def _crc(text: str) -> str:
     return f"{zlib.crc32(text.encode()):08x}"
-
-
-def machine_name(mapping: Mapping[str, Any]) -> str:
-    """A line that says where a record was made."""
-    return ", ".join(f"{name} {value}" for name, value in mapping.items())
