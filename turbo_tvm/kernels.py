@@ -67,8 +67,8 @@ class WeightKernels:
 
     def __call__(self, fused: Composite, out: relax.TensorType) -> tuple[str, tirx.PrimFunc]:
         """The kernel's name, unique for its parameters, and its PrimFunc."""
-        name = self.name(fused, out)
-        return name, self.recipe(fused, out).build(overwritable(fused, out), self.tuned.get(name, ()))
+        recipe, name = self.recipe(fused, out), self.name(fused, out)
+        return name, recipe.build(overwritable(fused, out), self.tuned.get(name, ()))
 
     def name(self, fused: Composite, out: relax.TensorType) -> str:
         """What the kernel is called."""

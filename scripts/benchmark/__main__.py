@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from . import families, memory, overhead, scheduling, serving, serving_report, tuning
+from . import families, memory, overhead, scheduling, serving, serving_report, tuning, tuning_pages
 from .contenders import RIVALS
 from .encoder import PRECISIONS, Settings, run
 from .measure import Limits
@@ -53,7 +53,9 @@ and time it beside PyTorch and ONNX Runtime on ragged requests. Some minutes per
 Writes models.json (every sample) and models.md, after every family."""
 TUNING = """Compile every model twice, as it is by itself and with tuning logs, and run both in turn on the encoder
 benchmark's workloads; and what compiling takes either way. Writes tuned.json (every sample) and tuned.md."""
-COMMANDS = ("encoder", "models", "memory", "serving", "scheduler", "tuning", "overhead", "report")
+LOGS = """Write README.md beside the tuning logs of every target: where and how they were made, and what each kernel
+gains."""
+COMMANDS = ("encoder", "models", "memory", "serving", "scheduler", "tuning", "logs", "overhead", "report")
 QUICK_LIMITS = {"rounds": 3, "seconds": 5.0}
 
 
@@ -84,6 +86,9 @@ def parser() -> argparse.ArgumentParser:
             formatter_class=raw,
         )
     )
+    _tuning_options(commands.add_parser("tuning", help="default kernels beside tuned ones", description=TUNING))
+    logs = commands.add_parser("logs", help="pages of the tuning logs", description=LOGS)
+    logs.add_argument("directory", type=Path, nargs="?", default=Path("tuning_logs"), help="default %(default)s")
     _scheduler_options(
         commands.add_parser("scheduler", help="what planning and simulating take", description=SCHEDULER)
     )
@@ -282,6 +287,8 @@ def main(argv: list[str]) -> int:
             return 0
         print(f"error: there are no results in {args.directory}", file=sys.stderr)
         return 1
+    if args.command == "logs":
+        return 0 if tuning_pages.run(args.directory, console) else 1
     try:
         if args.command == "overhead":
             from turbo_tvm import config

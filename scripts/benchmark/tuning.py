@@ -1,4 +1,4 @@
-"""A model as it is by itself and as tuning logs have it: one process, in turn, on every workload; and what compiling takes."""
+"""A model by itself and as tuning logs have it: one process, in turn, every workload; and what compiling takes."""
 
 from __future__ import annotations
 
@@ -109,15 +109,16 @@ def ratio(record: dict[str, Any]) -> float:
 
 def markdown(report: dict[str, Any]) -> str:
     """The page of a report."""
+    here = report["machine"]
     lines = [
         "# Default and tuned",
         "",
-        machine.sentence(report["machine"]),
+        f"{here['cpu']}, {here['threads']} threads, TVM {here['packages']['apache-tvm']}.",
         "",
         f"    {report['command']}    # {report['started']}, revision {report['revision']}",
         "",
-        "The same model compiled twice, without logs and with them, run in turn in one process. Times are medians; a gain",
-        "(x) is the median of the round-by-round ratios of the default's time to the tuned model's.",
+        "The same model compiled twice, without logs and with them, run in turn in one process. Times are medians; a",
+        "gain (x) is the median of the round-by-round ratios of the default's time to the tuned model's.",
     ]
     for title, found in report["models"].items():
         lines += ["", f"## {title}", "", *_summary(found), "", *_rows(found["workloads"])]
@@ -133,7 +134,9 @@ def _summary(found: dict[str, Any]) -> list[str]:
         f"- tuned kernels, and their variants: {found['variants'] or 'none'}",
     ]
     if grid:
-        lines.insert(0, f"- grid: geometric mean **{geometric_mean(grid):.3f}x**, least {min(grid):.3f}x, {len(grid)} points")
+        lines.insert(
+            0, f"- grid: geometric mean **{geometric_mean(grid):.3f}x**, least {min(grid):.3f}x, {len(grid)} points"
+        )
     return lines
 
 

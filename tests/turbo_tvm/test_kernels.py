@@ -287,7 +287,7 @@ def tiny() -> dict[str, object]:
         max_position_embeddings=24,
     )
     mod = import_module(BertModel(config).eval()).mod
-    return {k.name: k for k in pipeline.optimize(mod, BASELINE, 24).kernels}
+    return {k.name: k for k in pipeline.optimize(mod, BASELINE, 24).kernels()}
 
 
 def test_calls_are_counted(tiny):
@@ -348,5 +348,5 @@ def test_wide_rows_count_their_true_columns():
                 R.output(y)
             return y
 
-    (spec,) = inventory(Module)
+    (spec,) = inventory(Module, CpuKernels(BASELINE))
     assert (spec.name, spec.shapes, spec.flops_per_token) == ("linear_16x8_to24", "16 -> 8", 2 * 16 * 8)

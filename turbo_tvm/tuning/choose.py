@@ -16,7 +16,9 @@ from turbo_tvm.tuning.search import Observation, key
 
 LEAST_GAIN = 1.01  # below that it is noise, or not worth code of its own
 
-_FINALISTS = 3  # of each bucket
+VARIANT_COST = 1.015  # what code of its own must gain on the mean over the buckets: it takes half a second to compile
+
+_FINALISTS = 2  # of each bucket
 
 
 @dataclass(frozen=True)
@@ -49,22 +51,21 @@ def mean_gain(gains: Mapping[int, float], weights: Mapping[int, float]) -> float
 
 
 def variants(
-    final: Sequence[Observation], bounds: Mapping[int, int | None], most: int = 2
+    final: Sequence[Observation], bounds: Mapping[int, int | None], most: int = 3
 ) -> tuple[list[Choice], dict[int, float]]:
     """The variants of a kernel, and what each bucket gains by its own.
 
     final: the finalists, timed again. bounds: the buckets' largest batches, by the rows they were measured at. At most
-    `most` settings beside the default are used: those that gain most together.
+    `most` settings are used, the default among them if it is one; each beyond the first must earn what it costs. No
+    bucket loses, and where less than `LEAST_GAIN` is gained on the mean the default stays.
     """
     rows = list(bounds)
-    used = [Observation({}, dict.fromkeys(rows, 1.0))]
-    for count in range(1, most + 1):
-        sets = [[*used[:1], *some] for some in itertools.combinations(final, count)]
-        best = max(sets, key=lambda some: _worth_together(some, rows), default=used)
-        if _worth_together(best, rows) < _worth_together(used, rows) + math.log(LEAST_GAIN):
-            break
-        used = best
-    picked = {r: max(used, key=lambda o: _worth(o, r)) for r in rows}
+    default = Observation({}, dict.fromkeys(rows, 1.0))
+    sets = [some for count in range(1, most + 1) for some in itertools.combinations([default, *final], count)]
+    used = max((some for some in sets if _worth(some, rows) is not None), key=lambda some: _worth(some, rows) or 0.0)
+    if (_worth(used, rows) or 0.0) < math.log(LEAST_GAIN):
+        used = (default,)
+    picked = {r: max(used, key=lambda o: o.gains.get(r, 0.0)) for r in rows}
     choices: list[Choice] = []
     for r in rows:
         choice = Choice(dict(picked[r].setting), bounds[r])
@@ -84,11 +85,9 @@ def one_for_all(
     return [Choice(dict(best.setting), None)], {rows: best.gains[rows] for rows in bounds}
 
 
-def _worth_together(used: Sequence[Observation], rows: Sequence[int]) -> float:
-    """The logarithms of what the buckets gain, each by the best of these settings."""
-    return sum(math.log(max(_worth(o, r) for o in used)) for r in rows)
-
-
-def _worth(o: Observation, rows: int) -> float:
-    gain = o.gains.get(rows, 0.0)
-    return gain if gain >= LEAST_GAIN or not o.setting else 0.0
+def _worth(used: Sequence[Observation], rows: Sequence[int]) -> float | None:
+    """The mean logarithm of what buckets gain, each by the best of these, less the cost of code; None if one loses."""
+    best = [max(o.gains.get(r, 0.0) for o in used) for r in rows]
+    if min(best) < 1.0:
+        return None
+    return sum(map(math.log, best)) / len(rows) - math.log(VARIANT_COST) * (len(used) - 1)

@@ -20,7 +20,7 @@ RECIPE = KernelRecipe.of(linear.linear, tiles.AVX2, {"k": 8, "n": 8}).to_json()
 SPEC = KernelSpec("linear_8_8", "linear", 1, recipe=RECIPE)
 TARGET = targets.log_name("cpu")
 TASK = TaskRecord("linear_8_8", RECIPE, linear.VERSION, TARGET, tvm.__version__)
-TRIAL = TrialRecord({"group": 2}, "xgb", 0, {"16": 1.1}, {"16": [[1.1, 1.0]]})
+TRIAL = TrialRecord({"group": 2}, "xgb", 0, {"16": [[1.1, 1.0]]})
 
 
 def result(*variants):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from turbo_tvm.schedules.space import Knob, Space, Variant, checked
-from turbo_tvm.tuning.choose import LEAST_GAIN, Choice, finalists, mean_gain, one_for_all, variants
+from turbo_tvm.tuning.choose import LEAST_GAIN, VARIANT_COST, Choice, finalists, mean_gain, one_for_all, variants
 from turbo_tvm.tuning.search import Observation, key
 
 ALL_BOUNDS = {16: 32, 64: 128, 256: 512, 1024: None}
@@ -38,7 +38,7 @@ def used_for(choices, bound):
 
 
 @settings(max_examples=300, deadline=None)
-@given(finals(), st.integers(0, 3))
+@given(finals(), st.integers(1, 3))
 def test_variants_of_any_final(case, most):
     final, bounds, _ = case
     choices, gains = variants(final, bounds, most)
@@ -47,25 +47,13 @@ def test_variants_of_any_final(case, most):
     assert len(checked(made, SPACE)) == len(choices), "the bounds ascend and the last one is None"
     assert {c.max_rows for c in choices} <= set(bounds.values())
     assert all(a.setting != b.setting for a, b in itertools.pairwise(choices)), "neighbours that agree are one"
-    assert len({key(choice.setting) for choice in choices if choice.setting}) <= most
+    assert len({key(choice.setting) for choice in choices}) <= most
 
     timed = {key(o.setting): o.gains for o in final}
     for rows, bound in bounds.items():
         setting = used_for(choices, bound)
         assert gains[rows] == (timed[key(setting)][rows] if setting else 1.0)
-        assert gains[rows] >= (LEAST_GAIN if setting else 1.0), "never worse than the default, by its samples"
-
-
-@settings(max_examples=200, deadline=None)
-@given(finals())
-def test_as_many_settings_as_buckets_leave_nothing(case):
-    """With enough variants every bucket has the best of its own, but for what is not worth a variant."""
-    final, bounds, _ = case
-    _, gains = variants(final, bounds, most=len(bounds))
-    best = {rows: max([1.0, *(o.gains.get(rows, 0.0) for o in final)]) for rows in bounds}
-    assert all(gains[rows] <= best[rows] for rows in bounds)
-    lost = sum(math.log(best[rows] / gains[rows]) for rows in bounds)
-    assert lost <= 2 * len(bounds) * math.log(LEAST_GAIN) + 1e-9
+        assert gains[rows] >= 1.0, "never worse than the default, by its samples"
 
 
 @settings(max_examples=200, deadline=None)
@@ -93,12 +81,12 @@ def test_a_setting_serves_its_neighbours_and_the_default_the_rest():
 
 
 def test_a_setting_may_come_twice():
-    final = [Observation({"a": 1}, {16: 1.3, 64: 1.0, 256: 1.3, 1024: 1.3})]
+    final = [Observation({"a": 1}, {16: 1.3, 64: 0.9, 256: 1.3, 1024: 1.3})]
     choices, _ = variants(final, ALL_BOUNDS)
     assert choices == [Choice({"a": 1}, 32), Choice({}, 128), Choice({"a": 1}, None)]
 
 
-@pytest.mark.parametrize("gain,wanted", [(1.205, [1]), (1.26, [2, 1])])
+@pytest.mark.parametrize("gain,wanted", [(1.26, [1]), (1.3, [2, 1])])
 def test_a_second_setting_must_be_worth_it(gain, wanted):
     first = Observation({"a": 1}, dict.fromkeys(ALL_BOUNDS, 1.2))
     second = Observation({"a": 2}, {16: gain, 64: 1.0, 256: 1.0, 1024: 1.0})
@@ -112,18 +100,26 @@ def test_settings_are_chosen_together():
     bounds = {16: 32, 64: None}
     final = [Observation({"a": i}, {16: x, 64: y}) for i, x, y in [(1, 1.5, 1.5), (2, 2.0, 1.0), (3, 0.9, 2.0)]]
     assert variants(final, bounds, most=2)[0] == [Choice({"a": 2}, 32), Choice({"a": 3}, None)]
+    assert variants(final, bounds)[0] == [Choice({"a": 2}, 32), Choice({"a": 3}, None)]
     assert variants(final, bounds, most=1)[0] == [Choice({"a": 1}, None)]
 
 
 @settings(max_examples=100, deadline=None)
 @given(finals(), st.integers(1, 3))
-def test_no_other_settings_gain_more(case, most):
+def test_no_other_settings_are_worth_more(case, most):
     final, bounds, _ = case
-    _, gains = variants(final, bounds, most)
-    for some in itertools.combinations(final, min(most, len(final))):
-        other = {rows: max([1.0, *(o.gains.get(rows, 0.0) for o in some)]) for rows in bounds}
-        lost = sum(math.log(other[rows] / gains[rows]) for rows in bounds)
-        assert lost <= (most + len(bounds)) * math.log(LEAST_GAIN) + 1e-9
+    choices, gains = variants(final, bounds, most)
+    default = Observation({}, dict.fromkeys(bounds, 1.0))
+
+    def worth(best, count):
+        return sum(math.log(best[rows]) for rows in bounds) / len(bounds) - math.log(VARIANT_COST) * (count - 1)
+
+    mine = worth(gains, len({key(choice.setting) for choice in choices}))
+    for count in range(1, most + 1):
+        for some in itertools.combinations([default, *final], count):
+            other = {rows: max(o.gains.get(rows, 0.0) for o in some) for rows in bounds}
+            if min(other.values()) >= 1.0:
+                assert worth(other, count) <= max(mine, math.log(LEAST_GAIN)) + 1e-9
 
 
 def test_finalists_are_the_fastest_of_each_bucket_and_of_all():
@@ -132,7 +128,7 @@ def test_finalists_are_the_fastest_of_each_bucket_and_of_all():
     seen += [Observation({"a": 10 + i}, {16: 0.5, 256: 1 + i / 10}) for i in range(1, 6)]
     seen += [Observation({"a": 18}, {16: 1.15, 256: 1.15}), Observation({"a": 19}, {})]
     chosen = [setting["a"] for setting in finalists(seen, weights)]
-    assert set(chosen) >= {5, 4, 3, 15, 14, 13, 18}
+    assert set(chosen) >= {5, 4, 15, 14, 18}
     assert len(chosen) == len(set(chosen)) <= 9
     assert 19 not in chosen
 

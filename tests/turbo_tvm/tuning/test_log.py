@@ -31,8 +31,8 @@ OTHERS = [
 
 
 def trial(number=0, **more):
-    gains, seconds = {"16": 1.25, "256": 0.5}, {"16": [[1e-5, 8e-6]], "256": [[1e-4, 2e-4], [1.1e-4, 2e-4]]}
-    return TrialRecord({"a": number}, "xgb", 7, gains, seconds, "", "a CPU, “4 cores”", 4, "2026-01-01", **more)
+    seconds = {"16": [[1e-5, 8e-6]], "256": [[1e-4, 2e-4], [1.1e-4, 2e-4]]}
+    return TrialRecord({"a": number}, "xgb", 7, seconds, "", "a CPU, “4 cores”", 4, "2026-01-01", **more)
 
 
 RESULT = ResultRecord(
@@ -94,7 +94,6 @@ trials = st.builds(
     setting=st.dictionaries(st.text(), st.integers()),
     search=st.text(),
     seed=st.integers(),
-    gains=st.dictionaries(st.text(), positive, max_size=3),
     seconds=pairs,
     error=st.text(),
     machine=st.text(),
@@ -233,11 +232,11 @@ def test_what_is_no_log_is_refused(log, text):
         replace(TASK, kernel_version="1"),
         replace(TASK, recipe=None),
         replace(trial(1), setting=[1]),
-        replace(trial(1), gains=None),
+        replace(trial(1), seconds=None),
         replace(FAILED, error=1),
         replace(RESULT, weights=1.0),
     ],
-    ids=["version", "recipe", "setting", "gains", "error", "weights"],
+    ids=["version", "recipe", "setting", "seconds", "error", "weights"],
 )
 def test_fields_of_other_types_are_no_tuners(record):
     """Although the checksum is right."""

@@ -23,7 +23,7 @@ RESULT = ResultRecord([], {}, {}, {}, {"16": 0.5, "64": 0.5}, 4, "xgb", 0)
 
 def trial(search, *gains):
     """A trial with gains in the buckets of 16 and 64 rows; none: it failed."""
-    return TrialRecord({"group": 2}, search, 0, dict(zip(("16", "64"), gains, strict=False)))
+    return TrialRecord({"group": 2}, search, 0, {r: [[g, 1.0]] for r, g in zip(("16", "64"), gains, strict=False)})
 
 
 @pytest.fixture

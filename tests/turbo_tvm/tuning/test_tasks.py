@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from turbo_tvm.errors import TuningError
 from turbo_tvm.kernel_recipe import KernelRecipe
 from turbo_tvm.runtime.manifest import KernelSpec
-from turbo_tvm.schedules import linear, normalization, tiles
+from turbo_tvm.schedules import gate, linear, tiles
 from turbo_tvm.tuning.tasks import USUAL_LENGTHS, Bucket, buckets, tasks_of
 
 ROWS = (16, 64, 256, 1024)
@@ -25,14 +25,14 @@ def spec(name: str, n: int = 8, **more) -> KernelSpec:
     return KernelSpec(name, "linear", **{**counts, "recipe": product(n), **more})
 
 
-NORM = KernelRecipe.of(normalization.norm, tiles.AVX2, {"n": 8, "eps": 1e-5, "residual": False}).to_json()
+GATE = KernelRecipe.of(gate.gate, tiles.AVX2, {"columns": 8, "activation": "gelu"}).to_json()
 KERNELS = [
     spec("linear_8_8"),
     spec("linear_8_64", 64),
     spec("linear_8_32", 32, calls=12),
     spec("without_a_recipe", recipe=""),
     spec("never_called", calls=0),
-    spec("norm_8", recipe=NORM),  # without knobs
+    spec("gate_8", recipe=GATE),  # without knobs
     spec("of_sequences", flops_per_token=0.0),  # a row per sequence
 ]
 
