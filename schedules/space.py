@@ -9,6 +9,7 @@ The word is AutoTVM's: Chen et al., "Learning to Optimize Tensor Programs" (arXi
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -106,18 +107,25 @@ def checked(variants: Sequence[Variant], space: Space) -> list[tuple[dict[str, i
 def by_rows(variants: Sequence[Variant], space: Space, row_tile: int, body: Callable[[dict[str, int]], Macro]) -> Macro:
     """`run(t, operands)`: the body of the variant for a batch of t row tiles.
 
-    body: makes the macro `run(t, operands)` of a setting.
+    body: makes the macro `run(t, operands)` of a setting. A setting that several variants share has its code once.
     """
-    pairs = checked(variants, space)
-    bodies = [body(setting) for setting, _ in pairs]
-    most_tiles = [bound // row_tile if bound is not None else None for _, bound in pairs]
+    ranges: dict[tuple[tuple[str, int], ...], list[tuple[int, int | None]]] = {}
+    after = 0
+    for setting, bound in checked(variants, space):
+        most = None if bound is None else bound // row_tile
+        ranges.setdefault(tuple(setting.items()), []).append((after, most))
+        after = after if most is None else most
+    # the last one needs no test
+    ordered = sorted(ranges.items(), key=lambda item: item[1][-1][1] is None)
+    bodies = [body(dict(setting)) for setting, _ in ordered]
+    conditions = [spans for _, spans in ordered]
 
     @T.inline
     def choose(i, again, t, operands):
         if i + 1 == len(bodies):
             bodies[i](t, operands)
         else:
-            if t <= most_tiles[i]:
+            if _within(t, conditions[i]):
                 bodies[i](t, operands)
             else:
                 again(i + 1, again, t, operands)
@@ -127,3 +135,9 @@ def by_rows(variants: Sequence[Variant], space: Space, row_tile: int, body: Call
         choose(0, choose, t, operands)
 
     return run
+
+
+def _within(t: Expr, spans: Sequence[tuple[int, int | None]]) -> Expr:
+    """Whether t lies in one of the spans (after, up to)."""
+    tests = [t <= most if after == 0 else T.And(t > after, t <= most) for after, most in spans]
+    return functools.reduce(T.Or, tests)

@@ -31,6 +31,7 @@ FLUSH = "cache_flush_cpu_non_first_arg"
 TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "uint16": 3e-2}  # of the largest value
 
 _LEAST_PAIRS, _MOST_PAIRS = 5, 15
+_LONG_S = 0.03  # a call of which fewer samples must do
 _HOPELESS = 0.7  # of the default's speed: no further samples
 
 
@@ -191,15 +192,16 @@ def _time(call: _Call, default: Any, candidate: Any, limit_s: float) -> list[lis
     """Pairs of seconds, for about so long; which of the two is first alternates."""
     once = call.seconds(default, 1)
     number = 1 if call.bound_by_weights else max(1, int(1e-3 / max(once, 1e-7)))
+    least = _LEAST_PAIRS if once < _LONG_S else _LEAST_PAIRS - 2
     pairs: list[list[float]] = []
-    while len(pairs) < _LEAST_PAIRS or (len(pairs) < _MOST_PAIRS and _spent(pairs, number) < limit_s):
+    while len(pairs) < least or (len(pairs) < _MOST_PAIRS and _spent(pairs, number) < limit_s):
         if len(pairs) % 2 == 0:
             of_default = call.seconds(default, number)
             pairs.append([of_default, call.seconds(candidate, number)])
         else:
             of_candidate = call.seconds(candidate, number)
             pairs.append([call.seconds(default, number), of_candidate])
-        if len(pairs) == _LEAST_PAIRS and max(a / b for a, b in pairs) < _HOPELESS:
+        if len(pairs) == least and max(a / b for a, b in pairs) < _HOPELESS:
             break
     return pairs
 

@@ -109,7 +109,7 @@ def curves(tasks: Sequence[TuningTask], log: TuningLog, target: str) -> list[Cur
     made = []
     for task in tasks:
         known = log.read(task_record(task, target))
-        weights = {int(r): w for r, w in known.result.weights.items()} if known.result else {}
+        weights = {int(r): w for r, w in known.result.weights.items() if w} if known.result else {}
         for name in dict.fromkeys(trial.search for trial in known.trials):
             seen = observations([trial for trial in known.trials if trial.search == name])
             gains = [mean_gain(o.gains, weights) if weights and set(o.gains) >= set(weights) else 0.0 for o in seen]

@@ -16,6 +16,7 @@ from turbo_tvm.schedules.space import Space
 
 # Tokens of a measured batch, and up to how many the choice then holds: halfway to the next, on a scale of doublings.
 _ROWS = (16, 64, 256, 1024)
+_MOST_ROWS = 8192  # a batch that stands for all larger ones: only what is chosen is measured there
 _REQUESTS = (1, 4, 16, 32)  # batch sizes that a distribution of lengths is seen in, if none are named
 
 USUAL_LENGTHS = (8, 16, 32, 64, 128, 256, 512)
@@ -81,11 +82,11 @@ def tasks_of(kernels: Iterable[KernelSpec], only: Sequence[str] = ()) -> list[Tu
     return sorted(chosen, key=lambda task: -task.calls * task.flops(USUAL_LENGTHS))
 
 
-def buckets(lengths: Sequence[int], max_length: int, seed: int = 0, device: str = "cpu") -> tuple[Bucket, ...]:
+def buckets(lengths: Sequence[int], max_length: int, seed: int = 0) -> tuple[Bucket, ...]:
     """The buckets for requests whose lengths are distributed like `lengths`, in batches of 1 to 32 of them.
 
-    Each weighs what batches in its range are of all work; those without any are left out. A GPU's kernels have one
-    setting for all rows: the buckets are measured all the same.
+    Each weighs what batches in its range are of all batches; those without any are left out. The last one weighs
+    nothing: it stands for larger batches than these, in which nothing is tried but what is chosen must not lose.
     """
     rng = np.random.default_rng(seed)
     allowed = [int(n) for n in lengths if 1 <= int(n) <= max_length]
@@ -94,15 +95,14 @@ def buckets(lengths: Sequence[int], max_length: int, seed: int = 0, device: str 
             f"none of the lengths {list(lengths)[:8]} is one that the model takes: 1 to {max_length} tokens"
         )
     totals = np.array([sum(rng.choice(allowed, size)) for size in _REQUESTS for _ in range(64)])
-    bounds = [math.isqrt(a * b) for a, b in itertools.pairwise(_ROWS)]
-    places = np.searchsorted(bounds, totals)
+    bounds = [math.isqrt(a * b) for a, b in itertools.pairwise((*_ROWS, 4 * _ROWS[-1]))]
+    places = np.searchsorted(bounds[:-1], totals)
     shares = [float((places == i).mean()) for i in range(len(_ROWS))]
     kept = [i for i, share in enumerate(shares) if share > 0]
     made = []
     for i in kept:
-        bound = bounds[i] if i != kept[-1] else None
-        made.append(Bucket(bound, _batch(allowed, _ROWS[i], rng), shares[i]))
-    return tuple(made)
+        made.append(Bucket(bounds[i], _batch(allowed, _ROWS[i], rng), shares[i]))
+    return (*made, Bucket(None, _batch(allowed, _MOST_ROWS, rng), 0.0))
 
 
 def _batch(allowed: Sequence[int], rows: int, rng: np.random.Generator) -> tuple[int, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -49,9 +49,14 @@ class Plan:
     machine: str = ""
 
     @property
+    def tried(self) -> tuple[Bucket, ...]:
+        """The buckets that trials are measured in; the final knows all."""
+        return tuple(b for b in self.buckets if b.weight)
+
+    @property
     def weights(self) -> dict[int, float]:
         """Of the buckets, by the rows they are measured at."""
-        return {b.rows: b.weight for b in self.buckets}
+        return {b.rows: b.weight for b in self.tried}
 
 
 @dataclass(frozen=True)
@@ -118,8 +123,9 @@ class Tuner:
             settings = self._propose(task, known)
             if not settings:
                 break
-            self.log.append(record, self._machine.trials(task, settings))
-            self._measured += len(settings)
+            for trial in self._machine.trials(task, settings):
+                self.log.append(record, [trial])
+                self._measured += 1
             known = self._read(record)  # with those of another tuner on the same logs
             self._tell(task, known)
         if known.result is None or known.result.trials < len(known.trials):
@@ -139,7 +145,7 @@ class Tuner:
         """The final: the best few once more, and the variants of a kernel that follow."""
         self._note("timing the best again")
         settings = choose.finalists(observations(known.trials), self.plan.weights)
-        timed = self._machine.time(task, settings, FINAL_SECONDS) if settings else []
+        timed = self._machine.time(task, settings, self.plan.buckets, FINAL_SECONDS) if settings else []
         final = [
             Observation(setting, candidate.gains(seconds))
             for setting, seconds in zip(settings, timed, strict=True)
@@ -166,7 +172,7 @@ class Tuner:
         )
 
     def _tell(self, task: TuningTask, known: KernelLog) -> None:
-        p, largest = self._progress, self.plan.buckets[-1]
+        p, largest = self._progress, self.plan.tried[-1]
         p.done, p.trials = len(known.trials), self.plan.trials
         rates = [_rate(task, largest, trial) for trial in known.trials if trial.seconds.get(str(largest.rows))]
         p.gflops = max(rates, default=0.0)
@@ -192,20 +198,25 @@ class _Bench:
         self._built = 0
         self._defaults: dict[str, str] = {}
 
-    def trials(self, task: TuningTask, settings: Sequence[Mapping[str, int]]) -> list[TrialRecord]:
-        """A record per setting, whatever became of it."""
-        return [
-            self._record(setting, seconds)
-            for setting, seconds in zip(settings, self.time(task, settings, TRIAL_SECONDS), strict=True)
-        ]
+    def trials(self, task: TuningTask, settings: Sequence[Mapping[str, int]]) -> Iterator[TrialRecord]:
+        """A record per setting, whatever became of it, as soon as it is measured."""
+        timed = self._timed(task, settings, self._plan.tried, TRIAL_SECONDS)
+        for setting, seconds in zip(settings, timed, strict=True):
+            yield self._record(setting, seconds)
 
-    def time(self, task: TuningTask, settings: Sequence[Mapping[str, int]], seconds: float) -> list[Any]:
+    def time(
+        self, task: TuningTask, settings: Sequence[Mapping[str, int]], buckets: Sequence[Bucket], seconds: float
+    ) -> list[Any]:
         """For each setting the samples of it and the default, by the rows of the bucket, or the TuningError."""
-        default = self._default(task)
-        paths = self._build(task, [(Variant(search.key(setting)),) for setting in settings])
-        return [
-            path if isinstance(path, TuningError) else self._measure(task, default, path, seconds) for path in paths
-        ]
+        return list(self._timed(task, settings, buckets, seconds))
+
+    def _timed(
+        self, task: TuningTask, settings: Sequence[Mapping[str, int]], buckets: Sequence[Bucket], seconds: float
+    ) -> Iterator[Any]:
+        default, batches = self._default(task), [b.lengths for b in buckets]
+        for path in self._build(task, [(Variant(search.key(setting)),) for setting in settings]):
+            failed = isinstance(path, TuningError)
+            yield path if failed else self._measure(task, default, path, batches, seconds)
 
     def _default(self, task: TuningTask) -> str:
         if task.kernel not in self._defaults:
@@ -224,16 +235,15 @@ class _Bench:
         results = self._builders.run(candidate.build, jobs)
         return [job[-1] if result is None else result for job, result in zip(jobs, results, strict=True)]
 
-    def _measure(self, task: TuningTask, default: str, path: str, seconds: float) -> Any:
-        result = self._once(task, default, path, seconds)
+    def _measure(self, task: TuningTask, default: str, path: str, batches: Sequence[Any], seconds: float) -> Any:
+        result = self._once(task, default, path, batches, seconds)
         if self._plan.remote is None or not isinstance(result, TuningError) or "wrong answers" in str(result):
             return result
         self._wait(task, default)  # was it the machine that failed?
-        return self._once(task, default, path, seconds)
+        return self._once(task, default, path, batches, seconds)
 
-    def _once(self, task: TuningTask, default: str, path: str, seconds: float) -> Any:
+    def _once(self, task: TuningTask, default: str, path: str, batches: Sequence[Any], seconds: float) -> Any:
         effort = Effort(seconds, self._plan.threads, self._plan.seed)
-        batches = [b.lengths for b in self._plan.buckets]
         job = (task.recipe.to_json(), default, path, batches, effort, self._plan.remote)
         return self._runner.run(candidate.measure, [job])[0]
 
@@ -241,7 +251,7 @@ class _Bench:
         """Until the default can be measured there. TuningError if that takes too long."""
         started = time.monotonic()
         while True:
-            result = self._once(task, default, default, 0.0)
+            result = self._once(task, default, default, [self._plan.buckets[0].lengths], 0.0)
             if not isinstance(result, TuningError):
                 return
             remote = self._plan.remote
@@ -286,7 +296,7 @@ def outcome(task: TuningTask, known: KernelLog, added: int) -> KernelOutcome:
     result = known.result
     assert result is not None
     gains = {int(rows): gain for rows, gain in result.gains.items()}
-    weights = {int(rows): weight for rows, weight in result.weights.items()}
+    weights = {int(rows): weight for rows, weight in result.weights.items() if weight}
     failed = sum(bool(trial.error) for trial in known.trials)
     mean = choose.mean_gain(gains, weights)
     return KernelOutcome(task.kernel, gains, mean, result.as_variants(), len(known.trials), failed, added)

@@ -13,7 +13,8 @@ from turbo_tvm.schedules import gate, linear, tiles
 from turbo_tvm.tuning.tasks import USUAL_LENGTHS, Bucket, buckets, tasks_of
 
 ROWS = (16, 64, 256, 1024)
-BOUNDS = (32, 128, 512)
+BOUNDS = (32, 128, 512, 2048)
+LARGEST = 8192  # stands for all larger batches, and weighs nothing
 
 
 def product(n: int) -> str:
@@ -76,27 +77,33 @@ def test_buckets_of_any_lengths(lengths, max_length, seed):
     bounds = [bucket.max_rows for bucket in made]
     assert bounds[-1] is None and bounds[:-1] == sorted(set(bounds[:-1]))
     assert sum(bucket.weight for bucket in made) == pytest.approx(1)
+    assert (made[-1].rows, made[-1].weight) == (LARGEST, 0)
+    assert all(b.weight > 0 and b.max_rows == dict(zip(ROWS, BOUNDS, strict=True))[b.rows] for b in made[:-1])
     for bucket in made:
-        assert bucket.weight > 0 and bucket.rows in ROWS
-        assert bucket.max_rows in (None, dict(zip(ROWS, (*BOUNDS, None), strict=True))[bucket.rows])
         assert all(n in lengths and n <= max_length for n in bucket.lengths[:-1])
         assert 1 <= bucket.lengths[-1] <= max_length, "the last one may be cut"
 
 
 def test_the_buckets_of_usual_lengths():
     made = buckets(USUAL_LENGTHS, 512)
-    assert [(bucket.max_rows, bucket.rows) for bucket in made] == list(zip((*BOUNDS, None), ROWS, strict=True))
+    assert [(bucket.max_rows, bucket.rows) for bucket in made] == list(
+        zip((*BOUNDS, None), (*ROWS, LARGEST), strict=True)
+    )
 
 
 def test_batches_without_requests_are_left_out():
-    """At 512 tokens each, no batch is small; at one token, none is large, and its bucket takes all."""
-    assert [(bucket.max_rows, bucket.rows) for bucket in buckets([512], 512)] == [(512, 256), (None, 1024)]
-    assert [(bucket.max_rows, bucket.rows) for bucket in buckets([1], 512)] == [(None, 16)]
+    """At 512 tokens each, no batch is small; at one token, none is large."""
+
+    def of(lengths):
+        return [(bucket.max_rows, bucket.rows) for bucket in buckets(lengths, 512)]
+
+    assert of([512]) == [(512, 256), (2048, 1024), (None, LARGEST)]
+    assert of([1]) == [(32, 16), (None, LARGEST)]
 
 
 def test_a_bucket_weighs_what_its_batches_are():
     """Of 30 tokens, in batches of 1, 4, 16 and 32: 30, 120, 480 and 960 rows."""
-    assert [bucket.weight for bucket in buckets([30], 512)] == [0.25] * 4
+    assert [bucket.weight for bucket in buckets([30], 512)] == [*[0.25] * 4, 0]
     assert buckets([30], 512)[0] == Bucket(32, (16,), 0.25)
 
 
