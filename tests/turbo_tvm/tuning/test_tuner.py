@@ -149,7 +149,7 @@ def test_faulty_candidates_cost_a_trial_each(tiny_artifact, tmp_path, monkeypatc
 def test_a_default_that_cannot_be_built_is_an_error(tiny_artifact, tmp_path, monkeypatch):
     it = job(tiny_artifact, lengths=LENGTHS, logs=tmp_path, kernels=[KERNEL])
     monkeypatch.setattr(candidate, "build", faulty({None: "cannot be built"}))
-    with pytest.raises(TuningError, match=r"cannot be built: ValueError: no such tile"):
+    with pytest.raises(TuningError, match=r"cannot be built: .*no such tile"):
         Tuner(it.tasks, Plan("cpu", 1, it.buckets), it.log).run()
 
 
