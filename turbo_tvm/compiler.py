@@ -105,7 +105,7 @@ def compile(
         show("optimising the graph")
         tiles = CUDA_TILES if architectures else cpu_tiles(machine)
         optimized = pipeline.optimize(imported.mod, tiles, imported.bounds.max_length, precision)
-        tuning = applied(optimized.kernels(), target, _logs(logs)) if logs else Applied()
+        tuning = applied(optimized.kernels, target, _logs(logs)) if logs else Applied()
         show(f"generating code and packing weights{_tuned_words(tuning)}")
         built = _build(optimized, imported, machine, tiles, tuning.variants)
         code = machine_code.DeviceCode()
@@ -131,7 +131,7 @@ def kernels_of(model: Any, target: str, precision: str) -> tuple[tuple[KernelSpe
     imported = _import(model, None, None, None, None)
     tiles = CUDA_TILES if targets.architectures(target) else cpu_tiles(machine)
     optimized = pipeline.optimize(imported.mod, tiles, imported.bounds.max_length, precision)
-    return optimized.kernels(), imported.bounds.max_length
+    return optimized.kernels, imported.bounds.max_length
 
 
 def _logs(logs: str | PathLike[str] | bool) -> Path:
@@ -314,7 +314,7 @@ def _manifest(
         buffers=tuple(BufferSpec(**vars(b)) for b in built.memory.buffers),
         steps=built.memory.steps,
         parameters=tuple(ParameterSpec(n, tuple(a.shape), str(a.dtype)) for n, a in built.parameters.items()),  # type: ignore[arg-type]
-        kernels=optimized.kernels(tuning.variants),
+        kernels=optimized.kernels_in(tuning.variants),
         tuning=tuple(f"{kernel}: {why}" for kernel, why in tuning.refused.items()),
         declined=optimized.declined,
         source_parameters=imported.parameter_count,

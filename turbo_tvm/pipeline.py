@@ -65,8 +65,13 @@ class Optimized:
     declined: tuple[str, ...] = ()
     tiles: Tiles = BASELINE
 
-    def kernels(self, tuned: Tuned | None = None) -> tuple[KernelSpec, ...]:
-        """What `main` calls and what it costs; tuned: the variants of kernels."""
+    @property
+    def kernels(self) -> tuple[KernelSpec, ...]:
+        """What `main` calls and what it costs."""
+        return self.kernels_in({})
+
+    def kernels_in(self, tuned: Tuned) -> tuple[KernelSpec, ...]:
+        """The same, with the variants that these kernels are built in."""
         return inventory(self.mod, _kernels(self.tiles, tuned))
 
     @property

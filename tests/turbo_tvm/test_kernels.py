@@ -287,7 +287,7 @@ def tiny() -> dict[str, object]:
         max_position_embeddings=24,
     )
     mod = import_module(BertModel(config).eval()).mod
-    return {k.name: k for k in pipeline.optimize(mod, BASELINE, 24).kernels()}
+    return {k.name: k for k in pipeline.optimize(mod, BASELINE, 24).kernels}
 
 
 def test_calls_are_counted(tiny):

@@ -22,7 +22,7 @@ class Workers:
 
     def __init__(self, count: int, timeout_s: float):
         self._timeout_s = timeout_s
-        self._workers = [PopenWorker(stderr=subprocess.DEVNULL) for _ in range(count)]
+        self._workers = [PopenWorker(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for _ in range(count)]
 
     def __enter__(self) -> Workers:
         return self
