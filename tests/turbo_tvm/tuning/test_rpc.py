@@ -95,7 +95,13 @@ def test_a_machine_that_never_comes_is_an_error(tiny_artifact, tmp_path, monkeyp
     monkeypatch.setattr(tuner, "_PATIENCE_S", 1.0)
     with pytest.raises(TuningError, match=r"no machine 'box' behind the tracker 127.0.0.1:9 answers .* tune again"):
         turbo_tvm.tune(
-            tiny_artifact, logs=tmp_path, trials=1, kernels=["linear_32x64"], tracker="127.0.0.1:9", key="box"
+            tiny_artifact,
+            logs=tmp_path,
+            trials=1,
+            kernels=["linear_32x64"],
+            tracker="127.0.0.1:9",
+            key="box",
+            timeout_s=20,
         )
 
 
