@@ -134,11 +134,18 @@ def linear(
     it a product of bf16 numbers; k and the width of x are then even. variants: settings of `space` by rows.
     """
     product = Product(k, n, activation, residual, x or RowFormat(k), extra or RowFormat(n), out or RowFormat(n))
-    rows, columns, panels = tiles.row_tile, tiles.col_tile, tiles.panels(n)
+    multiply = by_rows(variants, space(tiles), tiles.row_tile, lambda setting: _multiply_macro(tiles, product, setting))
+    return product_kernel(tiles, product, norm_eps, multiply, CPU_LLVM + (bf16.DOT_LLVM if product.in_bf16 else ""))
+
+
+def product_kernel(
+    tiles: CpuTiles, product: Product, norm_eps: float | None, multiply: Macro, llvm: str
+) -> tvm.tirx.PrimFunc:
+    """The kernel around `multiply(t, operands)`, whatever instructions that uses; llvm: LLVM IR of what it calls."""
+    n, rows, columns, panels = product.n, tiles.row_tile, tiles.col_tile, tiles.panels(product.n)
     normalized = norm_eps is not None
     normalize_all = normalize_all_macro(tiles.lanes, n, norm_eps or 0.0)
     weight_type = bf16.PAIR if product.in_bf16 else "float32"
-    multiply = by_rows(variants, space(tiles), rows, lambda setting: _multiply_macro(tiles, product, setting))
 
     @T.prim_func(private=True, s_tir=True)
     def kernel(
@@ -155,13 +162,13 @@ def linear(
         source = T.match_buffer(x_arg, (t, rows, product.x.width), product.x.dtype)
         residual_rows = T.match_buffer(residual_arg, (t, rows, product.extra.width), product.extra.dtype)
         result = T.match_buffer(out_arg, (t, rows, product.out.width), product.out.dtype)
-        with T.attr(T.int32(0), "pragma_import_llvm", CPU_LLVM + (bf16.DOT_LLVM if product.in_bf16 else "")):
+        with T.attr(T.int32(0), "pragma_import_llvm", llvm):
             operands = T.meta_var(Operands(source, weight, bias, residual_rows, result))
             multiply(t, operands)
             if normalized:
                 normalize_all(result, None, result, gamma, beta)
 
-    absent = [] if residual else ["residual_rows"]
+    absent = [] if product.residual else ["residual_rows"]
     return without_parameters(kernel, absent if normalized else [*absent, "gamma", "beta"])
 
 

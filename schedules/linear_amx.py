@@ -41,10 +41,9 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 
 from turbo_tvm.schedules import amx, bf16
-from turbo_tvm.schedules.linear import Operands, Product
-from turbo_tvm.schedules.normalization import normalize_all_macro
+from turbo_tvm.schedules.linear import Product, product_kernel
 from turbo_tvm.schedules.rows import RowFormat
-from turbo_tvm.schedules.script import CACHE_LINE_FLOATS, CPU_LLVM, prefetch_near, prefetch_read, without_parameters
+from turbo_tvm.schedules.script import CACHE_LINE_FLOATS, CPU_LLVM, prefetch_near, prefetch_read
 from turbo_tvm.schedules.space import Knob, Macro, Space, Variant, by_rows
 from turbo_tvm.schedules.tiles import CpuTiles
 from turbo_tvm.schedules.vector_math import activation as activation_by_name
@@ -117,34 +116,9 @@ def linear(
     if tiles.col_tile != _WIDTH or _HEIGHT % tiles.row_tile or amx.ROWS % tiles.row_tile:
         raise ValueError(f"{tiles} does not fit AMX: panels of {_WIDTH} columns and row tiles that divide {amx.ROWS}")
     product = Product(k, n, activation, residual, x, extra or RowFormat(n), out or RowFormat(n))
-    rows, columns, panels = tiles.row_tile, tiles.col_tile, tiles.panels(n)
-    normalized = norm_eps is not None
-    normalize_all = normalize_all_macro(tiles.lanes, n, norm_eps or 0.0)
-    multiply = by_rows(variants, space(tiles, k=k, x=x), rows, lambda setting: _multiply_macro(tiles, product, setting))
-
-    @T.prim_func(private=True, s_tir=True)
-    def kernel(
-        x_arg: T.handle,
-        weight: T.Buffer((panels, k // 2, columns), bf16.PAIR),
-        bias: T.Buffer((panels * columns,), "float32"),
-        residual_arg: T.handle,
-        gamma: T.Buffer((n,), "float32"),
-        beta: T.Buffer((n,), "float32"),
-        out_arg: T.handle,
-    ):
-        T.func_attr({"tirx.noalias": True})
-        t = T.int64()
-        source = T.match_buffer(x_arg, (t, rows, product.x.width), product.x.dtype)
-        residual_rows = T.match_buffer(residual_arg, (t, rows, product.extra.width), product.extra.dtype)
-        result = T.match_buffer(out_arg, (t, rows, product.out.width), product.out.dtype)
-        with T.attr(T.int32(0), "pragma_import_llvm", CPU_LLVM + bf16.PACK_LLVM + instructions):
-            operands = T.meta_var(Operands(source, weight, bias, residual_rows, result))
-            multiply(t, operands)
-            if normalized:
-                normalize_all(result, None, result, gamma, beta)
-
-    absent = [] if residual else ["residual_rows"]
-    return without_parameters(kernel, absent if normalized else [*absent, "gamma", "beta"])
+    choices = space(tiles, k=k, x=x)
+    multiply = by_rows(variants, choices, tiles.row_tile, lambda setting: _multiply_macro(tiles, product, setting))
+    return product_kernel(tiles, product, norm_eps, multiply, CPU_LLVM + bf16.PACK_LLVM + instructions)
 
 
 def _multiply_macro(tiles: CpuTiles, product: Product, setting: dict[str, int]) -> Macro:

@@ -77,9 +77,8 @@ class KernelRecipe:
             plain = json.loads(text)
             schedule, tiles = plain["schedule"], plain["tiles"]
             options = {name: _value(value) for name, value in plain["options"].items()}
-            kind = (
-                CpuTiles if "lanes" in (tiles or ()) else CudaTiles
-            )  # kernels on the host may prepare a GPU's weights
+            # by their fields: kernels on the host may prepare a GPU's weights
+            kind = CpuTiles if "lanes" in (tiles or ()) else CudaTiles
             made = None if tiles is None else _record(kind, tiles)
             recipe = KernelRecipe(schedule, made, tuple(sorted(options.items())))
             inspect.signature(recipe._factory).bind(*recipe._tiles, **options)

@@ -119,7 +119,7 @@ def tune_command(model: Path | None, **options: Any) -> None:
     else:
         from turbo_tvm.cli.tune_report import show_outcomes
 
-        show_outcomes(report, model)
+        show_outcomes(report)
     if options["plot"] is not None:
         from turbo_tvm.cli.tune_report import draw_searches
 

@@ -30,7 +30,7 @@ _COLUMNS = [
 ]
 
 
-def show_outcomes(report: TuningReport, model: Path) -> None:
+def show_outcomes(report: TuningReport) -> None:
     """What tuning found, and what to do with it."""
     rows = table("Tuned", ["kernel", "gain>", "by batch", "variants>", "trials>", "failed>"], "kernel")
     rows.caption = "gain: the default's time / the tuned kernel's, timed in turn after the trials, by tokens in a batch"
@@ -114,8 +114,8 @@ def draw(found: Sequence[Curve], path: Path) -> None:
 def _print(found: Sequence[BucketReport], mean: float) -> None:
     rows = table("Default and tuned, in turn", _COLUMNS, "kernel")
     rows.caption = (
-        f"geometric mean {mean:.3f}x. ms and GFLOP/s (tuned): the best run; gain: the median of pairs; limit: the "
-        "machine's floor / the best run; setting: what differs from the default"
+        f"geometric mean {mean:.3f}x. ms and GFLOP/s (tuned): the best run; gain: the lesser of the pairs' median and "
+        "best over best; limit: the machine's floor / the best run; setting: all knobs of the tuned kernel"
     )
     before = ""
     for one in found:

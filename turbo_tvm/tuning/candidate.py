@@ -42,7 +42,6 @@ class Remote:
     host: str
     port: int
     key: str
-    timeout_s: int = 0
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ class _Session:
         self._remote = None
         if remote is not None:
             tracker = tvm.rpc.connect_tracker(remote.host, remote.port)
-            self._remote = tracker.request(remote.key, session_timeout=remote.timeout_s)
+            self._remote = tracker.request(remote.key)
             self._there: dict[str, Any] = {}  # a library that is loaded must not be overwritten
             self.device = self._remote.cuda(0) if device == "cuda" else self._remote.cpu(0)
             set_threads = self._remote.get_function("runtime.config_threadpool")

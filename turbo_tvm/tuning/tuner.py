@@ -61,7 +61,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class KernelOutcome:
-    """gains: of what was chosen, by the rows of the bucket; kept: whether this run added trials."""
+    """gains: of what was chosen, by the rows of the bucket; added: trials of this run."""
 
     kernel: str
     gains: dict[int, float]
@@ -92,7 +92,7 @@ Show = Callable[[Progress], None]
 
 
 class Tuner:
-    """Tunes kernels and keeps what it measures in a log. `show` is called after every round."""
+    """Tunes kernels and keeps what it measures in a log. `show` is called as it goes."""
 
     def __init__(self, tasks: Sequence[TuningTask], plan: Plan, log: TuningLog, show: Show | None = None):
         self.tasks, self.plan, self.log = list(tasks), plan, log
@@ -116,7 +116,7 @@ class Tuner:
 
     def _tune(self, task: TuningTask) -> KernelOutcome:
         record = task_record(task, self.plan.target)
-        known = self._read(record)
+        known = self.log.read(record)
         begun = len(known.trials)
         self._tell(task, known)
         while len(known.trials) < self.plan.trials:
@@ -126,15 +126,12 @@ class Tuner:
             for trial in self._machine.trials(task, settings):
                 self.log.append(record, [trial])
                 self._measured += 1
-            known = self._read(record)  # with those of another tuner on the same logs
+            known = self.log.read(record)  # with those of another tuner on the same logs
             self._tell(task, known)
         if known.result is None or known.result.trials < len(known.trials):
             self.log.append(record, [self._decide(task, known)])
-            known = self._read(record)
+            known = self.log.read(record)
         return outcome(task, known, len(known.trials) - begun)
-
-    def _read(self, record: TaskRecord) -> KernelLog:
-        return self.log.read(record)
 
     def _propose(self, task: TuningTask, known: KernelLog) -> list[dict[str, int]]:
         count = min(ROUND, self.plan.trials - len(known.trials))

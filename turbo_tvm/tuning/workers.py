@@ -14,8 +14,6 @@ from tvm.support.popen_pool import PopenWorker
 
 from turbo_tvm.errors import TuningError
 
-Failed = TuningError  # what a job that failed gives in place of its value
-
 
 class Workers:
     """So many processes. A job's value is what its function returns, or the TuningError that says why it has none."""
@@ -50,11 +48,11 @@ class Workers:
         try:
             return worker.recv()
         except TimeoutError:
-            return Failed(f"took longer than {self._timeout_s:g} s")
+            return TuningError(f"took longer than {self._timeout_s:g} s")
         except ChildProcessError:
-            return Failed("the process crashed")
+            return TuningError("the process crashed")
         except TuningError as error:
             return error
         except Exception as error:  # whatever TVM raises for it
             lines = str(error).strip().splitlines() or [""]
-            return Failed(f"{type(error).__name__}: {lines[-1][:300]}")
+            return TuningError(f"{type(error).__name__}: {lines[-1][:300]}")
