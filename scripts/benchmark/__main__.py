@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from . import families, memory, overhead, scheduling, serving, serving_report, tuning, tuning_pages
+from . import families, memory, overhead, scheduling, searches, serving, serving_report, tuning, tuning_pages
 from .contenders import RIVALS
 from .encoder import PRECISIONS, Settings, run
 from .measure import Limits
@@ -53,9 +53,12 @@ and time it beside PyTorch and ONNX Runtime on ragged requests. Some minutes per
 Writes models.json (every sample) and models.md, after every family."""
 TUNING = """Compile every model twice, as it is by itself and with tuning logs, and run both in turn on the encoder
 benchmark's workloads; and what compiling takes either way. Writes tuned.json (every sample) and tuned.md."""
+SEARCHES = """Compare kernels as several directories of tuning logs have them, such as a shipped one, one of another
+seed and one of a random search: each timed in turn with the first. Writes searches.json (every sample), searches.md and
+searches.png, how the searches went."""
 LOGS = """Write README.md beside the tuning logs of every target: where and how they were made, and what each kernel
 gains."""
-COMMANDS = ("encoder", "models", "memory", "serving", "scheduler", "tuning", "logs", "overhead", "report")
+COMMANDS = ("encoder", "models", "memory", "serving", "scheduler", "tuning", "searches", "logs", "overhead", "report")
 QUICK_LIMITS = {"rounds": 3, "seconds": 5.0}
 
 
@@ -87,6 +90,9 @@ def parser() -> argparse.ArgumentParser:
         )
     )
     _tuning_options(commands.add_parser("tuning", help="default kernels beside tuned ones", description=TUNING))
+    _searches_options(
+        commands.add_parser("searches", help="tuned kernels by the search that found them", description=SEARCHES)
+    )
     logs = commands.add_parser("logs", help="pages of the tuning logs", description=LOGS)
     logs.add_argument("directory", type=Path, nargs="?", default=Path("tuning_logs"), help="default %(default)s")
     _scheduler_options(
@@ -173,6 +179,15 @@ def _tuning_options(parser: argparse.ArgumentParser) -> None:
     add("--seconds", type=float, default=8.0, help="per workload, beyond five rounds (default %(default)g)")
     add("--threads", type=_positive, help="default: the physical cores")
     add("--seed", type=int, default=0, help="of weights, lengths and token ids (default %(default)s)")
+    add("--out", type=Path, default=Path("bench_results"), help="output directory (default %(default)s)")
+
+
+def _searches_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("artifacts", type=Path, nargs="+", metavar="ARTIFACT", help="whose kernels")
+    add("--logs", type=Path, nargs="+", required=True, metavar="DIR", help="the reference, and what is compared with it")
+    add("--kernels", nargs="+", default=[], metavar="WORD", help="only those whose names contain one of these")
+    add("--threads", type=_positive, help="default: the physical cores")
     add("--out", type=Path, default=Path("bench_results"), help="output directory (default %(default)s)")
 
 
@@ -278,6 +293,19 @@ def tuning_settings(args: argparse.Namespace, argv: list[str]) -> tuning.Setting
     )
 
 
+def searches_settings(args: argparse.Namespace, argv: list[str]) -> searches.Settings:
+    from turbo_tvm import config
+
+    return searches.Settings(
+        command=shlex.join(["scripts/bench", *argv]),
+        artifacts=tuple(args.artifacts),
+        logs=tuple(args.logs),
+        kernels=tuple(args.kernels),
+        threads=config.num_threads(args.threads),
+        out=args.out,
+    )
+
+
 def main(argv: list[str]) -> int:
     args = arguments(argv)
     console = Console(soft_wrap=True, highlight=False)
@@ -301,6 +329,8 @@ def main(argv: list[str]) -> int:
             families.run(config.num_threads(args.threads), args.out, args.only, command, console)
         elif args.command == "tuning":
             tuning.run(tuning_settings(args, argv), console)
+        elif args.command == "searches":
+            searches.run(searches_settings(args, argv), console)
         elif args.command == "scheduler":
             scheduling.run(shlex.join(["scripts/bench", *argv]), args.seed, args.requests, args.out, console)
         elif args.command == "serving":
