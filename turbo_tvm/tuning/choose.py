@@ -50,11 +50,6 @@ def mean_gain(gains: Mapping[int, float], weights: Mapping[int, float]) -> float
     return math.exp(sum(weight * math.log(gains[rows]) for rows, weight in weights.items()) / total)
 
 
-def least(rounds: Sequence[Mapping[int, float]]) -> dict[int, float]:
-    """What a setting gained in every round: luck does not come three times."""
-    return {rows: min(gains[rows] for gains in rounds) for rows in rounds[0]}
-
-
 def variants(
     final: Sequence[Observation], bounds: Mapping[int, int | None], most: int = 2
 ) -> tuple[list[Choice], dict[int, float]]:

@@ -24,7 +24,7 @@ from turbo_tvm.tuning.workers import Workers
 
 ROUND = 8  # candidates that are built together
 FINAL_SECONDS = 0.5  # per bucket and finalist, all rounds together
-FINAL_ROUNDS = 3  # over all finalists: a machine that changes its speed for seconds favours nobody in all of them
+FINAL_ROUNDS = 3  # over all finalists: a machine that changes its speed for seconds favours nobody in most of them
 TRIAL_SECONDS = 0.15
 
 _BUILDERS = 2
@@ -146,19 +146,19 @@ class Tuner:
         settings = choose.finalists(observations(known.trials), self.plan.weights)
         timed = self._machine.final(task, settings, self.plan.buckets) if settings else []
         final = [
-            Observation(setting, choose.least([candidate.gains(seconds) for seconds in rounds]))
-            for setting, rounds in zip(settings, timed, strict=True)
-            if rounds
+            Observation(setting, candidate.gains(seconds))
+            for setting, seconds in zip(settings, timed, strict=True)
+            if seconds
         ]
         bounds = {b.rows: b.max_rows for b in self.plan.buckets}
         if task.recipe.device == "cuda":
             chosen, gains = choose.one_for_all(final, bounds, self.plan.weights)
         else:
             chosen, gains = choose.variants(final, bounds)
-        samples = {search.key(setting): _joined(rounds) for setting, rounds in zip(settings, timed, strict=True)}
+        samples = {search.key(setting): seconds for setting, seconds in zip(settings, timed, strict=True)}
         return ResultRecord(
             variants=[{"setting": c.setting, "max_rows": c.max_rows} for c in chosen],
-            gains={str(rows): round(gain, 4) for rows, gain in gains.items()},
+            gains=_rounded(gains),
             seconds=_samples_of(chosen, bounds, samples),
             lengths={str(b.rows): list(b.lengths) for b in self.plan.buckets},
             weights={str(b.rows): round(b.weight, 4) for b in self.plan.buckets},
@@ -168,6 +168,7 @@ class Tuner:
             machine=self.plan.machine,
             threads=self.plan.threads,
             time=now(),
+            finals=[{"setting": dict(o.setting), "gains": _rounded(o.gains)} for o in final],
         )
 
     def _tell(self, task: TuningTask, known: KernelLog) -> None:
@@ -205,8 +206,8 @@ class _Bench:
 
     def final(
         self, task: TuningTask, settings: Sequence[Mapping[str, int]], buckets: Sequence[Bucket]
-    ) -> list[list[Samples]]:
-        """For each setting the samples of every round, by the rows of the bucket; no rounds for one that failed."""
+    ) -> list[Samples]:
+        """For each setting the samples of all rounds, by the rows of the bucket; none for one that failed."""
         paths = self._build_settings(task, settings)
         found: list[list[Samples]] = [[] for _ in paths]
         failed: set[int] = set()
@@ -217,7 +218,7 @@ class _Bench:
                     failed.add(i)
                 else:
                     found[i].append(seconds)
-        return [[] if i in failed else rounds for i, rounds in enumerate(found)]
+        return [{} if i in failed else _joined(rounds) for i, rounds in enumerate(found)]
 
     def _timed(
         self, task: TuningTask, paths: Sequence[Any], buckets: Sequence[Bucket], seconds: float
@@ -334,7 +335,11 @@ def _samples_of(
 
 def _joined(rounds: Sequence[Samples]) -> dict[int, list[Sequence[float]]]:
     """The samples of all rounds together."""
-    return {rows: [pair for one in rounds for pair in one[rows]] for rows in (rounds[0] if rounds else ())}
+    return {rows: [pair for one in rounds for pair in one[rows]] for rows in rounds[0]}
+
+
+def _rounded(gains: Mapping[int, float]) -> dict[str, float]:
+    return {str(rows): round(gain, 4) for rows, gain in gains.items()}
 
 
 def _rate(task: TuningTask, bucket: Bucket, trial: TrialRecord) -> float:
