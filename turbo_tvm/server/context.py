@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from turbo_tvm.server.metrics import Metrics
 from turbo_tvm.server.repository import Repository
@@ -11,9 +11,10 @@ from turbo_tvm.server.settings import Settings
 
 @dataclass
 class Context:
-    """closing: whether the server is about to stop: it is no longer ready then."""
+    """closing: whether the server is about to stop: it is no longer ready then. grpc_port: where gRPC listens."""
 
     settings: Settings
     repository: Repository
     metrics: Metrics
-    closing: bool = field(default=False)
+    closing: bool = False
+    grpc_port: int | None = None

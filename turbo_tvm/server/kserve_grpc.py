@@ -54,6 +54,7 @@ async def start(context: Context) -> grpc.aio.Server:
     except RuntimeError as error:
         raise TurboError(f"gRPC cannot listen on {address}, another program does: use another --grpc-port") from error
     await server.start()
+    context.grpc_port = port
     _LOG.info("gRPC listens on %s:%d", settings.host, port)
     return server
 

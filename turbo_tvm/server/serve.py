@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import tempfile
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from turbo_tvm import artifact, config
@@ -32,7 +33,7 @@ def serve(settings: Settings) -> int:
     # Tokenizers would start a thread per core, beside those of the kernels.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logs.configure(settings.json_logs)
-    with _socket(settings) as listening:
+    with bind(settings) as listening:
         return _one(settings, listening) if settings.workers == 1 else _several(settings, listening)
 
 
@@ -47,14 +48,14 @@ def _one(settings: Settings, listening: socket.socket) -> int:
 
     from turbo_tvm.server.app import create_app
 
-    # uvicorn raises the signal again when it has stopped: that would end the process with the signal's status.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
     app = create_app(settings)
     for path in settings.files:
         app.state.context.repository.add(path)
-    server = uvicorn.Server(_uvicorn(app, settings))
+    server = uvicorn.Server(uvicorn_config(app, settings))
     _say_where(settings, listening)
+    # uvicorn raises the signal again when it has stopped: that would end the process with the signal's status.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
     server.run(sockets=[listening])
     return 0 if server.started else 1
 
@@ -67,11 +68,10 @@ def _several(settings: Settings, listening: socket.socket) -> int:
     for path in settings.files:
         artifact.read(path)  # a file that cannot be used is said once, and not by every worker
     shared = settings.threads or max(1, config.physical_cores() // settings.workers)
-    each = Settings.from_json(settings.to_json())
     with tempfile.TemporaryDirectory(prefix="turbo_tvm_metrics_") as folder:
         os.environ[SHARED_FILES] = folder
-        os.environ[VARIABLE] = _with_threads(each, shared).to_json()
-        made = _uvicorn("turbo_tvm.server.app:from_environment", settings)
+        os.environ[VARIABLE] = replace(settings, threads=shared).to_json()
+        made = uvicorn_config("turbo_tvm.server.app:from_environment", settings)
         made.factory, made.workers = True, settings.workers
         _say_where(settings, listening)
         supervisor = Multiprocess(made, sockets=[listening])
@@ -83,13 +83,8 @@ def _say_where(settings: Settings, listening: socket.socket) -> None:
     _LOG.info("serving on %s", url(settings, listening.getsockname()[1]))
 
 
-def _with_threads(settings: Settings, threads: int) -> Settings:
-    from dataclasses import replace
-
-    return replace(settings, threads=threads)
-
-
-def _uvicorn(app: Any, settings: Settings) -> uvicorn.Config:
+def uvicorn_config(app: Any, settings: Settings) -> uvicorn.Config:
+    """How uvicorn runs the application."""
     import uvicorn
 
     return uvicorn.Config(
@@ -109,7 +104,8 @@ def _uvicorn(app: Any, settings: Settings) -> uvicorn.Config:
     )
 
 
-def _socket(settings: Settings) -> socket.socket:
+def bind(settings: Settings) -> socket.socket:
+    """The socket that the server will listen on. Raises TurboError where it is taken."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     made = socket.socket(family)
     made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

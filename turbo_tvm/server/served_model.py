@@ -48,6 +48,8 @@ class ServedModel:
     def __init__(self, name: str, model: CompiledModel, settings: Settings, metrics: ModelMetrics, file: str = ""):
         self.name, self.model, self.file = name, model, file
         self.metrics, self.live = metrics, Live()
+        if model.has_tokenizer:
+            model.tokenizer.encodings(["the first text takes longest"])
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix=f"tokenizer of {name}")
         self.engine = Engine(
             model,

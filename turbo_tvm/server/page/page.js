@@ -149,5 +149,5 @@ const milliseconds = (seconds) => seconds == null ? "–" : `${(1e3 * seconds).t
 
 $("try").addEventListener("submit", send);
 $("model").addEventListener("change", () => state && draw());
-refresh();
+refresh().then(() => location.hash === "#try" && $("try").requestSubmit());
 setInterval(refresh, 1000);
