@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from . import families, memory, overhead, scheduling, serving, serving_report, tuning, tuning_pages
+from . import families, memory, overhead, scheduling, server, serving, serving_report, tuning, tuning_pages
 from .contenders import RIVALS
 from .encoder import PRECISIONS, Settings, run
 from .measure import Limits
@@ -53,9 +53,12 @@ and time it beside PyTorch and ONNX Runtime on ragged requests. Some minutes per
 Writes models.json (every sample) and models.md, after every family."""
 TUNING = """Compile every model twice, as it is by itself and with tuning logs, and run both in turn on the encoder
 benchmark's workloads; and what compiling takes either way. Writes tuned.json (every sample) and tuned.md."""
+SERVER = """Serve MiniLM-L6 with its real weights over HTTP, beside infinity-emb in an environment of its own, and load both
+with sentences of mixed length: closed loops of 32 and 64, then Poisson arrivals at rising rates.
+Writes server.json (every latency), server.md and server.png."""
 LOGS = """Write README.md beside the tuning logs of every target: where and how they were made, and what each kernel
 gains."""
-COMMANDS = ("encoder", "models", "memory", "serving", "scheduler", "tuning", "logs", "overhead", "report")
+COMMANDS = ("encoder", "models", "memory", "serving", "scheduler", "server", "tuning", "logs", "overhead", "report")
 QUICK_LIMITS = {"rounds": 3, "seconds": 5.0}
 
 
@@ -86,6 +89,7 @@ def parser() -> argparse.ArgumentParser:
             formatter_class=raw,
         )
     )
+    _server_options(commands.add_parser("server", help="the server beside infinity-emb", description=SERVER))
     _tuning_options(commands.add_parser("tuning", help="default kernels beside tuned ones", description=TUNING))
     logs = commands.add_parser("logs", help="pages of the tuning logs", description=LOGS)
     logs.add_argument("directory", type=Path, nargs="?", default=Path("tuning_logs"), help="default %(default)s")
@@ -162,6 +166,17 @@ def _serving_options(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="of weights, arrivals and token ids (default %(default)s)")
     add("--out", type=Path, default=Path("bench_results"), help="output directory (default %(default)s)")
     add("--resume", action="store_true", help="keep the loads that serving.json holds of this machine and version")
+
+
+def _server_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("artifacts", type=Path, nargs="+", metavar="ARTIFACT", help="of MiniLM-L6, such as scripts/demo leaves")
+    add("--texts", type=_positive, default=600, help="distinct ones (default %(default)s)")
+    add("--rounds", type=_positive, default=3, help="of closed loops (default %(default)s)")
+    add("--seconds", type=float, default=15.0, help="of Poisson arrivals per rate (default %(default)g)")
+    add("--threads", type=_positive, help="default: the physical cores")
+    add("--seed", type=int, default=0, help="of texts and arrivals (default %(default)s)")
+    add("--out", type=Path, default=Path("bench_results"), help="output directory (default %(default)s)")
 
 
 def _tuning_options(parser: argparse.ArgumentParser) -> None:
@@ -278,6 +293,21 @@ def tuning_settings(args: argparse.Namespace, argv: list[str]) -> tuning.Setting
     )
 
 
+def server_settings(args: argparse.Namespace, argv: list[str]) -> server.Settings:
+    from turbo_tvm import config
+
+    return server.Settings(
+        command=shlex.join(["scripts/bench", *argv]),
+        artifacts=tuple(args.artifacts),
+        texts=args.texts,
+        rounds=args.rounds,
+        seconds=args.seconds,
+        threads=config.num_threads(args.threads),
+        seed=args.seed,
+        out=args.out,
+    )
+
+
 def main(argv: list[str]) -> int:
     args = arguments(argv)
     console = Console(soft_wrap=True, highlight=False)
@@ -301,6 +331,8 @@ def main(argv: list[str]) -> int:
             families.run(config.num_threads(args.threads), args.out, args.only, command, console)
         elif args.command == "tuning":
             tuning.run(tuning_settings(args, argv), console)
+        elif args.command == "server":
+            server.run(server_settings(args, argv), console)
         elif args.command == "scheduler":
             scheduling.run(shlex.join(["scripts/bench", *argv]), args.seed, args.requests, args.out, console)
         elif args.command == "serving":
