@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from . import families, memory, overhead, scheduling, server, serving, serving_report, tuning, tuning_pages
+from . import families, memory, overhead, scheduling, server, serving, serving_report, soak, tuning, tuning_pages
 from .contenders import RIVALS
 from .encoder import PRECISIONS, Settings, run
 from .measure import Limits
@@ -56,9 +56,23 @@ benchmark's workloads; and what compiling takes either way. Writes tuned.json (e
 SERVER = """Serve MiniLM-L6 with its real weights over HTTP, beside infinity-emb in an environment of its own, and load both
 with sentences of mixed length: closed loops of 32 and 64, then Poisson arrivals at rising rates.
 Writes server.json (every latency), server.md and server.png."""
+SOAK = """Load the server for minutes at 0.8 of what it bears, and look whether its memory grows; then for seconds at ten
+times that, and look what it refuses and whether it recovers. Writes soak.json (every sample), soak.md and soak.png."""
 LOGS = """Write README.md beside the tuning logs of every target: where and how they were made, and what each kernel
 gains."""
-COMMANDS = ("encoder", "models", "memory", "serving", "scheduler", "server", "tuning", "logs", "overhead", "report")
+COMMANDS = (
+    "encoder",
+    "models",
+    "memory",
+    "serving",
+    "scheduler",
+    "server",
+    "soak",
+    "tuning",
+    "logs",
+    "overhead",
+    "report",
+)
 QUICK_LIMITS = {"rounds": 3, "seconds": 5.0}
 
 
@@ -90,6 +104,7 @@ def parser() -> argparse.ArgumentParser:
         )
     )
     _server_options(commands.add_parser("server", help="the server beside infinity-emb", description=SERVER))
+    _soak_options(commands.add_parser("soak", help="the server over a long time", description=SOAK))
     _tuning_options(commands.add_parser("tuning", help="default kernels beside tuned ones", description=TUNING))
     logs = commands.add_parser("logs", help="pages of the tuning logs", description=LOGS)
     logs.add_argument("directory", type=Path, nargs="?", default=Path("tuning_logs"), help="default %(default)s")
@@ -174,6 +189,15 @@ def _server_options(parser: argparse.ArgumentParser) -> None:
     add("--texts", type=_positive, default=600, help="distinct ones (default %(default)s)")
     add("--rounds", type=_positive, default=3, help="of closed loops (default %(default)s)")
     add("--seconds", type=float, default=15.0, help="of Poisson arrivals per rate (default %(default)g)")
+    add("--threads", type=_positive, help="default: the physical cores")
+    add("--seed", type=int, default=0, help="of texts and arrivals (default %(default)s)")
+    add("--out", type=Path, default=Path("bench_results"), help="output directory (default %(default)s)")
+
+
+def _soak_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("artifact", type=Path, metavar="ARTIFACT", help="of an embedding model")
+    add("--minutes", type=float, default=10.0, help="default %(default)g")
     add("--threads", type=_positive, help="default: the physical cores")
     add("--seed", type=int, default=0, help="of texts and arrivals (default %(default)s)")
     add("--out", type=Path, default=Path("bench_results"), help="output directory (default %(default)s)")
@@ -308,6 +332,19 @@ def server_settings(args: argparse.Namespace, argv: list[str]) -> server.Setting
     )
 
 
+def soak_settings(args: argparse.Namespace, argv: list[str]) -> soak.Settings:
+    from turbo_tvm import config
+
+    return soak.Settings(
+        command=shlex.join(["scripts/bench", *argv]),
+        artifact=args.artifact,
+        minutes=args.minutes,
+        threads=config.num_threads(args.threads),
+        seed=args.seed,
+        out=args.out,
+    )
+
+
 def main(argv: list[str]) -> int:
     args = arguments(argv)
     console = Console(soft_wrap=True, highlight=False)
@@ -333,6 +370,8 @@ def main(argv: list[str]) -> int:
             tuning.run(tuning_settings(args, argv), console)
         elif args.command == "server":
             server.run(server_settings(args, argv), console)
+        elif args.command == "soak":
+            soak.run(soak_settings(args, argv), console)
         elif args.command == "scheduler":
             scheduling.run(shlex.join(["scripts/bench", *argv]), args.seed, args.requests, args.out, console)
         elif args.command == "serving":

@@ -84,14 +84,14 @@ def run(settings: Settings, console: Console) -> None:
         "open": [],
     }
     with ExitStack() as stack:
-        contenders = [stack.enter_context(_ours(path, settings)) for path in settings.artifacts]
+        contenders = [stack.enter_context(ours(path, settings.threads)) for path in settings.artifacts]
         try:
             contenders.append(stack.enter_context(_infinity(settings, console)))
         except OSError as error:
             report["absent"][RIVAL] = str(error)
             console.print(f"{RIVAL} is absent: {error}")
         for contender in contenders:
-            _ask_closed(contender, texts[:64], 8)  # warm
+            ask_closed(contender, texts[:64], 8)  # warm
         _closed_loops(report, contenders, texts, settings, console)
         _open_loops(report, contenders, texts, settings, console)
     write_json(settings.out / "server.json", report)
@@ -119,7 +119,7 @@ def _closed_loops(
     for round_ in range(settings.rounds):
         for clients in CLIENTS:
             for contender in contenders if round_ % 2 == 0 else contenders[::-1]:
-                answers = _ask_closed(contender, texts, clients)
+                answers = ask_closed(contender, texts, clients)
                 report["closed"].append(_record(contender, answers, clients=clients))
                 console.print(f"closed loop of {clients}: {contender.name}: {answers.rate:.1f} requests/s")
 
@@ -135,20 +135,22 @@ def _open_loops(
         for contender in contenders if number % 2 == 0 else contenders[::-1]:
             if rate > most[contender.name]:
                 continue
-            answers = _ask_open(contender, texts, rate, settings)
+            answers = ask_open(contender, texts, rate, settings.seconds, settings.seed)
             report["open"].append(_record(contender, answers, rate=rate))
             p50, p99 = 1e3 * answers.percentile(50), 1e3 * answers.percentile(99)
             console.print(f"{rate:.1f}/s: {contender.name}: p50 {p50:.1f} ms, p99 {p99:.1f} ms")
 
 
-def _ask_closed(contender: Contender, texts: Sequence[str], clients: int) -> Answers:
+def ask_closed(contender: Contender, texts: Sequence[str], clients: int) -> Answers:
+    """So many clients, each text once."""
     bodies = [contender.body(text) for text in texts]
     return closed_loop("127.0.0.1", contender.port, contender.path, bodies, clients)
 
 
-def _ask_open(contender: Contender, texts: Sequence[str], rate: float, settings: Settings) -> Answers:
-    count = max(100, int(rate * settings.seconds))
-    rng = np.random.default_rng(settings.seed)
+def ask_open(contender: Contender, texts: Sequence[str], rate: float, seconds: float, seed: int) -> Answers:
+    """Poisson arrivals for so long."""
+    count = max(100, int(rate * seconds))
+    rng = np.random.default_rng(seed)
     arrivals = np.cumsum(rng.exponential(1 / rate, count)).tolist()
     bodies = [contender.body(texts[i % len(texts)]) for i in range(count)]
     return open_loop("127.0.0.1", contender.port, contender.path, bodies, arrivals)
@@ -176,10 +178,11 @@ def borne(one: dict[str, Any]) -> bool:
 
 
 @contextmanager
-def _ours(path: Path, settings: Settings) -> Iterator[Contender]:
+def ours(path: Path, threads: int, max_queue: int = 100_000) -> Iterator[Contender]:
+    """`turbo-tvm serve` as a process, without its cache."""
     port = _free_port()
     command = [sys.executable, "-m", "turbo_tvm", "serve", str(path), "--port", str(port), "--cache-mb", "0"]
-    command += ["--threads", str(settings.threads), "--no-access-log", "--max-queue", "100000"]
+    command += ["--threads", str(threads), "--no-access-log", "--max-queue", str(max_queue)]
     with _process(command, port, "/health", {}) as pid:
         yield Contender(f"turbo_tvm {path.stem}", port, "/v1/embeddings", path.stem, pid)
 
@@ -206,7 +209,9 @@ def _infinity(settings: Settings, console: Console) -> Iterator[Contender]:
 def _install() -> None:
     subprocess.run([sys.executable, "-m", "venv", str(_RIVAL_VENV)], check=True)
     packages = ["infinity-emb[torch,server]==0.0.78", "torch==2.13.0", "transformers<5", "optimum<2"]
-    done = subprocess.run([str(_RIVAL_VENV / "bin" / "pip"), "install", "-q", *packages], capture_output=True, text=True)
+    done = subprocess.run(
+        [str(_RIVAL_VENV / "bin" / "pip"), "install", "-q", *packages], capture_output=True, text=True
+    )
     if done.returncode:
         raise OSError(f"pip could not install it: {done.stderr.strip().splitlines()[-1:]}")
 
@@ -267,7 +272,13 @@ def markdown(report: dict[str, Any]) -> str:
     lines += [markdown_row(["clients", *names]), markdown_row(["---"] * (1 + len(names)))]
     for clients in sorted({one["clients"] for one in report["closed"]}):
         lines.append(markdown_row([str(clients), *(_closed_cell(report, name, clients) for name in names)]))
-    lines += ["", "## Poisson arrivals", "", "p50 / p95 / p99 in ms; – where the rate is beyond what the server bears.", ""]
+    lines += [
+        "",
+        "## Poisson arrivals",
+        "",
+        "p50 / p95 / p99 in ms; – where the rate is beyond what the server bears.",
+        "",
+    ]
     lines += [markdown_row(["requests/s", *names]), markdown_row(["---"] * (1 + len(names)))]
     for each in sorted({one["rate"] for one in report["open"]}):
         lines.append(markdown_row([f"{each:g}", *(_open_cell(report, name, each) for name in names)]))

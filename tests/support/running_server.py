@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import uvicorn
 from fake_model import FakeModel
+from prometheus_client.parser import text_string_to_metric_families
 
 from turbo_tvm.runtime.manifest import OutputSpec
 from turbo_tvm.server.app import create_app
@@ -82,3 +84,11 @@ def running(files: dict[str, Any] | list[Path], *, tls: bool = False, **options:
 def exact(found: Any, wanted: Any) -> None:
     """The same float32 numbers, bit by bit."""
     np.testing.assert_array_equal(np.asarray(found, np.float32), np.asarray(wanted, np.float32))
+
+
+def scraped(url: str) -> dict[tuple, float]:
+    """The samples of /metrics, by name and labels."""
+    families = text_string_to_metric_families(httpx.get(f"{url}/metrics").text)
+    return {
+        (sample.name, *sorted(sample.labels.items())): sample.value for family in families for sample in family.samples
+    }

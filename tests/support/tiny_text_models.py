@@ -24,6 +24,7 @@ _MODULES = [
 def tokenizer() -> Tokenizer:
     """WordPiece over some words and letters, with BERT's special tokens."""
     made = Tokenizer(models.WordPiece({word: i for i, word in enumerate(VOCABULARY)}, unk_token="[UNK]"))
+    made.add_special_tokens(SPECIAL)
     made.normalizer = normalizers.BertNormalizer()
     made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     numbers = [("[CLS]", SPECIAL.index("[CLS]")), ("[SEP]", SPECIAL.index("[SEP]"))]

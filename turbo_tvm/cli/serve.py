@@ -16,8 +16,12 @@ _FILE = click.Path(path_type=Path)
 
 @click.command("serve")
 @click.argument("files", metavar="FILE...", nargs=-1, required=True, type=_FILE)
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address; 0.0.0.0 for every network of the machine.")
-@click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="Of HTTP; 0: any free one.")
+@click.option(
+    "--host", default="127.0.0.1", show_default=True, help="Address; 0.0.0.0 for every network of the machine."
+)
+@click.option(
+    "--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="Of HTTP; 0: any free one."
+)
 @click.option(
     "--grpc-port", metavar="N", type=click.IntRange(0, 65535), help="Of gRPC (KServe v2).  [default: no gRPC]"
 )
@@ -42,8 +46,12 @@ _FILE = click.Path(path_type=Path)
 )
 @click.option("--cache-mb", default=32, show_default=True, type=click.IntRange(0), help="Answers to keep; 0: none.")
 @click.option("--max-body-mb", default=16, show_default=True, type=click.IntRange(1), help="Of a request; then 413.")
-@click.option("--max-inputs", default=1024, show_default=True, type=click.IntRange(1), help="Texts of a request; then 413.")
-@click.option("--timeout", "timeout_s", default=30.0, show_default=True, type=click.FloatRange(0.001), help="s; then 504.")
+@click.option(
+    "--max-inputs", default=1024, show_default=True, type=click.IntRange(1), help="Texts of a request; then 413."
+)
+@click.option(
+    "--timeout", "timeout_s", default=30.0, show_default=True, type=click.FloatRange(0.001), help="s; then 504."
+)
 @click.option(
     "--drain", "drain_s", default=30.0, show_default=True, type=click.FloatRange(0), help="s to finish after SIGTERM."
 )

@@ -19,7 +19,18 @@ from starlette.staticfiles import StaticFiles
 
 from turbo_tvm.server import errors, kserve_http, logs, openai, tei, tracing
 from turbo_tvm.server.context import Context
-from turbo_tvm.server.endpoint import Call, Endpoint, Protocol, Receive, Reply, Scope, Send, Served, error_reply, json_reply
+from turbo_tvm.server.endpoint import (
+    Call,
+    Endpoint,
+    Protocol,
+    Receive,
+    Reply,
+    Scope,
+    Send,
+    Served,
+    error_reply,
+    json_reply,
+)
 from turbo_tvm.server.errors import Form, Problem, kserve_form, openai_form, tei_form
 from turbo_tvm.server.metrics import Metrics
 from turbo_tvm.server.openapi import document
@@ -79,9 +90,7 @@ _EVERYBODY = [
     *kserve_http.ENDPOINTS,
     *openai.ENDPOINTS,
     *tei.ENDPOINTS,
-    Endpoint(
-        "GET", "/health/live", SERVER, _live, "Whether the server is up", answer=dict, open=True, quiet=True
-    ),
+    Endpoint("GET", "/health/live", SERVER, _live, "Whether the server is up", answer=dict, open=True, quiet=True),
     Endpoint(
         "GET",
         "/health/ready",

@@ -81,7 +81,9 @@ async def infer(
     patience = _patience(context, parameters)
     answers = await model.answer(requests, patience, real[0] if len(real) == 1 else ALL_OUTPUTS)
     columns = {
-        name: answers if len(real) == 1 and not isinstance(answers[0], Mapping) else [answer[name] for answer in answers]
+        name: answers
+        if len(real) == 1 and not isinstance(answers[0], Mapping)
+        else [answer[name] for answer in answers]
         for name in real
     }
     kinds = {spec.name: spec.kind for spec in model.outputs}
@@ -162,7 +164,9 @@ def _rows(context: Context, inputs: Mapping[str, Tensor]) -> list[Tokens]:
 def _integers(tensor: Tensor, shape: tuple[int, ...] | None = None) -> np.ndarray:
     array = tensor.array
     if array.dtype == object or array.dtype.kind not in "iub" or array.ndim != 2:
-        raise Problem(errors.INVALID, f"{tensor.name} holds integers, (batch, length), not {tensor.datatype} {array.shape}")
+        raise Problem(
+            errors.INVALID, f"{tensor.name} holds integers, (batch, length), not {tensor.datatype} {array.shape}"
+        )
     if shape is not None and array.shape != shape:
         raise Problem(errors.INVALID, f"{tensor.name} has the shape {array.shape}, {_IDS} {shape}: they must be equal")
     return array

@@ -247,9 +247,7 @@ def _get(path: str, handle: Any, summary: str, answer: Any, **options: Any) -> E
 ENDPOINTS = [
     _get("/v2", _server, "What this server is", ServerMetadata),
     _get("/v2/health/live", _live, "Whether the server is up", Live, open=True, quiet=True),
-    _get(
-        "/v2/health/ready", _ready, "Whether requests are answered", Ready, open=True, quiet=True, statuses=(503,)
-    ),
+    _get("/v2/health/ready", _ready, "Whether requests are answered", Ready, open=True, quiet=True, statuses=(503,)),
     *_both(
         "/v2/models/{name}",
         method="GET",
@@ -281,7 +279,13 @@ ENDPOINTS = [
         "POST", "/v2/repository/models/{name}/load", KSERVE, _load, "Load a model", answer=dict, statuses=(404, 405)
     ),
     Endpoint(
-        "POST", "/v2/repository/models/{name}/unload", KSERVE, _unload, "Let a model go", answer=dict, statuses=(404, 405)
+        "POST",
+        "/v2/repository/models/{name}/unload",
+        KSERVE,
+        _unload,
+        "Let a model go",
+        answer=dict,
+        statuses=(404, 405),
     ),
 ]
 

@@ -27,9 +27,7 @@ class Live:
         """A batch has run."""
         now = time.time()
         with self._lock:
-            self._batches.append(
-                {"at": now, "lengths": record.lengths, "rows": record.rows, "seconds": record.seconds}
-            )
+            self._batches.append({"at": now, "lengths": record.lengths, "rows": record.rows, "seconds": record.seconds})
             second = self._second(int(now))
             second[1] += len(record.lengths)
             second[2] += sum(record.lengths)

@@ -100,7 +100,6 @@ def _model(model: ServedModel) -> dict[str, object]:
     return {"id": model.name, "object": "model", "created": int(model.started), "owned_by": "turbo_tvm"}
 
 
-
 ENDPOINTS = [
     Endpoint(
         "POST",

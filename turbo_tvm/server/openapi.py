@@ -28,7 +28,11 @@ def document(endpoints: Sequence[Endpoint], keyed: bool) -> dict[str, Any]:
         paths.setdefault(endpoint.path, {})[endpoint.method.lower()] = _operation(endpoint, known, keyed)
     made: dict[str, Any] = {
         "openapi": "3.1.0",
-        "info": {"title": "turbo_tvm", "version": __version__, "summary": "Compiled transformers, served without padding"},
+        "info": {
+            "title": "turbo_tvm",
+            "version": __version__,
+            "summary": "Compiled transformers, served without padding",
+        },
         "paths": paths,
         "components": {"schemas": {**components, **_ERRORS}},
     }
@@ -67,7 +71,7 @@ def _responses(endpoint: Endpoint, known: dict[str, Any], keyed: bool) -> dict[s
         good["content"] = {JSON: {"schema": known[_key(endpoint.answer)]}}
     elif endpoint.content_type != JSON:
         good["content"] = {endpoint.content_type: {"schema": {"type": "string"}}}
-    statuses = set(endpoint.statuses) | {400}
+    statuses = set(endpoint.statuses) | ({400, 404} if "{" in endpoint.path else {400})
     if endpoint.method == "POST":
         statuses |= set(_WITH_BODY)
     if keyed and not endpoint.open:

@@ -117,5 +117,3 @@ def bind(settings: Settings) -> socket.socket:
         raise TurboError(f"cannot listen on {where} ({error.strerror}): use another --port or --host") from error
     made.set_inheritable(True)
     return made
-
-

@@ -337,8 +337,18 @@ ENDPOINTS = [
     *_endpoints(""),
     *_endpoints("/models/{name}"),
     Endpoint("POST", "/", TEI, _root, "Whatever the first model does", body=RootRequest, answer=list, statuses=_OWN),
-    Endpoint("POST", "/models/{name}", TEI, _root, "Whatever a model does", body=RootRequest, answer=list, statuses=_OWN),
     Endpoint(
-        "GET", "/health", TEI, health, "Whether requests are answered", answer=dict, statuses=(503,), open=True, quiet=True
+        "POST", "/models/{name}", TEI, _root, "Whatever a model does", body=RootRequest, answer=list, statuses=_OWN
+    ),
+    Endpoint(
+        "GET",
+        "/health",
+        TEI,
+        health,
+        "Whether requests are answered",
+        answer=dict,
+        statuses=(503,),
+        open=True,
+        quiet=True,
     ),
 ]

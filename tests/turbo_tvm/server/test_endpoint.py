@@ -58,8 +58,8 @@ class TestStatuses:
         [
             (b"", 400),
             (b"{", 400),
-            (b'"\xff\xfe"', 400),
-            (b"[" * 1500, 400),
+            (b'{"id": "\xff\xfe", "model": "\xff", "inputs": "\xff"}', 400),
+            (b'{"x": ' + b"[" * 1500, 400),
             (b"[]", 422),
             (b"{}", 422),
             (b"x" * 3000, 413),
@@ -124,9 +124,7 @@ class TestLoad:
         fake.gate.clear()
         running_now = in_background(lambda: client.post("/v1/embeddings", json=ASK))
         assert fake.entered.acquire(timeout=10)
-        waiting = [
-            in_background(lambda i=i: client.post("/v1/embeddings", json={**ASK, "input": [i]})) for i in (7, 8)
-        ]
+        waiting = [in_background(lambda i=i: client.post("/v1/embeddings", json={**ASK, "input": [i]})) for i in (7, 8)]
         until(lambda: served.context.repository.get("fake").engine.waiting == 2)
         refused = client.post("/embed", json={"inputs": [9]})
         assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1

@@ -4,20 +4,12 @@ from __future__ import annotations
 
 import httpx
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
-from running_server import running
+from running_server import running, scraped
 
 from turbo_tvm.runtime.engine_statistics import BatchRecord
 from turbo_tvm.server.live import BATCHES, Live
 
 pytestmark = pytest.mark.xdist_group("server")
-
-
-def scraped(url):
-    families = text_string_to_metric_families(httpx.get(f"{url}/metrics").text)
-    return {
-        (sample.name, *sorted(sample.labels.items())): sample.value for family in families for sample in family.samples
-    }
 
 
 def test_metrics(fake):

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 import httpx
 import pytest
-from running_server import exact
+from running_server import exact, scraped
 
 import turbo_tvm
 
@@ -43,7 +43,7 @@ class Process:
     def url(self):
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
-            found = re.search(r"serving on (http://\S+)", self.log)
+            found = re.search(r"serving on (http://[\d.:]+)", self.log)
             if found:
                 try:
                     if httpx.get(f"{found[1]}/health", timeout=5).status_code == 200:
@@ -108,8 +108,9 @@ def test_workers_share_a_port_and_count_together(artifacts):
             exact(reply.json(), local)
             asked += 1
         assert len(pids) == 2
-        text = httpx.get(f"{url}/metrics").text
-        assert f'turbo_requests_total{{outcome="answered",protocol="tei"}} {float(asked)}' in text
+        found = scraped(url)
+        assert found["turbo_requests_total", ("outcome", "answered"), ("protocol", "tei")] > asked  # and /health
+        assert found["turbo_batch_sequences_sum", ("model", "embedder")] == 2 * asked
         assert served.stop() == 0
 
 

@@ -13,9 +13,9 @@ from turbo_tvm.server.tensors import BYTES, DTYPES, Tensor, from_bytes, from_val
 
 numbers = st.sampled_from(sorted(DTYPES)).flatmap(
     lambda name: arrays.arrays(
-        DTYPES[name], arrays.array_shapes(max_dims=3, max_side=4), elements={"allow_nan": False, "allow_infinity": False}
-        if name.startswith("FP")
-        else None,
+        DTYPES[name],
+        arrays.array_shapes(max_dims=3, max_side=4),
+        elements={"allow_nan": False, "allow_infinity": False} if name.startswith("FP") else None,
     )
 )
 
