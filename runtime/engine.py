@@ -155,9 +155,9 @@ class Engine:
 
         request: a text, a pair of texts, or token ids (length,) of one sequence, with token_type_ids of the same shape.
         timeout_s: a request that has not started so many seconds from now never runs: its result is a DeadlineError.
-        priority: higher ones go first. output: which one to answer, by default the engine's; ALL_OUTPUTS for all of them,
-        as a ModelOutput. The future can be cancelled until it starts. Its answer, fp32 (columns,) or (length, hidden),
-        is the caller's own.
+        priority: higher ones go first. output: which one to answer, by default the engine's; ALL_OUTPUTS for all, as a
+        ModelOutput. The future can be cancelled until it starts. Its answer, fp32 (columns,) or (length, hidden), is
+        the caller's own.
 
         Raises InputError for what the model cannot answer, OverloadError for a full queue, EngineError for an engine
         that does not run.

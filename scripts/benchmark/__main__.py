@@ -53,11 +53,11 @@ and time it beside PyTorch and ONNX Runtime on ragged requests. Some minutes per
 Writes models.json (every sample) and models.md, after every family."""
 TUNING = """Compile every model twice, as it is by itself and with tuning logs, and run both in turn on the encoder
 benchmark's workloads; and what compiling takes either way. Writes tuned.json (every sample) and tuned.md."""
-SERVER = """Serve MiniLM-L6 with its real weights over HTTP, beside infinity-emb in an environment of its own, and load both
-with sentences of mixed length: closed loops of 32 and 64, then Poisson arrivals at rising rates.
+SERVER = """Serve MiniLM-L6 with its real weights over HTTP, beside infinity-emb in an environment of its own, and load
+both with sentences of mixed length: closed loops of 32 and 64, then Poisson arrivals at rising rates.
 Writes server.json (every latency), server.md and server.png."""
-SOAK = """Load the server for minutes at 0.8 of what it bears, and look whether its memory grows; then for seconds at ten
-times that, and look what it refuses and whether it recovers. Writes soak.json (every sample), soak.md and soak.png."""
+SOAK = """Load the server for minutes at 0.8 of what it bears, and look whether its memory grows; then for seconds at
+ten times that, and look what it refuses and whether it recovers. Writes soak.json (every sample), soak.md, soak.png."""
 LOGS = """Write README.md beside the tuning logs of every target: where and how they were made, and what each kernel
 gains."""
 COMMANDS = (

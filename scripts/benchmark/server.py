@@ -1,7 +1,8 @@
 """The server under load, beside infinity-emb with the same weights: real sentences of mixed length over HTTP.
 
-Both run as processes of their own for the whole benchmark and are asked in turn. First closed loops, which say what each
-can do at most; then Poisson arrivals at rising rates, those that both bear and those that only the faster one does.
+Both run as processes of their own for the whole benchmark and are asked in turn. First closed loops, which say what
+each can do at most; then Poisson arrivals at rising rates, those that both bear and those that only the faster
+one does.
 """
 
 from __future__ import annotations

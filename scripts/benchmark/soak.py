@@ -1,4 +1,4 @@
-"""The server over a long time: at most of what it bears, whether its memory grows; then a burst, and whether it recovers."""
+"""The server over a long time: whether its memory grows near what it bears; then a burst, and what comes after."""
 
 from __future__ import annotations
 
@@ -125,7 +125,8 @@ def markdown(report: dict[str, Any]) -> str:
             "",
             f"- critical rate, the least of {LOOPS} closed loops of 32: {report['critical']:.1f} requests/s",
             f"- {soak['seconds']:.0f} s at {FRACTION:g} of it: {_statuses(soak)}; {_times(soak)}",
-            f"- resident memory: {latest / 2**20:.0f} MiB at the end, {100 * drift(report['rss']):+.2f} % after the first minute",
+            f"- resident memory: {latest / 2**20:.0f} MiB at the end, {100 * drift(report['rss']):+.2f} % since the "
+            "first minute",
             f"- {BURST_S:.0f} s at {BURST:g} times it: {_statuses(burst)}; {_times(burst)}",
             f"- then half of it: {_statuses(after)}; {_times(after)}",
             "",

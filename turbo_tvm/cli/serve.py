@@ -77,9 +77,9 @@ def serve_command(files: tuple[Path, ...], cache_mb: int, max_body_mb: int, **op
     """Answer over HTTP and gRPC, in batches that the scheduler chooses.
 
     A model is named by its file's stem. Clients of three protocols find what they know: OpenAI (/v1/embeddings),
-    text-embeddings-inference (/embed, /predict, /rerank, ...) and KServe v2 (/v2/models/NAME/infer, and gRPC). At / is a
-    live page, at /metrics what Prometheus reads, at /openapi.json the document. SIGTERM stops it when what was accepted
-    is answered.
+    text-embeddings-inference (/embed, /predict, /rerank, ...) and KServe v2 (/v2/models/NAME/infer, and gRPC). At / is
+    a live page, at /metrics what Prometheus reads, at /openapi.json the document. SIGTERM stops it when what was
+    accepted is answered.
 
     \b
     Examples:

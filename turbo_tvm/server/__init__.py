@@ -2,6 +2,6 @@
 
     client -> endpoints (kserve, openai, tei; kserve_grpc) -> ServedModel -> Engine -> CompiledModel
 
-`app.py` puts the rooms together, `endpoint.py` is what every HTTP endpoint shares, `errors.py` says what a failure looks
-like in each protocol, `serve.py` runs it all. Needs the extra `serve`.
+`app.py` puts it together, `endpoint.py` is what every HTTP endpoint shares, `errors.py` says what a failure looks like
+in each protocol, `serve.py` runs it all. Needs the extra `serve`.
 """

@@ -59,8 +59,8 @@ def check_whole(model: ServedModel, requests: Sequence[Tokens]) -> None:
     if not all(one.whole for one in requests):
         raise Problem(
             errors.TOO_LARGE,
-            f"a text has more than the {model.max_length} tokens that the model {model.name} takes: shorten it, or allow "
-            "it to be truncated",
+            f"a text has more than the {model.max_length} tokens that the model {model.name} takes: shorten it, or "
+            "allow it to be truncated",
         )
 
 

@@ -1,7 +1,7 @@
 """What every HTTP endpoint shares: body and its limits, keys, request ids, errors, metrics, logs, clients that leave.
 
-An `Endpoint` is data: the routes and the OpenAPI document are made of the same list. Starlette routes; the rest is plain
-ASGI, because a layer of Starlette's middleware costs as much as all that is done here.
+An `Endpoint` is data: the routes and the OpenAPI document are made of the same list. Starlette routes; the rest is
+plain ASGI, because a layer of Starlette's middleware costs as much as all that is done here.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 A model has inputs of two kinds, of which a request gives one: `text`, BYTES (batch,), for models with a tokenizer; or
 `input_ids`, INT32 or INT64 (batch, length), padded at the right, with `attention_mask` and `token_type_ids` of the same
-shape if need be. Models of images take `pixel_values`, FP32 (batch, channels, height, width). Outputs are the model's, in
-FP32; a row per token is padded with 0. `embedding` is another name for an embedding model's main output. The parameters
-`priority` and `timeout` (microseconds) mean what they mean to Triton, but higher priorities go first.
+shape if need be. Models of images take `pixel_values`, FP32 (batch, channels, height, width). Outputs are the model's,
+in FP32; a row per token is padded with 0. `embedding` is another name for an embedding model's main output. The
+parameters `priority` and `timeout` (microseconds) mean what they mean to Triton, but higher priorities go first.
 """
 
 from __future__ import annotations

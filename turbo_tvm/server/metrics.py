@@ -1,4 +1,4 @@
-"""What the server counts, for Prometheus. Names and meanings: Triton's and text-embeddings-inference's, units in the name.
+"""What the server counts, for Prometheus. Meanings are Triton's and text-embeddings-inference's, units are in the name.
 
 With several workers each has numbers of its own; prometheus-client adds them up from files (`serve.py` says where).
 """

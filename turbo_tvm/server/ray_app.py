@@ -2,9 +2,9 @@
 
     serve run turbo_tvm.server.ray_app:build files=minilm.turbo max_replicas=8
 
-or `serve.run(application(Settings(files=(Path("minilm.turbo"),))))`. A file is read by every replica: it must lie at the same
-path on every machine. Ray routes, restarts replicas that die, and adds some when each has more than `target_ongoing` requests
-to answer. Needs the extra `ray`.
+or `serve.run(application(Settings(files=(Path("minilm.turbo"),))))`. A file is read by every replica: it must lie at
+the same path on every machine. Ray routes, restarts replicas that die, and adds some when each has more than
+`target_ongoing` requests to answer. Needs the extra `ray`.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def application(
 ) -> Any:
     """A Ray Serve application of these settings; ports, TLS and workers are Ray's affair.
 
-    min_replicas, max_replicas: as many as the load needs, between these. target_ongoing: requests per replica that Ray aims
-    at. cpus: of a replica, by default its threads. Raises InputError.
+    min_replicas, max_replicas: as many as the load needs, between these. target_ongoing: requests per replica that Ray
+    aims at. cpus: of a replica, by default its threads. Raises InputError.
     """
     if not 1 <= min_replicas <= max_replicas:
         raise InputError(f"replicas are from 1 up, not {min_replicas} to {max_replicas}")

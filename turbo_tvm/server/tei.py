@@ -85,7 +85,7 @@ class DecodeRequest(msgspec.Struct):
 
 
 class RootRequest(msgspec.Struct):
-    """What InferenceClient sends: `inputs` for whatever the model does; parameters beside it, or within `parameters`."""
+    """What InferenceClient sends: `inputs` for whatever the model does; parameters beside it or in `parameters`."""
 
     inputs: Any
     parameters: dict[str, Any] = {}

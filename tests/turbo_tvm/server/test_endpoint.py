@@ -1,4 +1,4 @@
-"""What every endpoint shares: limits with their statuses, keys, request ids, clients that leave, errors in each form."""
+"""What every endpoint shares: limits with their statuses, keys, request ids, clients that leave, forms of errors."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import socket
 import threading
 import time
+from typing import ClassVar
 
 import httpx
 import numpy as np
@@ -46,7 +47,7 @@ def until(condition, seconds=10.0):
 class TestStatuses:
     """Each in the form of the protocol."""
 
-    FORMS = {
+    FORMS: ClassVar = {
         "/v1/embeddings": lambda body: body["error"]["message"],
         "/embed": lambda body: body["error"] if body["error_type"] else None,
         "/v2/models/fake/infer": lambda body: body["error"],
@@ -75,8 +76,9 @@ class TestStatuses:
         with running({"fake": fake}) as server:
             for depth in (100, 10_000, 1_000_000):
                 nested = "[" * depth + "]" * depth
-                body = '{"inputs": [{"name": "input_ids", "shape": [1, 1], "datatype": "INT64", "data": %s}]}' % nested
-                for path, text in (("/v2/models/fake/infer", body), ("/", '{"inputs": %s}' % nested)):
+                tensor = '{"name": "input_ids", "shape": [1, 1], "datatype": "INT64", "data": ' + nested + "}"
+                for path, value in (("/v2/models/fake/infer", f"[{tensor}]"), ("/", nested)):
+                    text = '{"inputs": ' + value + "}"
                     assert httpx.post(server.url + path, content=text).status_code in (400, 422)
 
     def test_a_large_body_without_a_length(self, client):
