@@ -31,6 +31,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 JSON = "application/json"
 BODY_S = 60.0  # for a body to arrive
+CLIENT_CLOSED = 499  # in logs: nginx's status for a client that hung up
 
 _LOG = logging.getLogger("turbo_tvm.server")
 _ACCESS = logging.getLogger("turbo_tvm.server.access")
@@ -63,7 +64,7 @@ def json_reply(value: Any, status: int = 200) -> Reply:
 
 @dataclass
 class Call:
-    """A request. body: decoded, of the endpoint's type; raw: as it came."""
+    """A request. body: decoded, of the endpoint's type; raw: as it came; gone: whether the client has hung up."""
 
     context: Context
     id: str
@@ -72,6 +73,7 @@ class Call:
     query: bytes
     raw: bytes = b""
     body: Any = None
+    gone: bool = False
 
     def header(self, name: str) -> str | None:
         """A header's value; None if it is not there."""
@@ -117,18 +119,23 @@ class Served:
         call = Call(self._context, _request_id(headers), headers, scope["path_params"], scope["query_string"])
         outcome = "answered"
         try:
-            with span(endpoint, call):
-                reply = await self._reply(call, receive)
-        except Disconnected:
-            self._note(scope, call, 499, "cancelled", started)
-            return
-        except Exception as error:
-            problem = problem_of(error)
-            if problem.kind is errors.INTERNAL:
-                _LOG.exception("request %s failed", call.id)
-            outcome, reply = problem.kind.outcome, error_reply(problem, endpoint.protocol.form)
-        await _send(send, reply, call.id)
-        self._note(scope, call, reply.status, outcome, started)
+            try:
+                with span(endpoint, call):
+                    reply = await self._reply(call, receive)
+            except Disconnected:
+                raise
+            except Exception as error:
+                problem = problem_of(error)
+                if problem.kind is errors.INTERNAL:
+                    _LOG.exception("request %s failed", call.id)
+                outcome, reply = problem.kind.outcome, error_reply(problem, endpoint.protocol.form)
+            await _send(send, reply, call.id)
+        except (Disconnected, asyncio.CancelledError):
+            if not call.gone:
+                raise
+            self._note(scope, call, CLIENT_CLOSED, "cancelled", started)
+        else:
+            self._note(scope, call, reply.status, outcome, started)
 
     async def _reply(self, call: Call, receive: Receive) -> Reply:
         endpoint = self._endpoint
@@ -136,16 +143,16 @@ class Served:
             self._check_key(call)
         if endpoint.method != "POST":
             return await endpoint.handle(call)
-        call.raw = await _body(call.headers, receive, self._context.settings.max_body_bytes)
+        try:
+            call.raw = await _body(call.headers, receive, self._context.settings.max_body_bytes)
+        except Disconnected:
+            call.gone = True
+            raise
         if self._decoder is not None:
             call.body = decoded(self._decoder, call.raw)
-        watching = asyncio.create_task(_cancel_when_gone(receive, asyncio.current_task()))
+        watching = asyncio.create_task(_cancel_when_gone(call, receive, asyncio.current_task()))
         try:
             return await endpoint.handle(call)
-        except asyncio.CancelledError:
-            if watching.done() and not watching.cancelled():
-                raise Disconnected from None
-            raise
         finally:
             watching.cancel()
 
@@ -231,10 +238,11 @@ def _too_large(limit: int) -> Problem:
     return Problem(errors.TOO_LARGE, f"the body is larger than {limit:,} bytes, the limit of this server")
 
 
-async def _cancel_when_gone(receive: Receive, task: asyncio.Task | None) -> None:
+async def _cancel_when_gone(call: Call, receive: Receive, task: asyncio.Task | None) -> None:
     """Cancel the task when the client hangs up."""
     while (await receive())["type"] != "http.disconnect":
         pass
+    call.gone = True
     if task is not None:
         task.cancel()
 
