@@ -9,7 +9,19 @@ from pathlib import Path
 
 from rich.console import Console
 
-from . import families, memory, overhead, scheduling, server, serving, serving_report, soak, tuning, tuning_pages
+from . import (
+    families,
+    memory,
+    overhead,
+    scheduling,
+    searches,
+    server,
+    serving,
+    serving_report,
+    soak,
+    tuning,
+    tuning_pages,
+)
 from .contenders import RIVALS
 from .encoder import PRECISIONS, Settings, run
 from .measure import Limits
@@ -58,20 +70,14 @@ both with sentences of mixed length: closed loops of 32 and 64, then Poisson arr
 Writes server.json (every latency), server.md and server.png."""
 SOAK = """Load the server for minutes at 0.8 of what it bears, and look whether its memory grows; then for seconds at
 ten times that, and look what it refuses and whether it recovers. Writes soak.json (every sample), soak.md, soak.png."""
+SEARCHES = """Compare kernels as several directories of tuning logs have them, such as a shipped one, one of another
+seed and one of a random search: each timed in turn with the first. Writes searches.json (every sample), searches.md and
+searches.png, how the searches went."""
 LOGS = """Write README.md beside the tuning logs of every target: where and how they were made, and what each kernel
 gains."""
 COMMANDS = (
-    "encoder",
-    "models",
-    "memory",
-    "serving",
-    "scheduler",
-    "server",
-    "soak",
-    "tuning",
-    "logs",
-    "overhead",
-    "report",
+    *("encoder", "models", "memory", "serving", "scheduler", "server", "soak", "tuning", "searches", "logs"),
+    *("overhead", "report"),
 )
 QUICK_LIMITS = {"rounds": 3, "seconds": 5.0}
 
@@ -106,6 +112,9 @@ def parser() -> argparse.ArgumentParser:
     _server_options(commands.add_parser("server", help="the server beside infinity-emb", description=SERVER))
     _soak_options(commands.add_parser("soak", help="the server over a long time", description=SOAK))
     _tuning_options(commands.add_parser("tuning", help="default kernels beside tuned ones", description=TUNING))
+    _searches_options(
+        commands.add_parser("searches", help="tuned kernels by the search that found them", description=SEARCHES)
+    )
     logs = commands.add_parser("logs", help="pages of the tuning logs", description=LOGS)
     logs.add_argument("directory", type=Path, nargs="?", default=Path("tuning_logs"), help="default %(default)s")
     _scheduler_options(
@@ -212,6 +221,17 @@ def _tuning_options(parser: argparse.ArgumentParser) -> None:
     add("--seconds", type=float, default=8.0, help="per workload, beyond five rounds (default %(default)g)")
     add("--threads", type=_positive, help="default: the physical cores")
     add("--seed", type=int, default=0, help="of weights, lengths and token ids (default %(default)s)")
+    add("--out", type=Path, default=Path("bench_results"), help="output directory (default %(default)s)")
+
+
+def _searches_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("artifacts", type=Path, nargs="+", metavar="ARTIFACT", help="whose kernels")
+    add(
+        "--logs", type=Path, nargs="+", required=True, metavar="DIR", help="the reference, and what is compared with it"
+    )
+    add("--kernels", nargs="+", default=[], metavar="WORD", help="only those whose names contain one of these")
+    add("--threads", type=_positive, help="default: the physical cores")
     add("--out", type=Path, default=Path("bench_results"), help="output directory (default %(default)s)")
 
 
@@ -345,6 +365,19 @@ def soak_settings(args: argparse.Namespace, argv: list[str]) -> soak.Settings:
     )
 
 
+def searches_settings(args: argparse.Namespace, argv: list[str]) -> searches.Settings:
+    from turbo_tvm import config
+
+    return searches.Settings(
+        command=shlex.join(["scripts/bench", *argv]),
+        artifacts=tuple(args.artifacts),
+        logs=tuple(args.logs),
+        kernels=tuple(args.kernels),
+        threads=config.num_threads(args.threads),
+        out=args.out,
+    )
+
+
 def main(argv: list[str]) -> int:
     args = arguments(argv)
     console = Console(soft_wrap=True, highlight=False)
@@ -372,6 +405,8 @@ def main(argv: list[str]) -> int:
             server.run(server_settings(args, argv), console)
         elif args.command == "soak":
             soak.run(soak_settings(args, argv), console)
+        elif args.command == "searches":
+            searches.run(searches_settings(args, argv), console)
         elif args.command == "scheduler":
             scheduling.run(shlex.join(["scripts/bench", *argv]), args.seed, args.requests, args.out, console)
         elif args.command == "serving":

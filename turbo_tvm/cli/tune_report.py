@@ -126,6 +126,23 @@ def _print(found: Sequence[BucketReport], mean: float) -> None:
         times = (f"{1e3 * one.default_s:.3f}", f"{1e3 * one.tuned_s:.3f}")
         add_row(rows, name, str(sum(one.lengths)), *times, f"{one.gain:.3f}x", rate, *limits, _words(one.setting))
     console().print(rows)
+    if any(one.floor_s for one in found):
+        click.echo(_limits(found))
+
+
+def _limits(found: Sequence[BucketReport]) -> str:
+    """Where there is nothing to gain, in words."""
+    there = [one for one in found if one.at_the_limit]
+    slow = [one for one in found if one.gain < 1.0 and not one.at_the_limit]
+    lines = [f"the default is within 3 % of this machine's limit at {len(there)} of {len(found)} points"]
+    lines += [f"  {_place(one)}" for one in there]
+    if slow:
+        lines += ["tuned is slower here, and the default not at the limit:", *(f"  {_place(one)}" for one in slow)]
+    return "\n".join(lines)
+
+
+def _place(one: BucketReport) -> str:
+    return f"{one.kernel} at {sum(one.lengths):,} tokens ({one.gain:.3f}x)"
 
 
 def _words(setting: dict[str, int]) -> str:

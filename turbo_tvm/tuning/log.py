@@ -68,7 +68,9 @@ class TrialRecord:
 
 @dataclass(frozen=True)
 class ResultRecord:
-    """variants: (setting, max_rows or None) in order. gains: of them over the default, timed again after the trials."""
+    """variants: (setting, max_rows or None) in order. gains: of them over the default, timed again after the trials.
+    finals: what every setting gained that was timed again, {"setting", "gains"}, whether it was chosen or not.
+    """
 
     variants: list[dict[str, Any]]
     gains: dict[str, float]
@@ -81,6 +83,7 @@ class ResultRecord:
     machine: str = ""
     threads: int = 0
     time: str = ""
+    finals: list[dict[str, Any]] = field(default_factory=list)
 
     def as_variants(self) -> tuple[Variant, ...]:
         """What the compiler builds; none where the default was best."""

@@ -8,9 +8,11 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from turbo_tvm.errors import TuningError
 from turbo_tvm.runtime.roofline import Bound, MachineLimits, Work, floor
+from turbo_tvm.schedules.space import Variant
 from turbo_tvm.tuning import candidate
 from turbo_tvm.tuning.candidate import Effort, Remote
 from turbo_tvm.tuning.choose import mean_gain
@@ -20,6 +22,7 @@ from turbo_tvm.tuning.tuner import observations, task_record
 from turbo_tvm.tuning.workers import Workers
 
 SECONDS = 1.0  # per kernel and bucket
+AT_THE_LIMIT = 0.97  # of the machine's limit: what is left is noise
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,11 @@ class BucketReport:
     def gain(self) -> float:
         """How much faster the tuned kernel is: see `candidate.gains`."""
         return candidate.gains({0: self.pairs})[0]
+
+    @property
+    def at_the_limit(self) -> bool:
+        """Whether the default itself takes at most 3 % more than the machine's limit allows."""
+        return self.floor_s is not None and self.floor_s >= AT_THE_LIMIT * self.default_s
 
     @property
     def default_s(self) -> float:
@@ -86,10 +94,11 @@ def compare(
     with tempfile.TemporaryDirectory(prefix="turbo_tvm_report_") as directory, Workers(1, 300.0) as workers:
         for number, task in enumerate(tuned):
             show(f"{task.kernel} ({number + 1} of {len(tuned)})")
+            ways: list[tuple[Variant, ...]] = [(), variants_of(known[task.kernel])]
+            paths = [str(Path(directory) / f"{name}_{number}.so") for name in ("default", "tuned")]
+            build(task, dict(zip(paths, ways, strict=True)), target, workers)
             effort = Effort(SECONDS, threads)
-            seconds = _measure(
-                task, known[task.kernel], target, buckets, effort, remote, workers, Path(directory), number
-            )
+            seconds = in_turn(task, paths[0], paths[1], buckets, effort, workers, remote)
             for bucket in buckets:
                 work = Work(
                     task.flops(bucket.lengths),
@@ -129,33 +138,43 @@ def geometric_mean(found: Sequence[BucketReport], weights: Mapping[int, float]) 
     return math.exp(sum(weights[sum(one.lengths)] * math.log(one.gain) for one in found) / total)
 
 
-def _measure(
+def build(task: TuningTask, ways: Mapping[str, tuple[Variant, ...]], target: str, workers: Workers) -> None:
+    """Build a kernel in several ways, each into the library at its path. Raises TuningError."""
+    text = task.recipe.to_json()
+    _check(task, workers.run(candidate.build, [(text, variants, target, path) for path, variants in ways.items()]))
+
+
+def in_turn(
     task: TuningTask,
-    known: KernelLog,
-    target: str,
+    first: str,
+    second: str,
     buckets: Sequence[Bucket],
     effort: Effort,
-    remote: Remote | None,
     workers: Workers,
-    directory: Path,
-    number: int,
+    remote: Remote | None = None,
 ) -> dict[int, list[list[float]]]:
-    assert known.result is not None
-    text = task.recipe.to_json()
-    paths = [str(directory / f"{name}_{number}.so") for name in ("default", "tuned")]
-    variants = [(), known.result.as_variants()]
-    results = workers.run(candidate.build, [(text, v, target, p) for v, p in zip(variants, paths, strict=True)])
+    """Seconds of two libraries of a kernel, timed in turn, by the rows of the bucket. Raises TuningError."""
     batches = [bucket.lengths for bucket in buckets]
-    results += workers.run(candidate.measure, [(text, *paths, batches, effort, remote)])
+    results = workers.run(candidate.measure, [(task.recipe.to_json(), first, second, batches, effort, remote)])
+    _check(task, results)
+    return results[0]
+
+
+def variants_of(known: KernelLog) -> tuple[Variant, ...]:
+    """What was chosen for a kernel; none for the default. TuningError where nothing was yet."""
+    if known.result is None:
+        raise TuningError("the kernel was not tuned to the end: tune it first")
+    return known.result.as_variants()
+
+
+def _check(task: TuningTask, results: Sequence[Any]) -> None:
     for result in results:
         if isinstance(result, TuningError):
             raise TuningError(f"{task.kernel}: {result}")
-    return results[-1]
 
 
 def _setting(known: KernelLog, rows: int) -> dict[str, int]:
-    assert known.result is not None
-    for variant in known.result.as_variants():
+    for variant in variants_of(known):
         if variant.max_rows is None or rows <= variant.max_rows:
             return dict(variant.setting)
     return {}

@@ -23,7 +23,8 @@ from turbo_tvm.tuning.tasks import Bucket, TuningTask
 from turbo_tvm.tuning.workers import Workers
 
 ROUND = 8  # candidates that are built together
-FINAL_SECONDS = 0.5  # per bucket and finalist
+FINAL_SECONDS = 0.5  # per bucket and finalist, all rounds together
+FINAL_ROUNDS = 3  # over all finalists: a machine that changes its speed for seconds favours nobody in most of them
 TRIAL_SECONDS = 0.15
 
 _BUILDERS = 2
@@ -89,6 +90,7 @@ class Progress:
 
 
 Show = Callable[[Progress], None]
+Samples = Mapping[int, Sequence[Sequence[float]]]  # pairs of seconds, by the rows of the bucket
 
 
 class Tuner:
@@ -142,21 +144,21 @@ class Tuner:
         """The final: the best few once more, and the variants of a kernel that follow."""
         self._note("timing the best again")
         settings = choose.finalists(observations(known.trials), self.plan.weights)
-        timed = self._machine.time(task, settings, self.plan.buckets, FINAL_SECONDS) if settings else []
+        timed = self._machine.final(task, settings, self.plan.buckets) if settings else []
         final = [
             Observation(setting, candidate.gains(seconds))
             for setting, seconds in zip(settings, timed, strict=True)
-            if not isinstance(seconds, TuningError)
+            if seconds
         ]
         bounds = {b.rows: b.max_rows for b in self.plan.buckets}
         if task.recipe.device == "cuda":
             chosen, gains = choose.one_for_all(final, bounds, self.plan.weights)
         else:
             chosen, gains = choose.variants(final, bounds)
-        samples = {search.key(s): t for s, t in zip(settings, timed, strict=True) if not isinstance(t, TuningError)}
+        samples = {search.key(setting): seconds for setting, seconds in zip(settings, timed, strict=True)}
         return ResultRecord(
             variants=[{"setting": c.setting, "max_rows": c.max_rows} for c in chosen],
-            gains={str(rows): round(gain, 4) for rows, gain in gains.items()},
+            gains=_rounded(gains),
             seconds=_samples_of(chosen, bounds, samples),
             lengths={str(b.rows): list(b.lengths) for b in self.plan.buckets},
             weights={str(b.rows): round(b.weight, 4) for b in self.plan.buckets},
@@ -166,6 +168,7 @@ class Tuner:
             machine=self.plan.machine,
             threads=self.plan.threads,
             time=now(),
+            finals=[{"setting": dict(o.setting), "gains": _rounded(o.gains)} for o in final],
         )
 
     def _tell(self, task: TuningTask, known: KernelLog) -> None:
@@ -197,23 +200,37 @@ class _Bench:
 
     def trials(self, task: TuningTask, settings: Sequence[Mapping[str, int]]) -> Iterator[TrialRecord]:
         """A record per setting, whatever became of it, as soon as it is measured."""
-        timed = self._timed(task, settings, self._plan.tried, TRIAL_SECONDS)
+        timed = self._timed(task, self._build_settings(task, settings), self._plan.tried, TRIAL_SECONDS)
         for setting, seconds in zip(settings, timed, strict=True):
             yield self._record(setting, seconds)
 
-    def time(
-        self, task: TuningTask, settings: Sequence[Mapping[str, int]], buckets: Sequence[Bucket], seconds: float
-    ) -> list[Any]:
-        """For each setting the samples of it and the default, by the rows of the bucket, or the TuningError."""
-        return list(self._timed(task, settings, buckets, seconds))
+    def final(
+        self, task: TuningTask, settings: Sequence[Mapping[str, int]], buckets: Sequence[Bucket]
+    ) -> list[Samples]:
+        """For each setting the samples of all rounds, by the rows of the bucket; none for one that failed."""
+        paths = self._build_settings(task, settings)
+        found: list[list[Samples]] = [[] for _ in paths]
+        failed: set[int] = set()
+        for _ in range(FINAL_ROUNDS):
+            rounds = self._timed(task, paths, buckets, FINAL_SECONDS / FINAL_ROUNDS)
+            for i, seconds in enumerate(rounds):
+                if isinstance(seconds, TuningError):
+                    failed.add(i)
+                else:
+                    found[i].append(seconds)
+        return [{} if i in failed else _joined(rounds) for i, rounds in enumerate(found)]
 
     def _timed(
-        self, task: TuningTask, settings: Sequence[Mapping[str, int]], buckets: Sequence[Bucket], seconds: float
+        self, task: TuningTask, paths: Sequence[Any], buckets: Sequence[Bucket], seconds: float
     ) -> Iterator[Any]:
+        """Of each library the samples by the rows of the bucket, or the TuningError; one that was not built is it."""
         default, batches = self._default(task), [b.lengths for b in buckets]
-        for path in self._build(task, [(Variant(search.key(setting)),) for setting in settings]):
+        for path in paths:
             failed = isinstance(path, TuningError)
             yield path if failed else self._measure(task, default, path, batches, seconds)
+
+    def _build_settings(self, task: TuningTask, settings: Sequence[Mapping[str, int]]) -> list[Any]:
+        return self._build(task, [(Variant(search.key(setting)),) for setting in settings])
 
     def _default(self, task: TuningTask) -> str:
         if task.kernel not in self._defaults:
@@ -314,6 +331,15 @@ def _samples_of(
         if choice.setting:
             found[str(rows)] = samples[search.key(choice.setting)][rows]
     return found
+
+
+def _joined(rounds: Sequence[Samples]) -> dict[int, list[Sequence[float]]]:
+    """The samples of all rounds together."""
+    return {rows: [pair for one in rounds for pair in one[rows]] for rows in rounds[0]}
+
+
+def _rounded(gains: Mapping[int, float]) -> dict[str, float]:
+    return {str(rows): round(gain, 4) for rows, gain in gains.items()}
 
 
 def _rate(task: TuningTask, bucket: Bucket, trial: TrialRecord) -> float:

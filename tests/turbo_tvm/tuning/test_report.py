@@ -8,10 +8,11 @@ import pytest
 import tvm
 
 from turbo_tvm import targets
+from turbo_tvm.errors import TuningError
 from turbo_tvm.kernel_recipe import KernelRecipe
 from turbo_tvm.schedules import linear, tiles
 from turbo_tvm.tuning.log import ResultRecord, TrialRecord, TuningLog
-from turbo_tvm.tuning.report import BucketReport, Curve, curves, geometric_mean, mean_curve
+from turbo_tvm.tuning.report import BucketReport, Curve, curves, geometric_mean, mean_curve, variants_of
 from turbo_tvm.tuning.tasks import TuningTask
 from turbo_tvm.tuning.tuner import task_record
 
@@ -84,3 +85,16 @@ def test_the_gain_over_all_is_weighted_by_bucket():
     assert geometric_mean(found, {16: 1.0, 64: 1.0}) == pytest.approx(4 ** (1 / 3))
     assert geometric_mean(found, {16: 1.0, 64: 2.0}) == pytest.approx(4 ** (1 / 4))
     assert geometric_mean(found[:1], {16: 0.1}) == pytest.approx(4)
+
+
+@pytest.mark.parametrize(("floor", "there"), [(None, False), (0.9, False), (0.98, True)])
+def test_at_the_limit_is_within_3_percent_of_it(floor, there):
+    pairs = ((1.2, 1.0), (1.0, 1.1))
+    assert BucketReport("linear", (16,), 1.0, pairs, floor, "compute", {}).at_the_limit is there
+
+
+def test_a_kernel_that_was_not_tuned_has_no_variants(log):
+    with pytest.raises(TuningError, match="tune it first"):
+        variants_of(log.read(task_record(TASK, "cpu")))
+    log.append(task_record(TASK, "cpu"), [RESULT])
+    assert variants_of(log.read(task_record(TASK, "cpu"))) == ()

@@ -1,0 +1,157 @@
+"""Searches beside one another: kernels as several directories of logs have them, timed in turn with those of the first."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from statistics import geometric_mean
+from typing import Any
+
+from rich.console import Console
+
+from . import machine
+from .plots import HINT
+from .report import markdown_row
+from .results import write_json
+
+SECONDS = 0.7  # per kernel, bucket and directory
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What was asked on the command line. logs: the reference, and those that are compared with it."""
+
+    command: str
+    artifacts: tuple[Path, ...]
+    logs: tuple[Path, ...]
+    kernels: tuple[str, ...]
+    threads: int
+    out: Path
+
+
+def run(settings: Settings, console: Console) -> None:
+    """Measure every kernel that all of the logs have, and write `searches.json`, `.md` and `.png`."""
+    report: dict[str, Any] = {
+        "command": settings.command,
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "revision": machine.revision(),
+        "machine": machine.describe(settings.threads),
+        "reference": str(settings.logs[0]),
+        "kernels": [],
+        "curves": [],
+    }
+    for path in settings.artifacts:
+        _measure(path, settings, report, console)
+    write_json(settings.out / "searches.json", report)
+    (settings.out / "searches.md").write_text(markdown(report))
+    draw(report, settings.out / "searches.png", console)
+    console.print(f"{settings.out}/: searches.json, searches.md")
+
+
+def _measure(path: Path, settings: Settings, report: dict[str, Any], console: Console) -> None:
+    from turbo_tvm.tuning.candidate import Effort
+    from turbo_tvm.tuning.report import build, curves, in_turn, variants_of
+    from turbo_tvm.tuning.tune import job
+    from turbo_tvm.tuning.tuner import task_record
+    from turbo_tvm.tuning.workers import Workers
+
+    jobs = {str(logs): job(path, logs=logs, kernels=settings.kernels) for logs in settings.logs}
+    first, *others = jobs
+    it = jobs[first]
+    for name, one in jobs.items():
+        for curve in curves(it.tasks, one.log, it.target):
+            report["curves"].append(
+                {"logs": name, "kernel": curve.kernel, "search": curve.search, "best": list(curve.best)}
+            )
+    with tempfile.TemporaryDirectory(prefix="turbo_tvm_searches_") as directory, Workers(2, 300.0) as workers:
+        for task in it.tasks:
+            known = {name: one.log.read(task_record(task, it.target)) for name, one in jobs.items()}
+            if any(log.result is None for log in known.values()):
+                continue
+            libraries = {name: f"{directory}/{task.kernel}_{i}.so" for i, name in enumerate(jobs)}
+            build(task, {libraries[name]: variants_of(known[name]) for name in jobs}, it.target, workers)
+            effort = Effort(SECONDS, settings.threads)
+            for name in others:
+                seconds = in_turn(task, libraries[first], libraries[name], it.buckets, effort, workers)
+                weights = {b.rows: b.weight for b in it.buckets}
+                last = known[name].trials[-1]
+                one = {"kernel": task.kernel, "logs": name, "search": last.search, "seed": last.seed}
+                one |= {"trials": len(known[name].trials), "weights": weights, "seconds": seconds}
+                report["kernels"].append(one)
+                console.print(f"{task.kernel}: {name}: {speed(one):.3f} of {first}")
+
+
+def speed(one: Mapping[str, Any]) -> float:
+    """Of a kernel, as a part of the reference's: the geometric mean over the buckets by their weights."""
+    from turbo_tvm.tuning.candidate import gains
+
+    found = gains({int(rows): pairs for rows, pairs in one["seconds"].items()})
+    weights = {int(rows): weight for rows, weight in one["weights"].items() if weight}
+    return math.exp(sum(w * math.log(found[rows]) for rows, w in weights.items()) / sum(weights.values()))
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """The page of a report."""
+    here = report["machine"]
+    names = list(dict.fromkeys(one["logs"] for one in report["kernels"]))
+    lines = [
+        "# Searches",
+        "",
+        f"{here['cpu']}, {here['threads']} threads, TVM {here['packages']['apache-tvm']}.",
+        "",
+        f"    {report['command']}    # {report['started']}, revision {report['revision']}",
+        "",
+        f"Each kernel as a search left it, timed in turn with that of `{report['reference']}`: speed as a part of it,",
+        "the geometric mean over the buckets by their weights; of each bucket the lesser of the pairs' median and best",
+        "over best.",
+        "",
+    ]
+    found = {(one["kernel"], one["logs"]): one for one in report["kernels"]}
+    kernels = list(dict.fromkeys(kernel for kernel, _ in found))
+    heads = [f"{name}: {_how(next(one for one in report['kernels'] if one['logs'] == name))}" for name in names]
+    lines += [markdown_row(["kernel", *heads]), markdown_row(["---"] * (1 + len(names)))]
+    for kernel in kernels:
+        cells = [f"{speed(found[kernel, name]):.3f}" if (kernel, name) in found else "" for name in names]
+        lines.append(markdown_row([f"`{kernel}`", *cells]))
+    if kernels:
+        means = [geometric_mean(speed(one) for one in report["kernels"] if one["logs"] == name) for name in names]
+        least = [min(speed(one) for one in report["kernels"] if one["logs"] == name) for name in names]
+        lines.append(markdown_row(["**geometric mean**", *(f"**{mean:.3f}**" for mean in means)]))
+        lines.append(markdown_row(["least", *(f"{value:.3f}" for value in least)]))
+    return "\n".join(lines) + "\n"
+
+
+def _how(one: Mapping[str, Any]) -> str:
+    return f"{one['search']}, seed {one['seed']}, {one['trials']} trials"
+
+
+def draw(report: Mapping[str, Any], path: Path, console: Console) -> None:
+    """Best so far against trials: the mean over the kernels of each directory, as the trials saw it."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        console.print(HINT)
+        return
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    for number, (logs, search) in enumerate(dict.fromkeys((c["logs"], c["search"]) for c in report["curves"])):
+        mine = [c["best"] for c in report["curves"] if (c["logs"], c["search"]) == (logs, search)]
+        for best in mine:
+            axes.step(range(1, len(best) + 1), best, where="post", color=f"C{number}", alpha=0.2, linewidth=1)
+        mean = [geometric_mean(each) for each in _columns(mine)]
+        label = f"{search}, {logs}: {len(mine)} kernels, geometric mean"
+        axes.step(range(1, len(mean) + 1), mean, where="post", color=f"C{number}", linewidth=2.5, label=label)
+    axes.set(xlabel="trials", ylabel="best so far / default", title="Searches, as their trials saw them")
+    axes.grid(True, alpha=0.2)
+    axes.legend(loc="lower right")
+    figure.savefig(path, dpi=110)
+
+
+def _columns(rows: Sequence[Sequence[float]]) -> list[tuple[float, ...]]:
+    """Trial by trial; a search that ended early, for it had tried everything, keeps its last."""
+    longest = max(map(len, rows))
+    return list(zip(*([*row, *[row[-1]] * (longest - len(row))] for row in rows), strict=True))
