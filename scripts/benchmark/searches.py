@@ -1,4 +1,4 @@
-"""Searches beside one another: kernels as several directories of logs have them, timed in turn with those of the first."""
+"""Searches beside one another: kernels as several directories of logs have them, each timed in turn with the first."""
 
 from __future__ import annotations
 
