@@ -17,6 +17,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
+from turbo_tvm import config
 from turbo_tvm.server import errors, kserve_http, logs, openai, tei, tracing
 from turbo_tvm.server.context import Context
 from turbo_tvm.server.endpoint import (
@@ -37,7 +38,6 @@ from turbo_tvm.server.openapi import document
 from turbo_tvm.server.repository import OpenFile, Repository, open_artifact
 from turbo_tvm.server.settings import Settings
 
-VARIABLE = "TURBO_TVM_SERVER"  # the settings, for a worker process
 SERVER = Protocol("server", kserve_form)
 SAMPLE_S = 1.0
 
@@ -163,7 +163,7 @@ def create_app(settings: Settings, open_file: OpenFile = open_artifact) -> Starl
 
 def from_environment() -> Starlette:
     """The application of a worker process."""
-    return create_app(Settings.from_json(os.environ[VARIABLE]))
+    return create_app(Settings.from_json(config.server_settings()))
 
 
 def _ordered(every: Sequence[Endpoint]) -> list[Endpoint]:

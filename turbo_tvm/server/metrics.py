@@ -1,11 +1,10 @@
 """What the server counts, for Prometheus. Meanings are Triton's and text-embeddings-inference's, units are in the name.
 
-With several workers each has numbers of its own; prometheus-client adds them up from files (`serve.py` says where).
+With several workers each has numbers of its own; prometheus-client adds them up from files.
 """
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from prometheus_client import (
@@ -19,9 +18,8 @@ from prometheus_client import (
 )
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
+from turbo_tvm import config
 from turbo_tvm.runtime.engine_statistics import BatchRecord
-
-SHARED_FILES = "PROMETHEUS_MULTIPROC_DIR"  # the variable that prometheus-client reads
 
 _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 _TOKENS = tuple(2**i for i in range(3, 16))
@@ -78,7 +76,7 @@ class Metrics:
     def exposition(self) -> tuple[bytes, str]:
         """The text that Prometheus reads, of all workers, and its content type."""
         registry = self.registry
-        if SHARED_FILES in os.environ:
+        if config.counts_with_others():
             registry = CollectorRegistry()
             multiprocess.MultiProcessCollector(registry)
         return generate_latest(registry), CONTENT_TYPE_LATEST

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import socket
 import tempfile
@@ -13,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from turbo_tvm import artifact, config
 from turbo_tvm.errors import TurboError
 from turbo_tvm.server import logs
-from turbo_tvm.server.metrics import SHARED_FILES
 from turbo_tvm.server.settings import Settings
 
 if TYPE_CHECKING:
@@ -30,8 +28,7 @@ def serve(settings: Settings) -> int:
     for path in settings.files:
         if not path.is_file():
             raise TurboError(f"there is no file {path}: compile a model first, `turbo-tvm compile MODEL -o {path}`")
-    # Tokenizers would start a thread per core, beside those of the kernels.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    config.tokenize_in_one_thread()
     logs.configure(settings.json_logs)
     with bind(settings) as listening:
         return _one(settings, listening) if settings.workers == 1 else _several(settings, listening)
@@ -63,14 +60,11 @@ def _one(settings: Settings, listening: socket.socket) -> int:
 def _several(settings: Settings, listening: socket.socket) -> int:
     from uvicorn.supervisors import Multiprocess
 
-    from turbo_tvm.server.app import VARIABLE
-
     for path in settings.files:
         artifact.read(path)  # a file that cannot be used is said once, and not by every worker
     shared = settings.threads or max(1, config.physical_cores() // settings.workers)
     with tempfile.TemporaryDirectory(prefix="turbo_tvm_metrics_") as folder:
-        os.environ[SHARED_FILES] = folder
-        os.environ[VARIABLE] = replace(settings, threads=shared).to_json()
+        config.tell_workers(replace(settings, threads=shared).to_json(), folder)
         made = uvicorn_config("turbo_tvm.server.app:from_environment", settings)
         made.factory, made.workers = True, settings.workers
         _say_where(settings, listening)

@@ -5,9 +5,10 @@ Where they go is said by OpenTelemetry's own variables (OTEL_EXPORTER_OTLP_ENDPO
 
 from __future__ import annotations
 
-import os
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
+
+from turbo_tvm import config
 
 if TYPE_CHECKING:
     from turbo_tvm.server.endpoint import Call, Endpoint
@@ -18,7 +19,8 @@ _tracer: Any = None
 def start() -> bool:
     """Begin to trace, if the packages are installed and an exporter is named. Returns whether it does."""
     global _tracer
-    if not (os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT") or os.environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")):
+    service = config.traced_service()
+    if service is None:
         return False
     try:
         from opentelemetry import trace
@@ -28,8 +30,7 @@ def start() -> bool:
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError:
         return False
-    resource = Resource.create({"service.name": os.environ.get("OTEL_SERVICE_NAME", "turbo_tvm")})
-    provider = TracerProvider(resource=resource)
+    provider = TracerProvider(resource=Resource.create({"service.name": service}))
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
     trace.set_tracer_provider(provider)
     _tracer = trace.get_tracer("turbo_tvm.server")
