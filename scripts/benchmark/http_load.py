@@ -77,7 +77,9 @@ def closed_loop(host: str, port: int, path: str, bodies: Sequence[bytes], client
 
 
 async def _closed(host: str, port: int, path: str, bodies: Sequence[bytes], clients: int) -> Answers:
-    left, latencies, statuses = iter(enumerate(bodies)), {}, {}
+    left = iter(enumerate(bodies))
+    latencies: dict[int, float] = {}
+    statuses: dict[int, int] = {}
     started = time.perf_counter()
 
     async def client() -> None:

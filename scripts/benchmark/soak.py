@@ -73,7 +73,8 @@ class _Memory:
     """Resident memory of a process, sampled in a thread."""
 
     def __init__(self, pid: int):
-        self._pid, self._found, self._stop = pid, [], threading.Event()
+        self._pid, self._stop = pid, threading.Event()
+        self._found: list[tuple[float, int]] = []
         self._started = time.monotonic()
         self._thread = threading.Thread(target=self._sample, daemon=True)
 

@@ -124,7 +124,7 @@ class Info(msgspec.Struct):
     model_type: dict[str, Any]
     max_concurrent_requests: int
     max_input_length: int
-    max_batch_tokens: int
+    max_batch_tokens: int | None
     max_batch_requests: int | None
     max_client_batch_size: int
     auto_truncate: bool

@@ -44,7 +44,7 @@ class Tensor:
         return BYTES if self.array.dtype == object else NAMES[self.array.dtype]
 
 
-def from_values(name: str, datatype: str, shape: Sequence[int], values: Sequence[Any]) -> Tensor:
+def from_values(name: str, datatype: str, shape: Sequence[int], values: Any) -> Tensor:
     """A tensor whose values came as a list, flat or nested. Raises Problem."""
     size = _size(name, datatype, shape)
     if datatype == BYTES:
@@ -106,7 +106,8 @@ def _size(name: str, datatype: str, shape: Sequence[int]) -> int:
 
 
 def _split(name: str, raw: bytes, count: int) -> list[bytes]:
-    parts, place = [], 0
+    parts: list[bytes] = []
+    place = 0
     while place + 4 <= len(raw) and len(parts) < count:
         (length,) = struct.unpack_from("<I", raw, place)
         parts.append(raw[place + 4 : place + 4 + length])
