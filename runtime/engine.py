@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import replace
 from functools import partial
@@ -24,7 +25,7 @@ from turbo_tvm.progress import Progress
 from turbo_tvm.runtime import scheduler, triggers
 from turbo_tvm.runtime.batch import Batch
 from turbo_tvm.runtime.cost_model import RefinedCost
-from turbo_tvm.runtime.engine_statistics import EngineStatistics
+from turbo_tvm.runtime.engine_statistics import BatchRecord, EngineStatistics
 from turbo_tvm.runtime.flight import Flight, RequestFuture
 from turbo_tvm.runtime.partition import Cost
 from turbo_tvm.runtime.peak_memory import PeakBytes
@@ -39,6 +40,9 @@ MAX_BATCH = 64
 MAX_WAIT_S = 1.0
 CACHE_BYTES = 32 << 20
 LONGEST_S = 1e9  # a time-out
+ALL_OUTPUTS = "*"
+
+_LOG = logging.getLogger(__name__)
 
 
 class Engine:
@@ -61,6 +65,7 @@ class Engine:
         cache: int | ResponseCache = CACHE_BYTES,
         output: str | None = None,
         cost: Cost | None = None,
+        on_batch: Callable[[BatchRecord], None] | None = None,
         progress: bool | None = None,
     ):
         """models: one model, or several of the same artifact, each loaded by itself: a thread runs each of them.
@@ -74,6 +79,7 @@ class Engine:
         cache: bytes of answers that are kept, 0 for none; or a ResponseCache that engines share.
         output: which output is answered; by default the model's main one.
         cost: `cost(lengths) -> seconds`; by default the model's own, which is measured at the start if it is not known.
+        on_batch: is told of every batch that ran, in the thread that ran it: it must be quick.
         progress: whether to show that on stderr; by default if it is a terminal.
 
         Raises InputError.
@@ -83,12 +89,12 @@ class Engine:
         self._policy = scheduler.policy(policy)
         self._trigger = triggers.trigger(trigger) if isinstance(trigger, str) else trigger
         self._output = first.output_name(output)
-        self._answers_of = f"{first.fingerprint}\n{self._output}\n".encode()
+        self._answers_of: dict[str | None, bytes] = {}
         tokens = first.max_batch_tokens if max_tokens is None else max_tokens
         self._limits = Limits(_whole("max_batch", max_batch), _whole("max_tokens", tokens), max_wait_s=max_wait_s)
         self._queue = RequestQueue(_whole("max_queue", max_queue), planned=max(PLANNED, max_batch))
         self._cache = cache if isinstance(cache, ResponseCache) else ResponseCache(cache)
-        self._given_cost, self._progress = cost, progress
+        self._given_cost, self._on_batch, self._progress = cost, on_batch, progress
         self._threads: list[threading.Thread] = []
         self._state = threading.Lock()
 
@@ -143,14 +149,15 @@ class Engine:
         token_type_ids: Any = None,
         timeout_s: float | None = None,
         priority: int = 0,
+        output: str | None = None,
     ) -> RequestFuture:
         """Queue a request; returns at once with the future of its answer.
 
         request: a text, a pair of texts, or token ids (length,) of one sequence, with token_type_ids of the same shape.
         timeout_s: a request that has not started so many seconds from now never runs: its result is a DeadlineError.
-        priority:
-        higher ones go first. The future can be cancelled until it starts. Its answer, fp32 (columns,) or (length,
-        hidden), is the caller's own.
+        priority: higher ones go first. output: which one to answer, by default the engine's; ALL_OUTPUTS for all, as a
+        ModelOutput. The future can be cancelled until it starts. Its answer, fp32 (columns,) or (length, hidden), is
+        the caller's own.
 
         Raises InputError for what the model cannot answer, OverloadError for a full queue, EngineError for an engine
         that does not run.
@@ -161,11 +168,12 @@ class Engine:
         deadline_s = _deadline(timeout_s)
         if isinstance(priority, bool) or not isinstance(priority, int):
             raise InputError(f"priority is a whole number, higher ones go first, not {priority!r}")
-        key = request_key(self._answers_of, sequence)
+        wanted = self._output if output is None else self._named(output)
+        key = request_key(self._prefix(wanted), sequence)
         known = self._cache.get(key)
         if known is not None:
             return self._queue.answered(known)
-        return self._queue.submit(key, sequence, deadline_s, priority)
+        return self._queue.submit(key, sequence, deadline_s, priority, wanted)
 
     def infer_sync(self, request: Any, *, timeout_s: float | None = None, **options: Any) -> Any:
         """The answer to a request, in its place: see `submit`. DeadlineError after `timeout_s`, even if it runs."""
@@ -207,6 +215,27 @@ class Engine:
 
     async def __aexit__(self, kind: object, *_: object) -> None:
         await asyncio.to_thread(partial(self.close, drain=kind is None))
+
+    @property
+    def waiting(self) -> int:
+        """Requests in the queue."""
+        return len(self._queue)
+
+    @property
+    def max_queue(self) -> int:
+        """Requests that may wait."""
+        return self._queue.max_queue
+
+    def _named(self, output: str) -> str | None:
+        return None if output == ALL_OUTPUTS else self._models[0].output_name(output)
+
+    def _prefix(self, output: str | None) -> bytes:
+        """What answers, as a part of a key: the model and its output."""
+        known = self._answers_of.get(output)
+        if known is None:
+            known = f"{self._models[0].fingerprint}\n{output or ALL_OUTPUTS}\n".encode()
+            self._answers_of[output] = known
+        return known
 
     def _prepared(self, request: Any, token_type_ids: Any) -> Batch:
         if is_text(request):
@@ -269,7 +298,7 @@ class Engine:
         lengths = [flight.request.length for flight in flights]
         started = time.perf_counter()
         try:
-            answers = model.answer([flight.sequence for flight in flights], self._output)
+            answers = _answers(model, flights)
             if len(answers) != len(flights):
                 raise TurboError(f"the model gave {len(answers)} answers to {len(flights)} requests")
         except Exception as error:
@@ -281,11 +310,22 @@ class Engine:
                 self._run(model, [flight])
             return False
         seconds = time.perf_counter() - started
-        self._queue.record_batch(lengths, computed_rows(model.manifest, lengths), seconds)
+        rows = computed_rows(model.manifest, lengths)
+        self._queue.record_batch(lengths, rows, seconds)
         for flight, answer in zip(flights, answers, strict=True):
             self._cache.put(flight.key, answer)
             self._queue.finish(flight, answer)
+        if self._on_batch is not None:
+            waited = tuple(started - flight.request.arrival_s for flight in flights)
+            self._tell(BatchRecord(tuple(lengths), rows, seconds, self._cost(lengths), waited))
         return True
+
+    def _tell(self, record: BatchRecord) -> None:
+        try:
+            assert self._on_batch is not None
+            self._on_batch(record)
+        except Exception:  # the requests are answered: whoever watches has a fault of his own
+            _LOG.exception("on_batch failed")
 
     @staticmethod
     def _not_running() -> EngineError:
@@ -293,6 +333,19 @@ class Engine:
 
     def _at_exit(self) -> None:
         self.close(drain=False)
+
+
+def _answers(model: Servable, flights: Sequence[Flight]) -> list[Any]:
+    """The answers to a batch, each the output that its flight asks for."""
+    sequences = [flight.sequence for flight in flights]
+    wanted = {flight.output for flight in flights}
+    if len(wanted) == 1:
+        return model.answer(sequences, wanted.pop())
+    everything = model.answer(sequences, None)
+    return [
+        answer if flight.output is None else answer[flight.output]
+        for flight, answer in zip(flights, everything, strict=True)
+    ]
 
 
 def _given_up(future: RequestFuture) -> Any:

@@ -70,6 +70,21 @@ class Histogram:
 
 
 @dataclass(frozen=True)
+class BatchRecord:
+    """A run of a model, as whoever watches an engine is told of it.
+
+    lengths: tokens of each sequence; rows: token rows that were computed; seconds: what it took; predicted_s: what the
+    engine took it to cost; waited_s: how long each sequence had waited when it began.
+    """
+
+    lengths: tuple[int, ...]
+    rows: int
+    seconds: float
+    predicted_s: float
+    waited_s: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class EngineStatistics:
     """Since the engine started. Every request that was submitted has one of the outcomes, or is pending.
 

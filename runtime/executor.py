@@ -95,6 +95,11 @@ class Executor:
             self.buffers.arena.plan(self.symbols(lengths))
 
     @property
+    def bytes_held(self) -> int:
+        """Bytes that are held for buffers, as they are just now: it waits for no run."""
+        return self.buffers.arena.bytes_held
+
+    @property
     def memory(self) -> tuple[str, int | None]:
         """The strategy of the memory planner, and the budget in bytes."""
         return self.buffers.arena.strategy, self.buffers.arena.budget
@@ -208,6 +213,7 @@ class ForeignExecutor:
 
     threads = 0
     machine = ""
+    bytes_held = 0
 
     def __init__(self, reason: str):
         self._reason = reason

@@ -61,11 +61,14 @@ class RequestFuture(Future):
 
 @dataclass(eq=False)
 class Flight:
-    """One computation. request: what the policy sees of it; running: whether an executor has taken it."""
+    """One computation. request: what the policy sees of it; output: which one is asked for, None for all of them;
+    running: whether an executor has taken it.
+    """
 
     request: Request
     key: bytes
     sequence: Batch
+    output: str | None = None
     waiters: list[RequestFuture] = field(default_factory=list)
     running: bool = False
 

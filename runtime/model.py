@@ -98,6 +98,11 @@ class CompiledModel:
     def memory_plan(self, strategy: str) -> None:
         self._executor.set_memory(strategy, self.memory_budget, self._largest())
 
+    @property
+    def memory_held(self) -> int:
+        """Bytes that are held just now for what lies between kernels and for outputs."""
+        return self._executor.bytes_held
+
     def _largest(self) -> dict[str, int] | None:
         """Tiles of the largest batch: as many tokens as run at once, each of them a sequence of its own."""
         tokens = max(self.max_batch_tokens, self.manifest.bounds.max_length)
@@ -170,6 +175,17 @@ class CompiledModel:
 
     def tokenize(self, texts: Sequence[Text]) -> tuple[list[np.ndarray], list[np.ndarray] | None]:
         """Token ids and token type ids of each text, the latter None if the model takes none; errors as `encode`."""
+        ids, types = self.tokenizer(texts)
+        return ids, types if self.manifest.bounds.type_vocab_size > 1 else None
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether the artifact carries a tokenizer."""
+        return self._artifact.tokenizer is not None
+
+    @property
+    def tokenizer(self) -> TextTokenizer:
+        """The artifact's tokenizer, set to cut at the longest sequence. Raises TurboError if it carries none."""
         if self._artifact.tokenizer is None:
             raise TurboError(
                 f"{self.manifest.name} carries no tokenizer: call run() with token ids, or compile a model folder that "
@@ -177,8 +193,7 @@ class CompiledModel:
             )
         if self._tokenizer is None:
             self._tokenizer = TextTokenizer(self._artifact.tokenizer, self.manifest.bounds.max_length)
-        ids, types = self._tokenizer(texts)
-        return ids, types if self.manifest.bounds.type_vocab_size > 1 else None
+        return self._tokenizer
 
     def prepare(self, sequence: Any, token_type_ids: Any = None) -> Batch:
         """One sequence of token ids, or one image, checked and ready for `answer`. Raises InputError."""

@@ -55,8 +55,13 @@ class RequestQueue:
         with self._lock:
             return self.recorder.snapshot()
 
-    def submit(self, key: bytes, sequence: Batch, deadline_s: float | None, priority: int) -> RequestFuture:
-        """Queue one sequence, or join an identical one. Raises OverloadError, or EngineError if the queue is closed."""
+    def submit(
+        self, key: bytes, sequence: Batch, deadline_s: float | None, priority: int, output: str | None = None
+    ) -> RequestFuture:
+        """Queue one sequence, or join an identical one. Raises OverloadError, or EngineError if the queue is closed.
+
+        key: names the sequence and the output that is asked for, None for all of them.
+        """
         future = self._future(deadline_s)
         if len(self._waiting) >= self.max_queue:
             self._expire()  # perhaps there is room
@@ -67,7 +72,7 @@ class RequestQueue:
                 self._check_room()
                 length = len(sequence.token_ids)
                 request = Request(next(self._numbers), length, future.submitted_s, deadline_s, priority)
-                flight = self._by_key[key] = self._waiting[request.id] = Flight(request, key, sequence)
+                flight = self._by_key[key] = self._waiting[request.id] = Flight(request, key, sequence, output)
                 flight.waiters.append(future)
                 self._lock.notify()
             else:

@@ -141,6 +141,36 @@ def import_tvm_to_run() -> None:
             os.environ["TVM_USE_RUNTIME_LIB"] = before
 
 
+_SERVER = "TURBO_TVM_SERVER"
+_METRICS = "PROMETHEUS_MULTIPROC_DIR"  # prometheus-client's
+
+
+def server_settings() -> str:
+    """The settings that a server's supervisor left for its workers, as JSON."""
+    return os.environ[_SERVER]
+
+
+def tell_workers(settings: str, metrics: str) -> None:
+    """For the processes that start from now on: a server's settings, and the folder where they count together."""
+    os.environ[_SERVER], os.environ[_METRICS] = settings, metrics
+
+
+def counts_with_others() -> bool:
+    """Whether this process is one of several workers of a server, that count together."""
+    return _METRICS in os.environ
+
+
+def tokenize_in_one_thread() -> None:
+    """Keep tokenizers from starting a thread per core, beside those of the kernels."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def traced_service() -> str | None:
+    """The service's name for OpenTelemetry, by its own variables; None where no exporter is named."""
+    named = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+    return os.environ.get("OTEL_SERVICE_NAME", "turbo_tvm") if any(map(os.environ.get, named)) else None
+
+
 def check_tvm_can_compile() -> None:
     """Raises CompileError if TVM was imported without its compiler in this process."""
     base = sys.modules.get("tvm.base")

@@ -9,7 +9,19 @@ from pathlib import Path
 
 from rich.console import Console
 
-from . import families, memory, overhead, scheduling, searches, serving, serving_report, tuning, tuning_pages
+from . import (
+    families,
+    memory,
+    overhead,
+    scheduling,
+    searches,
+    server,
+    serving,
+    serving_report,
+    soak,
+    tuning,
+    tuning_pages,
+)
 from .contenders import RIVALS
 from .encoder import PRECISIONS, Settings, run
 from .measure import Limits
@@ -53,12 +65,20 @@ and time it beside PyTorch and ONNX Runtime on ragged requests. Some minutes per
 Writes models.json (every sample) and models.md, after every family."""
 TUNING = """Compile every model twice, as it is by itself and with tuning logs, and run both in turn on the encoder
 benchmark's workloads; and what compiling takes either way. Writes tuned.json (every sample) and tuned.md."""
+SERVER = """Serve MiniLM-L6 with its real weights over HTTP, beside infinity-emb in an environment of its own, and load
+both with sentences of mixed length: closed loops of 32 and 64, then Poisson arrivals at rising rates.
+Writes server.json (every latency), server.md and server.png."""
+SOAK = """Load the server for minutes at 0.8 of what it bears, and look whether its memory grows; then for seconds at
+ten times that, and look what it refuses and whether it recovers. Writes soak.json (every sample), soak.md, soak.png."""
 SEARCHES = """Compare kernels as several directories of tuning logs have them, such as a shipped one, one of another
 seed and one of a random search: each timed in turn with the first. Writes searches.json (every sample), searches.md and
 searches.png, how the searches went."""
 LOGS = """Write README.md beside the tuning logs of every target: where and how they were made, and what each kernel
 gains."""
-COMMANDS = ("encoder", "models", "memory", "serving", "scheduler", "tuning", "searches", "logs", "overhead", "report")
+COMMANDS = (
+    *("encoder", "models", "memory", "serving", "scheduler", "server", "soak", "tuning", "searches", "logs"),
+    *("overhead", "report"),
+)
 QUICK_LIMITS = {"rounds": 3, "seconds": 5.0}
 
 
@@ -89,6 +109,8 @@ def parser() -> argparse.ArgumentParser:
             formatter_class=raw,
         )
     )
+    _server_options(commands.add_parser("server", help="the server beside infinity-emb", description=SERVER))
+    _soak_options(commands.add_parser("soak", help="the server over a long time", description=SOAK))
     _tuning_options(commands.add_parser("tuning", help="default kernels beside tuned ones", description=TUNING))
     _searches_options(
         commands.add_parser("searches", help="tuned kernels by the search that found them", description=SEARCHES)
@@ -170,6 +192,26 @@ def _serving_options(parser: argparse.ArgumentParser) -> None:
     add("--resume", action="store_true", help="keep the loads that serving.json holds of this machine and version")
 
 
+def _server_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("artifacts", type=Path, nargs="+", metavar="ARTIFACT", help="of MiniLM-L6, such as scripts/demo leaves")
+    add("--texts", type=_positive, default=600, help="distinct ones (default %(default)s)")
+    add("--rounds", type=_positive, default=3, help="of closed loops (default %(default)s)")
+    add("--seconds", type=float, default=15.0, help="of Poisson arrivals per rate (default %(default)g)")
+    add("--threads", type=_positive, help="default: the physical cores")
+    add("--seed", type=int, default=0, help="of texts and arrivals (default %(default)s)")
+    add("--out", type=Path, default=Path("bench_results"), help="output directory (default %(default)s)")
+
+
+def _soak_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("artifact", type=Path, metavar="ARTIFACT", help="of an embedding model")
+    add("--minutes", type=float, default=10.0, help="default %(default)g")
+    add("--threads", type=_positive, help="default: the physical cores")
+    add("--seed", type=int, default=0, help="of texts and arrivals (default %(default)s)")
+    add("--out", type=Path, default=Path("bench_results"), help="output directory (default %(default)s)")
+
+
 def _tuning_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--models", nargs="+", choices=MODELS, default=["bert-base"], help="default: bert-base")
@@ -185,7 +227,9 @@ def _tuning_options(parser: argparse.ArgumentParser) -> None:
 def _searches_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("artifacts", type=Path, nargs="+", metavar="ARTIFACT", help="whose kernels")
-    add("--logs", type=Path, nargs="+", required=True, metavar="DIR", help="the reference, and what is compared with it")
+    add(
+        "--logs", type=Path, nargs="+", required=True, metavar="DIR", help="the reference, and what is compared with it"
+    )
     add("--kernels", nargs="+", default=[], metavar="WORD", help="only those whose names contain one of these")
     add("--threads", type=_positive, help="default: the physical cores")
     add("--out", type=Path, default=Path("bench_results"), help="output directory (default %(default)s)")
@@ -293,6 +337,34 @@ def tuning_settings(args: argparse.Namespace, argv: list[str]) -> tuning.Setting
     )
 
 
+def server_settings(args: argparse.Namespace, argv: list[str]) -> server.Settings:
+    from turbo_tvm import config
+
+    return server.Settings(
+        command=shlex.join(["scripts/bench", *argv]),
+        artifacts=tuple(args.artifacts),
+        texts=args.texts,
+        rounds=args.rounds,
+        seconds=args.seconds,
+        threads=config.num_threads(args.threads),
+        seed=args.seed,
+        out=args.out,
+    )
+
+
+def soak_settings(args: argparse.Namespace, argv: list[str]) -> soak.Settings:
+    from turbo_tvm import config
+
+    return soak.Settings(
+        command=shlex.join(["scripts/bench", *argv]),
+        artifact=args.artifact,
+        minutes=args.minutes,
+        threads=config.num_threads(args.threads),
+        seed=args.seed,
+        out=args.out,
+    )
+
+
 def searches_settings(args: argparse.Namespace, argv: list[str]) -> searches.Settings:
     from turbo_tvm import config
 
@@ -329,6 +401,10 @@ def main(argv: list[str]) -> int:
             families.run(config.num_threads(args.threads), args.out, args.only, command, console)
         elif args.command == "tuning":
             tuning.run(tuning_settings(args, argv), console)
+        elif args.command == "server":
+            server.run(server_settings(args, argv), console)
+        elif args.command == "soak":
+            soak.run(soak_settings(args, argv), console)
         elif args.command == "searches":
             searches.run(searches_settings(args, argv), console)
         elif args.command == "scheduler":

@@ -79,10 +79,10 @@ def _measure(path: Path, settings: Settings, report: dict[str, Any], console: Co
                 seconds = in_turn(task, libraries[first], libraries[name], it.buckets, effort, workers)
                 weights = {b.rows: b.weight for b in it.buckets}
                 last = known[name].trials[-1]
-                one = {"kernel": task.kernel, "logs": name, "search": last.search, "seed": last.seed}
-                one |= {"trials": len(known[name].trials), "weights": weights, "seconds": seconds}
-                report["kernels"].append(one)
-                console.print(f"{task.kernel}: {name}: {speed(one):.3f} of {first}")
+                found: dict[str, Any] = {"kernel": task.kernel, "logs": name, "search": last.search, "seed": last.seed}
+                found |= {"trials": len(known[name].trials), "weights": weights, "seconds": seconds}
+                report["kernels"].append(found)
+                console.print(f"{task.kernel}: {name}: {speed(found):.3f} of {first}")
 
 
 def speed(one: Mapping[str, Any]) -> float:

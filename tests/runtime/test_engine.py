@@ -11,9 +11,11 @@ from concurrent.futures import CancelledError
 
 import numpy as np
 import pytest
+from fake_model import FakeModel
 
 from turbo_tvm import Engine
 from turbo_tvm.errors import DeadlineError, EngineError, InputError, OverloadError, TurboError
+from turbo_tvm.runtime.engine import ALL_OUTPUTS
 from turbo_tvm.runtime.response_cache import ResponseCache
 from turbo_tvm.runtime.triggers import Lazy
 
@@ -101,6 +103,63 @@ class TestAnswers:
                 model.gate.set()
             assert [f.result(10).tolist() for f in futures] == [[i, 1] for i in range(4)]
         assert sum(len(model.batches) for model in models) == 4
+
+
+class TwoOutputs(FakeModel):
+    """Of a sequence, its sum and its length, apart."""
+
+    def output_name(self, asked):
+        if asked not in (None, "sum", "length"):
+            raise InputError(f"the model has no output {asked!r}")
+        return asked or "sum"
+
+    def answer(self, parts, output=None):
+        rows = [dict(zip(("sum", "length"), row[:, None], strict=True)) for row in super().answer(parts)]
+        return rows if output is None else [row[output] for row in rows]
+
+
+class TestOutputs:
+    def test_each_request_has_its_own(self):
+        model = TwoOutputs()
+        with engine(model) as serving:
+            blocked(model)
+            asked = [None, "length", ALL_OUTPUTS, "sum", "length"]
+            futures = [serving.submit([5, 6], output=output) for output in asked]
+            model.gate.set()
+            first, second, third, fourth, fifth = (future.result(10) for future in futures)
+            assert first.tolist() == fourth.tolist() == [11] and second.tolist() == fifth.tolist() == [2]
+            assert {name: value.tolist() for name, value in third.items()} == {"sum": [11], "length": [2]}
+            with pytest.raises(InputError, match="no output 'x'"):
+                serving.submit([1], output="x")
+        assert sum(map(len, model.batches)) == 3  # the same sequence with the same output runs once
+
+    def test_the_cache_knows_them_apart(self):
+        model = TwoOutputs()
+        with engine(model) as serving:
+            for _ in range(2):
+                assert serving.infer_sync([5, 6], output="length").tolist() == [2]
+                assert serving.infer_sync([5, 6]).tolist() == [11]
+        assert len(model.batches) == 2 and serving.statistics.cache_hits == 2
+
+
+class TestObserver:
+    def test_is_told_of_every_batch(self, fake):
+        told = []
+        with engine(fake, cache=0, on_batch=told.append) as serving:
+            answers_to(serving, fake, [[1], [2, 2], [3, 3, 3]])
+        assert sorted(n for record in told for n in record.lengths) == [1, 2, 3]
+        for record in told:
+            assert record.rows % 4 == 0 and record.seconds > 0 and record.predicted_s > 0
+            assert len(record.waited_s) == len(record.lengths) and min(record.waited_s) >= 0
+
+    def test_its_faults_are_its_own(self, fake, caplog):
+        def fail(record):
+            raise ValueError("a fault of the observer")
+
+        with engine(fake, on_batch=fail) as serving:
+            assert serving.infer_sync([1, 2]).tolist() == [3, 2]
+            assert serving.infer_sync([1, 3]).tolist() == [4, 2]
+        assert "a fault of the observer" in caplog.text
 
 
 class TestCache:

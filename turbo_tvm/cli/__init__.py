@@ -1,4 +1,4 @@
-"""The command line: `turbo-tvm compile`, `inspect`, `run`, `tune`, `profile`, `cost` and `simulate`.
+"""The command line: `turbo-tvm compile`, `inspect`, `run`, `serve`, `tune`, `profile`, `cost` and `simulate`.
 
 Starting is quick: a command imports TVM, PyTorch or rich only when it does its work.
 """
@@ -13,6 +13,7 @@ from turbo_tvm.cli.inspect import inspect_command
 from turbo_tvm.cli.options import Commands, debug_option, print_version
 from turbo_tvm.cli.profile import profile_command
 from turbo_tvm.cli.run import run_command
+from turbo_tvm.cli.serve import serve_command
 from turbo_tvm.cli.simulate import simulate_command
 from turbo_tvm.cli.tune import tune_command, tune_server_command
 
@@ -41,7 +42,7 @@ def main() -> None:
 
 
 for command in (
-    *(compile_command, inspect_command, run_command, tune_command, tune_server_command),
+    *(compile_command, inspect_command, run_command, serve_command, tune_command, tune_server_command),
     *(profile_command, cost_command, simulate_command),
 ):
     main.add_command(command)

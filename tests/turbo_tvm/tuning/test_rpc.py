@@ -12,10 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import numpy as np
-import psutil
 import pytest
-import tvm
 
 import turbo_tvm
 from turbo_tvm.errors import TuningError
@@ -92,29 +89,6 @@ def test_a_server_that_is_killed_costs_nothing(tiny_artifact, tmp_path, monkeypa
     (one,) = report.kernels
     assert (one.trials, one.failed) == (12, 0)
     assert any(note.startswith("waiting for 'box' behind the tracker") for note in notes)
-
-
-def test_a_session_that_crashes_takes_nothing_along():
-    """What a candidate that crashes does to the process that runs it; the server takes the next session."""
-    port = free_port()
-    tracker = f"127.0.0.1:{port}"
-    with process(
-        sys.executable, "-m", "tvm.exec.rpc_tracker", "--host=127.0.0.1", f"--port={port}", f"--port-end={port + 1}"
-    ):
-        wait_for(port)
-        with server(tracker, free_port()) as running:
-            for _ in range(2):
-                session = tvm.rpc.connect_tracker("127.0.0.1", port).request("box", session_timeout=60)
-                assert session.cpu(0).exist
-                sessions = psutil.Process(running.pid).children(recursive=True)
-                assert sessions
-                for one in sessions:
-                    one.kill()
-                with pytest.raises(Exception):  # noqa: B017: TVM raises what it likes
-                    session.upload(np.zeros(1).tobytes(), "x")
-                    session.cpu(0).sync()
-            again = tvm.rpc.connect_tracker("127.0.0.1", port).request("box", session_timeout=60)
-            assert again.cpu(0).exist and running.poll() is None
 
 
 def test_a_machine_that_never_comes_is_an_error(tiny_artifact, tmp_path, monkeypatch):

@@ -1,0 +1,161 @@
+"""The server over a long time: whether its memory grows near what it bears; then a burst, and what comes after."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from . import machine
+from .plots import HINT
+from .results import write_json
+from .server import Contender, ask_closed, ask_open, ours, sentences
+
+FRACTION, BURST = 0.8, 10.0  # of the critical rate
+BURST_S = 5.0
+MAX_QUEUE = 256
+WARM_S = 60.0  # after which memory must stay
+SAMPLE_S = 1.0
+LOOPS = 3
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What was asked on the command line."""
+
+    command: str
+    artifact: Path
+    minutes: float
+    threads: int
+    seed: int
+    out: Path
+
+
+def run(settings: Settings, console: Console) -> None:
+    """Measure and write `soak.json`, `soak.md` and `soak.png`."""
+    texts = sentences(600, settings.seed)
+    report: dict[str, Any] = {
+        "command": settings.command,
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "revision": machine.revision(),
+        "machine": machine.describe(settings.threads),
+    }
+    with ours(settings.artifact, settings.threads, MAX_QUEUE) as server, _Memory(server.pid) as memory:
+        ask_closed(server, texts[:100], 8)
+        critical = min(ask_closed(server, texts, 32).rate for _ in range(LOOPS))
+        report["critical"] = critical
+        console.print(f"critical rate {critical:.1f}/s, {settings.minutes:g} minutes at {FRACTION:g} of it")
+        memory.restart()
+        report["soak"] = _load(server, texts, FRACTION * critical, 60 * settings.minutes, settings.seed)
+        report["rss"] = memory.samples()
+        report["burst"] = _load(server, texts, BURST * critical, BURST_S, settings.seed + 1)
+        report["after"] = _load(server, texts, 0.5 * critical, 10.0, settings.seed + 2)
+    write_json(settings.out / "soak.json", report)
+    (settings.out / "soak.md").write_text(markdown(report))
+    draw(report, settings.out / "soak.png", console)
+    console.print(markdown(report))
+
+
+def _load(server: Contender, texts: list[str], rate: float, seconds: float, seed: int) -> dict[str, Any]:
+    answers = ask_open(server, texts, rate, seconds, seed)
+    statuses = {str(status): count for status, count in sorted(answers.statuses.items())}
+    latency = [round(s, 5) for s in answers.latency_s]
+    return {"rate": rate, "seconds": answers.seconds, "statuses": statuses, "latency_s": latency}
+
+
+class _Memory:
+    """Resident memory of a process, sampled in a thread."""
+
+    def __init__(self, pid: int):
+        self._pid, self._stop = pid, threading.Event()
+        self._found: list[tuple[float, int]] = []
+        self._started = time.monotonic()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+
+    def __enter__(self) -> _Memory:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def restart(self) -> None:
+        """Count from now."""
+        self._started, self._found = time.monotonic(), []
+
+    def samples(self) -> list[tuple[float, int]]:
+        """Seconds and bytes so far."""
+        return list(self._found)
+
+    def _sample(self) -> None:
+        import psutil
+
+        process = psutil.Process(self._pid)
+        while not self._stop.wait(SAMPLE_S):
+            self._found.append((round(time.monotonic() - self._started, 2), process.memory_info().rss))
+
+
+def drift(samples: list[tuple[float, int]]) -> float:
+    """How much memory grew from the second minute to the last one, as a fraction."""
+    late = [size for at, size in samples if at >= WARM_S]
+    if len(late) < 2:
+        return 0.0
+    share = max(1, len(late) // 10)
+    return float(np.median(late[-share:]) / np.median(late[:share]) - 1)
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The page of a report."""
+    here, soak, burst, after = report["machine"], report["soak"], report["burst"], report["after"]
+    latest = report["rss"][-1][1] if report["rss"] else 0
+    return "\n".join(
+        [
+            "# A long time, and a burst",
+            "",
+            f"{here['cpu']}, {here['threads']} threads. MiniLM-L6, texts of mixed length, Poisson arrivals; at most "
+            f"{MAX_QUEUE} may wait. The client runs on the same cores.",
+            "",
+            f"    {report['command']}    # {report['started']}, revision {report['revision']}",
+            "",
+            f"- critical rate, the least of {LOOPS} closed loops of 32: {report['critical']:.1f} requests/s",
+            f"- {soak['seconds']:.0f} s at {FRACTION:g} of it: {_statuses(soak)}; {_times(soak)}",
+            f"- resident memory: {latest / 2**20:.0f} MiB at the end, {100 * drift(report['rss']):+.2f} % since the "
+            "first minute",
+            f"- {BURST_S:.0f} s at {BURST:g} times it: {_statuses(burst)}; {_times(burst)}",
+            f"- then half of it: {_statuses(after)}; {_times(after)}",
+            "",
+        ]
+    )
+
+
+def _statuses(one: dict[str, Any]) -> str:
+    return ", ".join(f"{count:,} with {status}" for status, count in one["statuses"].items())
+
+
+def _times(one: dict[str, Any]) -> str:
+    if not one["latency_s"]:
+        return "none answered"
+    p50, p99 = (1e3 * float(np.percentile(one["latency_s"], p)) for p in (50, 99))
+    return f"p50 {p50:.1f} ms, p99 {p99:.1f} ms"
+
+
+def draw(report: dict[str, Any], path: Path, console: Console) -> None:
+    """Resident memory over time."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        console.print(HINT)
+        return
+    figure = Figure(figsize=(8, 3.5), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot([at for at, _ in report["rss"]], [size / 2**20 for _, size in report["rss"]])
+    axes.set(xlabel="seconds", ylabel="resident memory in MiB", ylim=(0, None))
+    axes.grid(True, alpha=0.2)
+    figure.savefig(path, dpi=110)

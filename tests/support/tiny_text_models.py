@@ -1,0 +1,75 @@
+"""Tiny random BERTs with a tokenizer, as the folders that sentence-transformers and transformers write."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+WORDS = ["the", "a", "cat", "dog", "sat", "ran", "on", "mat", "park", "fast", "slow", "red", "blue"]
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+VOCABULARY = [*SPECIAL, *WORDS, *LETTERS, *(f"##{letter}" for letter in LETTERS)]
+MAX_LENGTH = 48
+
+_MODULES = [
+    {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+    {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+    {"idx": 2, "name": "2", "path": "2_Normalize", "type": "sentence_transformers.models.Normalize"},
+]
+
+
+def tokenizer() -> Tokenizer:
+    """WordPiece over some words and letters, with BERT's special tokens."""
+    made = Tokenizer(models.WordPiece({word: i for i, word in enumerate(VOCABULARY)}, unk_token="[UNK]"))
+    made.add_special_tokens(SPECIAL)
+    made.normalizer = normalizers.BertNormalizer()
+    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    numbers = [("[CLS]", SPECIAL.index("[CLS]")), ("[SEP]", SPECIAL.index("[SEP]"))]
+    made.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=numbers
+    )
+    return made
+
+
+def _config(**more: Any) -> Any:
+    from transformers import BertConfig
+
+    return BertConfig(
+        vocab_size=len(VOCABULARY),
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=MAX_LENGTH,
+        **more,
+    )
+
+
+def embedder_folder(folder: Path) -> Path:
+    """Mean pooling, unit length."""
+    import torch
+    from transformers import BertModel
+
+    torch.manual_seed(1)
+    BertModel(_config()).save_pretrained(folder)
+    tokenizer().save(str(folder / "tokenizer.json"))
+    (folder / "modules.json").write_text(json.dumps(_MODULES))
+    for name in ("1_Pooling", "2_Normalize"):
+        (folder / name).mkdir()
+    pooling = {"word_embedding_dimension": 32, "pooling_mode_mean_tokens": True}
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    return folder
+
+
+def classifier_folder(folder: Path, labels: int) -> Path:
+    """A classifier of so many labels."""
+    import torch
+    from transformers import BertForSequenceClassification
+
+    torch.manual_seed(2)
+    BertForSequenceClassification(_config(num_labels=labels)).save_pretrained(folder)
+    tokenizer().save(str(folder / "tokenizer.json"))
+    return folder

@@ -1,0 +1,101 @@
+"""`turbo-tvm serve`: answer over HTTP and gRPC with artifacts."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import click
+
+from turbo_tvm.cli.options import debug_option
+
+_PACKAGES = ("starlette", "uvicorn", "uvloop", "httptools", "msgspec", "orjson", "prometheus_client")
+_FILE = click.Path(path_type=Path)
+
+
+@click.command("serve")
+@click.argument("files", metavar="FILE...", nargs=-1, required=True, type=_FILE)
+@click.option(
+    "--host", default="127.0.0.1", show_default=True, help="Address; 0.0.0.0 for every network of the machine."
+)
+@click.option(
+    "--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="Of HTTP; 0: any free one."
+)
+@click.option(
+    "--grpc-port", metavar="N", type=click.IntRange(0, 65535), help="Of gRPC (KServe v2).  [default: no gRPC]"
+)
+@click.option("--workers", metavar="N", default=1, show_default=True, type=click.IntRange(1), help="Processes.")
+@click.option(
+    "--threads",
+    metavar="N",
+    type=click.IntRange(1),
+    help="Of each model in each process.  [default: the physical cores over the workers]",
+)
+@click.option(
+    "--policy",
+    default="dp",
+    show_default=True,
+    type=click.Choice(["dp", "dp_latency", "deadline", "token_budget", "naive", "nobatch"]),
+    help="How batches are chosen.",
+)
+@click.option("--max-batch", default=64, show_default=True, type=click.IntRange(1), help="Sequences of a batch.")
+@click.option("--max-tokens", metavar="N", type=click.IntRange(1), help="Tokens of a batch.  [default: 8192]")
+@click.option(
+    "--max-queue", default=1024, show_default=True, type=click.IntRange(1), help="Sequences that may wait; then 429."
+)
+@click.option("--cache-mb", default=32, show_default=True, type=click.IntRange(0), help="Answers to keep; 0: none.")
+@click.option("--max-body-mb", default=16, show_default=True, type=click.IntRange(1), help="Of a request; then 413.")
+@click.option(
+    "--max-inputs", default=1024, show_default=True, type=click.IntRange(1), help="Texts of a request; then 413."
+)
+@click.option(
+    "--timeout", "timeout_s", default=30.0, show_default=True, type=click.FloatRange(0.001), help="s; then 504."
+)
+@click.option(
+    "--drain", "drain_s", default=30.0, show_default=True, type=click.FloatRange(0), help="s to finish after SIGTERM."
+)
+@click.option(
+    "--api-key",
+    "api_keys",
+    metavar="KEY",
+    multiple=True,
+    envvar="TURBO_TVM_API_KEY",
+    show_envvar=True,
+    help="Wanted of every request; may be repeated.",
+)
+@click.option("--tls-cert", metavar="FILE", type=_FILE, help="Certificate, .pem; with --tls-key.")
+@click.option("--tls-key", metavar="FILE", type=_FILE, help="Its private key, .pem.")
+@click.option("--cors", "cors_origins", metavar="ORIGIN", multiple=True, help="Web pages that may ask; * for all.")
+@click.option(
+    "--models-dir", metavar="DIR", type=_FILE, help="Models may be loaded from here, and unloaded, by API (KServe v2)."
+)
+@click.option("--json-logs", is_flag=True, help="The log as a JSON object per line.")
+@click.option("--access-log/--no-access-log", default=True, show_default=True, help="A line per request.")
+@debug_option
+def serve_command(files: tuple[Path, ...], cache_mb: int, max_body_mb: int, **options: Any) -> None:
+    """Answer over HTTP and gRPC, in batches that the scheduler chooses.
+
+    A model is named by its file's stem. Clients of three protocols find what they know: OpenAI (/v1/embeddings),
+    text-embeddings-inference (/embed, /predict, /rerank, ...) and KServe v2 (/v2/models/NAME/infer, and gRPC). At / is
+    a live page, at /metrics what Prometheus reads, at /openapi.json the document. SIGTERM stops it when what was
+    accepted is answered.
+
+    \b
+    Examples:
+      turbo-tvm serve minilm.turbo
+      turbo-tvm serve minilm.turbo reranker.turbo --host 0.0.0.0 --port 8000 --grpc-port 8001
+      TURBO_TVM_API_KEY=secret turbo-tvm serve minilm.turbo --tls-cert cert.pem --tls-key key.pem
+    """
+    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
+    if options["grpc_port"] is not None and importlib.util.find_spec("grpc") is None:
+        missing.append("grpcio")
+    if missing:
+        raise click.ClickException(f"serving needs {', '.join(missing)}: pip install 'turbo-tvm[serve]'")
+    if (options["tls_cert"] is None) != (options["tls_key"] is None):
+        raise click.UsageError("TLS needs both --tls-cert and --tls-key")
+    from turbo_tvm.server.serve import serve
+    from turbo_tvm.server.settings import Settings
+
+    settings = Settings(files=files, cache_bytes=cache_mb << 20, max_body_bytes=max_body_mb << 20, **options)
+    raise SystemExit(serve(settings))

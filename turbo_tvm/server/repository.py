@@ -1,0 +1,122 @@
+"""The models of a server, by name: those it was started with, and those that were loaded since."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from turbo_tvm.errors import ArtifactError, InputError
+from turbo_tvm.loader import load
+from turbo_tvm.runtime.model import CompiledModel
+from turbo_tvm.server import errors
+from turbo_tvm.server.errors import Problem
+from turbo_tvm.server.metrics import Metrics
+from turbo_tvm.server.served_model import ServedModel
+from turbo_tvm.server.settings import Settings
+
+_LOG = logging.getLogger("turbo_tvm.server")
+_SUFFIX = ".turbo"
+
+
+OpenFile = Callable[[Path, int | None], CompiledModel]
+
+
+def open_artifact(path: Path, threads: int | None) -> CompiledModel:
+    """The model in a file. Raises ArtifactError."""
+    return load(path, threads=threads)
+
+
+class Repository:
+    """Models by name. `add` and `close` work in the calling thread, `load` and `unload` are for the event loop."""
+
+    def __init__(self, settings: Settings, metrics: Metrics, open_file: OpenFile = open_artifact):
+        self._settings, self._metrics, self._open = settings, metrics, open_file
+        self._models: dict[str, ServedModel] = {}
+        self._changing = asyncio.Lock()
+
+    def __iter__(self) -> Iterator[ServedModel]:
+        return iter(list(self._models.values()))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._models
+
+    def add(self, path: Path) -> ServedModel:
+        """Load a file and serve it under its stem. Raises ArtifactError, and InputError for a name that is taken."""
+        if path.stem in self._models:
+            raise InputError(f"two models would be called {path.stem}: rename one of the files")
+        model = self._open(path, self._settings.threads)
+        self._models[path.stem] = self._serve(path.stem, model, path)
+        return self._models[path.stem]
+
+    def _serve(self, name: str, model: CompiledModel, path: Path) -> ServedModel:
+        served = ServedModel(name, model, self._settings, self._metrics.of_model(name), str(path))
+        _LOG.info("model %s is served from %s", name, path)
+        return served
+
+    def get(self, name: str | None) -> ServedModel:
+        """The model of that name, or the first one. Raises Problem (404, or 503 where there is none at all)."""
+        if name is None:
+            for model in self._models.values():
+                return model
+            raise Problem(errors.UNAVAILABLE, "no model is loaded")
+        found = self._models.get(name)
+        if found is None:
+            known = ", ".join(self._models) or "none"
+            raise Problem(errors.NOT_FOUND, f"there is no model {name[:200]!r} here; models: {known}", param="model")
+        return found
+
+    def files(self) -> dict[str, Path]:
+        """What could be loaded, by name."""
+        folder = self._settings.models_dir
+        return {path.stem: path for path in sorted(folder.glob(f"*{_SUFFIX}"))} if folder is not None else {}
+
+    async def load(self, name: str) -> None:
+        """Load a file of the directory of models, or load it again. Raises Problem."""
+        self._check_allowed()
+        async with self._changing:
+            path = self.files().get(name)
+            if path is None:
+                folder = self._settings.models_dir
+                raise Problem(errors.NOT_FOUND, f"there is no file {name[:200]!r}{_SUFFIX} in {folder}")
+            try:
+                model = await asyncio.to_thread(self._open, path, self._settings.threads)
+                served = await asyncio.to_thread(self._serve, name, model, path)
+            except ArtifactError as error:
+                raise Problem(errors.INVALID, str(error)) from error
+            old = self._models.get(name)
+            self._models[name] = served
+            if old is not None:
+                await asyncio.to_thread(old.close)
+
+    async def unload(self, name: str) -> None:
+        """Answer what waits for a model, and let it go. Raises Problem."""
+        self._check_allowed()
+        async with self._changing:
+            model = self.get(name)
+            del self._models[name]
+            await asyncio.to_thread(model.close)
+            self._metrics.forget(name)
+            _LOG.info("model %s is unloaded", name)
+
+    def close(self, *, drain: bool = True) -> None:
+        """Stop all engines; with `drain`, when what waits is answered."""
+        for model in self:
+            model.close(drain=drain)
+
+    def sample(self) -> None:
+        """Bring the metrics up to date that nobody tells of."""
+        for model in self:
+            known = model.engine.statistics
+            model.metrics.sample(model.engine.waiting, model.model.memory_held, known.answered, known.cache_hits)
+
+    def _check_allowed(self) -> None:
+        if self._settings.models_dir is None:
+            raise Problem(
+                errors.NOT_ALLOWED, "this server loads no models by API: start it with --models-dir to allow it"
+            )
+        if self._settings.workers > 1:
+            raise Problem(
+                errors.NOT_ALLOWED, "models cannot be loaded by API with several workers: each would have others"
+            )

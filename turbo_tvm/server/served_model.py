@@ -1,0 +1,222 @@
+"""A model that is served: tokenizer, engine, and what asynchronous callers need of both."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from turbo_tvm.errors import DeadlineError, InputError
+from turbo_tvm.runtime.engine import ALL_OUTPUTS, Engine
+from turbo_tvm.runtime.engine_statistics import BatchRecord
+from turbo_tvm.runtime.manifest import OutputSpec
+from turbo_tvm.runtime.model import CompiledModel
+from turbo_tvm.runtime.text import Text
+from turbo_tvm.server.live import Live
+from turbo_tvm.server.metrics import ModelMetrics
+from turbo_tvm.server.settings import Settings
+
+_TURN = 64  # submissions at a time: each takes tens of microseconds of the event loop
+_SCORES = ("logits",)  # outputs of classifiers, by the name that transformers gives them
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One request for the engine. token_type_ids: None where the model takes none; whole: nothing was cut off."""
+
+    ids: np.ndarray
+    token_type_ids: np.ndarray | None = None
+    whole: bool = True
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long an answer may take, and how important it is: higher ones go first."""
+
+    timeout_s: float
+    priority: int = 0
+
+
+class ServedModel:
+    """A compiled model with its engine. Made and closed in a thread, used from the event loop."""
+
+    def __init__(self, name: str, model: CompiledModel, settings: Settings, metrics: ModelMetrics, file: str = ""):
+        self.name, self.model, self.file = name, model, file
+        self.metrics, self.live = metrics, Live()
+        if model.has_tokenizer:
+            model.tokenizer.encodings(["the first text takes longest"])
+        self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix=f"tokenizer of {name}")
+        self.engine = Engine(
+            model,
+            policy=settings.policy,
+            max_batch=settings.max_batch,
+            max_tokens=settings.max_tokens,
+            max_queue=settings.max_queue,
+            cache=settings.cache_bytes,
+            on_batch=self._note,
+        ).start()
+        self.started = time.time()
+
+    def close(self, *, drain: bool = True) -> None:
+        """Answer what waits, and stop."""
+        self.engine.close(drain=drain)
+        self._tokenizing.shutdown(cancel_futures=True)
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether it takes texts."""
+        return self.model.has_tokenizer
+
+    @property
+    def takes_text(self) -> bool:
+        """Whether its requests are token ids, and not images."""
+        return self.model.manifest.bounds.image is None
+
+    @property
+    def max_length(self) -> int:
+        """The longest sequence, in tokens."""
+        return self.model.manifest.bounds.max_length
+
+    @property
+    def outputs(self) -> tuple[OutputSpec, ...]:
+        """What it can answer."""
+        return self.model.manifest.outputs
+
+    @property
+    def embedding(self) -> OutputSpec | None:
+        """The output with one vector per request; None for classifiers and for models that give a row per token."""
+        found = self._main("sequence")
+        return found if found is not None and found.name not in _SCORES else None
+
+    @property
+    def scores(self) -> OutputSpec | None:
+        """The output with a score per label; None for models that are no classifiers of sequences."""
+        found = self._main("sequence")
+        return found if found is not None and found.name in _SCORES else None
+
+    @property
+    def token_rows(self) -> OutputSpec | None:
+        """The output with a vector per token, if there is one."""
+        return next((spec for spec in self.outputs if spec.kind == "token"), None)
+
+    def _main(self, kind: str) -> OutputSpec | None:
+        primary = self.model.manifest.primary
+        return next((spec for spec in self.outputs if spec.name == primary and spec.kind == kind), None)
+
+    async def tokenize(self, texts: Sequence[Text]) -> list[Tokens]:
+        """Token ids of texts or pairs, cut at the model's longest sequence; off the event loop. Raises TurboError."""
+        started = time.perf_counter()
+        found = await asyncio.get_running_loop().run_in_executor(self._tokenizing, self._tokens, list(texts))
+        self.metrics.tokenization.observe(time.perf_counter() - started)
+        return found
+
+    async def encodings(self, texts: Sequence[str], special_tokens: bool) -> list[Any]:
+        """The tokenizer's own encodings, whole."""
+        tokenizer = self.model.tokenizer
+        return await asyncio.get_running_loop().run_in_executor(
+            self._tokenizing, lambda: tokenizer.encodings(texts, special_tokens=special_tokens, truncate=False)
+        )
+
+    async def decode(self, ids: Sequence[Sequence[int]], skip_special_tokens: bool) -> list[str]:
+        """The texts of token ids."""
+        tokenizer = self.model.tokenizer
+        return await asyncio.get_running_loop().run_in_executor(
+            self._tokenizing, lambda: [tokenizer.decode(one, skip_special_tokens) for one in ids]
+        )
+
+    def _tokens(self, texts: list[Text]) -> list[Tokens]:
+        types = self.model.manifest.bounds.type_vocab_size > 1
+        return [
+            Tokens(
+                np.array(e.ids, np.int32), np.array(e.type_ids, np.int32) if types else None, whole=not e.overflowing
+            )
+            for e in self.model.tokenizer.encodings(texts)
+        ]
+
+    async def answer(self, requests: Sequence[Tokens], patience: Patience, output: str | None = None) -> list[Any]:
+        """The answers, in order; if one fails or nobody waits any more, what still waits of the others is cancelled.
+
+        output: which one, by default the main one; ALL_OUTPUTS for all. Raises TurboError; DeadlineError in time.
+        """
+        futures: list[Future] = []
+        try:
+            for number, one in enumerate(requests, 1):
+                if number % _TURN == 0:
+                    await asyncio.sleep(0)  # others have their turn
+                futures.append(
+                    self.engine.submit(
+                        one.ids,
+                        token_type_ids=one.token_type_ids,
+                        timeout_s=patience.timeout_s,
+                        priority=patience.priority,
+                        output=output,
+                    )
+                )
+            await _settled(futures, patience.timeout_s)
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            raise
+        return [future.result() for future in futures]
+
+    async def images(self, images: Sequence[np.ndarray], patience: Patience, output: str | None = None) -> list[Any]:
+        """The same for images, (channels, height, width) each."""
+        return await self.answer([Tokens(image) for image in images], patience, output)
+
+    def checked_ids(self, ids: Sequence[int]) -> Tokens:
+        """Token ids that a client sent. Raises InputError."""
+        if not self.takes_text:
+            raise InputError(f"the model {self.name} takes images, not token ids")
+        if len(ids) > self.max_length:
+            raise InputError(f"{len(ids)} tokens are too many: the model {self.name} takes up to {self.max_length}")
+        vocabulary = self.model.manifest.bounds.vocab_size
+        if not ids or min(ids) < 0 or max(ids) >= vocabulary:
+            raise InputError(f"token ids are at least one whole number from 0 to {vocabulary - 1}")
+        return Tokens(np.array(ids, np.int32))
+
+    def _note(self, record: BatchRecord) -> None:
+        self.metrics.batch(record)
+        self.live.batch(record)
+
+
+async def _settled(futures: Sequence[Future], timeout_s: float) -> None:
+    """Return when all of them are done, or one has failed. Raises DeadlineError.
+
+    One call into the loop for all of them: asyncio's own way makes one per future.
+    """
+    loop = asyncio.get_running_loop()
+    done, lock, left = loop.create_future(), threading.Lock(), len(futures)
+
+    def wake() -> None:
+        if not done.done():
+            done.set_result(None)
+
+    def settled(future: Future) -> None:
+        nonlocal left
+        with lock:
+            left -= 1
+            last = left == 0
+        if last or (not future.cancelled() and future.exception() is not None):
+            loop.call_soon_threadsafe(wake)
+
+    for future in futures:
+        future.add_done_callback(settled)
+    timer = loop.call_later(timeout_s, wake)
+    try:
+        await done
+    finally:
+        timer.cancel()
+    for future in futures:
+        if future.done() and not future.cancelled() and (error := future.exception()) is not None:
+            raise error
+    if not all(future.done() for future in futures):
+        raise DeadlineError(f"the request was not answered within {timeout_s:.3g} s: its answer is dropped")
+
+
+__all__ = ["ALL_OUTPUTS", "Patience", "ServedModel", "Tokens"]
