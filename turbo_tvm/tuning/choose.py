@@ -16,7 +16,7 @@ from turbo_tvm.tuning.search import Observation, key
 
 LEAST_GAIN = 1.01  # below that it is noise, or not worth code of its own
 
-VARIANT_COST = 1.03  # what code of its own must gain on the mean over the buckets: it takes a second to compile
+VARIANT_COST = 1.05  # what code of its own must gain on the mean over the buckets: it takes a second to compile
 
 _FINALISTS = 2  # of each bucket
 

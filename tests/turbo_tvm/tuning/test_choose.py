@@ -86,7 +86,7 @@ def test_a_setting_may_come_twice():
     assert choices == [Choice({"a": 1}, 32), Choice({}, 128), Choice({"a": 1}, None)]
 
 
-@pytest.mark.parametrize("gain,wanted", [(1.33, [1]), (1.38, [2, 1])])
+@pytest.mark.parametrize("gain,wanted", [(1.44, [1]), (1.48, [2, 1])])
 def test_a_second_setting_must_be_worth_it(gain, wanted):
     first = Observation({"a": 1}, dict.fromkeys(ALL_BOUNDS, 1.2))
     second = Observation({"a": 2}, {16: gain, 64: 1.0, 256: 1.0, 1024: 1.0})
