@@ -80,12 +80,7 @@ async def infer(
     real = list(dict.fromkeys(_real_name(model, name) for name in names))
     patience = _patience(context, parameters)
     answers = await model.answer(requests, patience, real[0] if len(real) == 1 else ALL_OUTPUTS)
-    columns = {
-        name: answers
-        if len(real) == 1 and not isinstance(answers[0], Mapping)
-        else [answer[name] for answer in answers]
-        for name in real
-    }
+    columns = {real[0]: answers} if len(real) == 1 else {name: [one[name] for one in answers] for name in real}
     kinds = {spec.name: spec.kind for spec in model.outputs}
     found = []
     for name in names:
