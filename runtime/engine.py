@@ -115,6 +115,16 @@ class Engine:
         """The caps on a batch."""
         return self._limits
 
+    @property
+    def waiting(self) -> int:
+        """Requests in the queue."""
+        return len(self._queue)
+
+    @property
+    def max_queue(self) -> int:
+        """Requests that may wait."""
+        return self._queue.max_queue
+
     def start(self) -> Engine:
         """Measure what batches cost if that is not known, which takes seconds, and begin to answer."""
         with self._state:
@@ -215,16 +225,6 @@ class Engine:
 
     async def __aexit__(self, kind: object, *_: object) -> None:
         await asyncio.to_thread(partial(self.close, drain=kind is None))
-
-    @property
-    def waiting(self) -> int:
-        """Requests in the queue."""
-        return len(self._queue)
-
-    @property
-    def max_queue(self) -> int:
-        """Requests that may wait."""
-        return self._queue.max_queue
 
     def _named(self, output: str) -> str | None:
         return None if output == ALL_OUTPUTS else self._models[0].output_name(output)

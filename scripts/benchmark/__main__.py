@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -262,8 +264,6 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def settings(args: argparse.Namespace, argv: list[str]) -> Settings:
-    from turbo_tvm import config
-
     names = args.models or (["minilm-l6"] if args.quick else list(MODELS))
     usual = QUICK_LIMITS if args.quick else {"rounds": Limits.rounds, "seconds": Limits.seconds}
     rounds = args.rounds or int(usual["rounds"])
@@ -272,110 +272,36 @@ def settings(args: argparse.Namespace, argv: list[str]) -> Settings:
         min_rounds=min(args.min_rounds, rounds),
         seconds=usual["seconds"] if args.seconds is None else args.seconds,
     )
-    return Settings(
-        command=shlex.join(["scripts/bench", *argv]),
-        models={name: MODELS[name] for name in names},
-        precisions=tuple(args.precisions),
-        threads=config.num_threads(args.threads),
-        seed=args.seed,
-        out=args.out,
-        limits=limits,
-        only=args.only,
-        quick=args.quick,
-        resume=args.resume,
-        rivals=tuple(args.rivals) if args.rivals else None,
-    )
+    return settings_of(Settings, args, argv, models={name: MODELS[name] for name in names}, limits=limits)
+
+
+def settings_of(kind: Any, args: argparse.Namespace, argv: list[str], **others: Any) -> Any:
+    """A command's settings: fields that are called as its options are, and others."""
+    from turbo_tvm import config
+
+    given = {field.name: getattr(args, field.name) for field in fields(kind) if hasattr(args, field.name)}
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    given |= {"command": shlex.join(["scripts/bench", *argv]), "threads": config.num_threads(args.threads)}
+    return kind(**given | others)
 
 
 def memory_settings(args: argparse.Namespace, argv: list[str]) -> memory.Settings:
-    from turbo_tvm import config
-
-    return memory.Settings(
-        command=shlex.join(["scripts/bench", *argv]),
-        model=args.model,
-        sizes=MODELS[args.model],
-        measured=args.measured,
-        threads=config.num_threads(args.threads),
-        seed=args.seed,
-        out=args.out,
-    )
+    return settings_of(memory.Settings, args, argv, sizes=MODELS[args.model])
 
 
 def serving_settings(args: argparse.Namespace, argv: list[str]) -> serving.Settings:
-    from turbo_tvm import config
-
-    return serving.Settings(
-        command=shlex.join(["scripts/bench", *argv]),
+    return settings_of(
+        serving.Settings,
+        args,
+        argv,
         models={name: MODELS[name] for name in args.models},
-        precisions=tuple(args.precisions),
         ranges=tuple(args.lengths),
-        layouts=tuple(args.layouts),
         policies=tuple(p for p in serving.POLICIES if p in args.policies),
-        fractions=tuple(args.fractions),
-        seconds=args.seconds,
-        longest=args.longest,
-        threads=config.num_threads(args.threads),
-        seed=args.seed,
-        out=args.out,
-        resume=args.resume,
     )
 
 
 def tuning_settings(args: argparse.Namespace, argv: list[str]) -> tuning.Settings:
-    from turbo_tvm import config
-
-    return tuning.Settings(
-        command=shlex.join(["scripts/bench", *argv]),
-        models={name: MODELS[name] for name in args.models},
-        precisions=tuple(args.precisions),
-        logs=args.logs,
-        threads=config.num_threads(args.threads),
-        seed=args.seed,
-        seconds=args.seconds,
-        out=args.out,
-        only=args.only,
-    )
-
-
-def server_settings(args: argparse.Namespace, argv: list[str]) -> server.Settings:
-    from turbo_tvm import config
-
-    return server.Settings(
-        command=shlex.join(["scripts/bench", *argv]),
-        artifacts=tuple(args.artifacts),
-        texts=args.texts,
-        rounds=args.rounds,
-        seconds=args.seconds,
-        threads=config.num_threads(args.threads),
-        seed=args.seed,
-        out=args.out,
-    )
-
-
-def soak_settings(args: argparse.Namespace, argv: list[str]) -> soak.Settings:
-    from turbo_tvm import config
-
-    return soak.Settings(
-        command=shlex.join(["scripts/bench", *argv]),
-        artifact=args.artifact,
-        minutes=args.minutes,
-        threads=config.num_threads(args.threads),
-        seed=args.seed,
-        out=args.out,
-    )
-
-
-def searches_settings(args: argparse.Namespace, argv: list[str]) -> searches.Settings:
-    from turbo_tvm import config
-
-    return searches.Settings(
-        command=shlex.join(["scripts/bench", *argv]),
-        artifacts=tuple(args.artifacts),
-        logs=tuple(args.logs),
-        kernels=tuple(args.kernels),
-        threads=config.num_threads(args.threads),
-        out=args.out,
-    )
+    return settings_of(tuning.Settings, args, argv, models={name: MODELS[name] for name in args.models})
 
 
 def main(argv: list[str]) -> int:
@@ -402,11 +328,11 @@ def main(argv: list[str]) -> int:
         elif args.command == "tuning":
             tuning.run(tuning_settings(args, argv), console)
         elif args.command == "server":
-            server.run(server_settings(args, argv), console)
+            server.run(settings_of(server.Settings, args, argv), console)
         elif args.command == "soak":
-            soak.run(soak_settings(args, argv), console)
+            soak.run(settings_of(soak.Settings, args, argv), console)
         elif args.command == "searches":
-            searches.run(searches_settings(args, argv), console)
+            searches.run(settings_of(searches.Settings, args, argv), console)
         elif args.command == "scheduler":
             scheduling.run(shlex.join(["scripts/bench", *argv]), args.seed, args.requests, args.out, console)
         elif args.command == "serving":

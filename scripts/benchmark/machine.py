@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import time
+from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,16 @@ def revision() -> str | None:
     except OSError:
         return None
     return done.stdout.strip() or None
+
+
+def measured_by(command: str, threads: int) -> dict[str, Any]:
+    """The head of a report: what was typed, when, on which sources and machine."""
+    return {
+        "command": command,
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "revision": revision(),
+        "machine": describe(threads),
+    }
 
 
 def load_average() -> list[float]:

@@ -15,7 +15,6 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -72,10 +71,7 @@ def run(settings: Settings, console: Console) -> None:
     report = {
         "model": settings.model,
         "seed": settings.seed,
-        "command": settings.command,
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "revision": machine.revision(),
-        "machine": machine.describe(threads),
+        **machine.measured_by(settings.command, threads),
         "traces": streams,
         "planned": planned,
         "times": times,

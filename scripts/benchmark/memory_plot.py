@@ -5,20 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .plots import HINT, PlotsAbsent
+from .plots import new_figure
 
 MB = 1e6
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
     """Write the PNG. Raises PlotsAbsent without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise PlotsAbsent(HINT) from error
     planned, measured = report["planned"], report["measured"]
     rows = 2 if measured else 1
-    figure = Figure(figsize=(4.5 * len(planned), 4.2 * rows), layout="constrained")
+    figure = new_figure(4.5 * len(planned), 4.2 * rows)
     axes = figure.subplots(rows, len(planned), squeeze=False)
     figure.suptitle(f"{report['model']}: memory between kernels, {report['machine']['cpu']}")
     for axis, (trace, by_strategy) in zip(axes[0], planned.items(), strict=True):

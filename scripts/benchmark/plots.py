@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
 
 from . import figures
 from .contenders import OURS, RIVALS
@@ -20,17 +23,27 @@ class PlotsAbsent(Exception):
     """There is nothing to draw with; the message says what to install."""
 
 
-def draw(result: dict[str, Any], path: Path, title: str) -> None:
-    """Write the PNG. Raises PlotsAbsent without matplotlib."""
+def new_figure(width: float, height: float) -> Any:
+    """An empty figure of so many inches, without pyplot, which wants a display. Raises PlotsAbsent."""
     try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib.figure import Figure
+        import matplotlib.figure
     except ImportError as error:
         raise PlotsAbsent(HINT) from error
+    return matplotlib.figure.Figure(figsize=(width, height), layout="constrained")
+
+
+def write_plot(draw: Callable[[Any, Path], None], report: Any, path: Path, console: Console) -> None:
+    """Draw a report, or say why there is no picture."""
+    try:
+        draw(report, path)
+    except PlotsAbsent as absent:
+        console.print(str(absent), markup=False)
+
+
+def draw(result: dict[str, Any], path: Path, title: str) -> None:
+    """Write the PNG. Raises PlotsAbsent without matplotlib."""
+    figure = new_figure(15, 10)
     batches = sorted({len(w["lengths"]) for w in figures.grid(result)})
-    figure = Figure(figsize=(15, 10), layout="constrained")
     above, below = figure.subfigures(2, 1, squeeze=False)[:, 0]
     machine = result["machine"]
     figure.suptitle(f"{title}: {machine['cpu']}, {machine['threads']} threads")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -39,10 +38,7 @@ def run(command: str, seed: int, requests: int, out: Path, console: Console) -> 
         simulated[policy] = simulated_time(policy, cost, requests, seed)
         console.print(f"{requests:,} requests over {REPLICAS} replicas, {policy}: {simulated[policy]['seconds']:.1f} s")
     report = {
-        "command": command,
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "revision": machine.revision(),
-        "machine": machine.describe(1),
+        **machine.measured_by(command, 1),
         "planning_s": planning,
         "requests": requests,
         "simulated": simulated,

@@ -6,7 +6,6 @@ import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from . import machine
-from .plots import HINT
+from .plots import new_figure, write_plot
 from .report import markdown_row
 from .results import write_json
 
@@ -36,10 +35,7 @@ class Settings:
 def run(settings: Settings, console: Console) -> None:
     """Measure every kernel that all of the logs have, and write `searches.json`, `.md` and `.png`."""
     report: dict[str, Any] = {
-        "command": settings.command,
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "revision": machine.revision(),
-        "machine": machine.describe(settings.threads),
+        **machine.measured_by(settings.command, settings.threads),
         "reference": str(settings.logs[0]),
         "kernels": [],
         "curves": [],
@@ -48,7 +44,7 @@ def run(settings: Settings, console: Console) -> None:
         _measure(path, settings, report, console)
     write_json(settings.out / "searches.json", report)
     (settings.out / "searches.md").write_text(markdown(report))
-    draw(report, settings.out / "searches.png", console)
+    write_plot(draw, report, settings.out / "searches.png", console)
     console.print(f"{settings.out}/: searches.json, searches.md")
 
 
@@ -129,14 +125,12 @@ def _how(one: Mapping[str, Any]) -> str:
     return f"{one['search']}, seed {one['seed']}, {one['trials']} trials"
 
 
-def draw(report: Mapping[str, Any], path: Path, console: Console) -> None:
-    """Best so far against trials: the mean over the kernels of each directory, as the trials saw it."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        console.print(HINT)
-        return
-    figure = Figure(figsize=(8, 5), layout="constrained")
+def draw(report: Mapping[str, Any], path: Path) -> None:
+    """Best so far against trials: the mean over the kernels of each directory, as the trials saw it.
+
+    Raises PlotsAbsent.
+    """
+    figure = new_figure(8, 5)
     axes = figure.add_subplot()
     for number, (logs, search) in enumerate(dict.fromkeys((c["logs"], c["search"]) for c in report["curves"])):
         mine = [c["best"] for c in report["curves"] if (c["logs"], c["search"]) == (logs, search)]

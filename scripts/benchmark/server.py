@@ -13,21 +13,21 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from rich.console import Console
 
 from . import machine
 from .http_load import Answers, closed_loop, open_loop
-from .plots import HINT
+from .plots import new_figure, write_plot
 from .report import markdown_row
 from .results import write_json
 
@@ -75,10 +75,7 @@ def run(settings: Settings, console: Console) -> None:
     """Measure and write `server.json`, with every latency, `server.md` and `server.png`."""
     texts = sentences(settings.texts, settings.seed)
     report: dict[str, Any] = {
-        "command": settings.command,
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "revision": machine.revision(),
-        "machine": machine.describe(settings.threads),
+        **machine.measured_by(settings.command, settings.threads),
         "words": [len(text.split()) for text in texts],
         "absent": {},
         "closed": [],
@@ -97,7 +94,7 @@ def run(settings: Settings, console: Console) -> None:
         _open_loops(report, contenders, texts, settings, console)
     write_json(settings.out / "server.json", report)
     (settings.out / "server.md").write_text(markdown(report))
-    draw(report, settings.out / "server.png", console)
+    write_plot(draw, report, settings.out / "server.png", console)
     console.print(f"{settings.out}/: server.json, server.md")
 
 
@@ -220,30 +217,33 @@ def _install() -> None:
 @contextmanager
 def _process(command: Sequence[str], port: int, path: str, environment: dict[str, str]) -> Iterator[int]:
     """A server, from when it answers until it is no longer needed. OSError if it does not start."""
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **environment})
+        try:
+            _await(process, f"http://127.0.0.1:{port}{path}", log)
+            yield process.pid
+        finally:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+def _await(process: subprocess.Popen, url: str, log: IO[str]) -> None:
+    """Return when the server answers. OSError if it ends, or takes too long."""
     import httpx
 
-    log = Path(f"/tmp/turbo_tvm_bench_{port}.log")
-    with log.open("wb") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=out, env={**os.environ, **environment})
-    try:
-        deadline = time.monotonic() + 180
-        while True:
-            try:
-                if httpx.get(f"http://127.0.0.1:{port}{path}", timeout=5).status_code == 200:
-                    break
-            except httpx.TransportError:
-                pass
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise OSError(f"it does not start: {log.read_text()[-300:]}")
-            time.sleep(0.2)
-        yield process.pid
-    finally:
-        process.send_signal(signal.SIGTERM)
+    deadline = time.monotonic() + 180
+    while process.poll() is None and time.monotonic() < deadline:
         try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-        log.unlink(missing_ok=True)
+            if httpx.get(url, timeout=5).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.2)
+    log.seek(0)
+    raise OSError(f"it does not start: {log.read()[-300:]}")
 
 
 def _free_port() -> int:
@@ -306,14 +306,9 @@ def _open_cell(report: dict[str, Any], name: str, each: float) -> str:
     return "–"
 
 
-def draw(report: dict[str, Any], path: Path, console: Console) -> None:
-    """Rate against p50 and p99."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        console.print(HINT)
-        return
-    figure = Figure(figsize=(8, 5), layout="constrained")
+def draw(report: Mapping[str, Any], path: Path) -> None:
+    """Rate against p50 and p99. Raises PlotsAbsent."""
+    figure = new_figure(8, 5)
     axes = figure.add_subplot()
     for number, name in enumerate(dict.fromkeys(one["server"] for one in report["open"])):
         mine = sorted((one for one in report["open"] if one["server"] == name), key=lambda one: one["rate"])

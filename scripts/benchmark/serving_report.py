@@ -12,7 +12,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from .plots import HINT, PlotsAbsent
+from .plots import new_figure, write_plot
 from .report import markdown_row
 from .results import write_json
 
@@ -44,10 +44,7 @@ def write(report: dict[str, Any], out: Path, console: Console) -> None:
     """`serving.json` with every latency, `serving.md`, and `serving.png` if matplotlib is there."""
     write_json(out / "serving.json", report)
     (out / "serving.md").write_text(markdown(report))
-    try:
-        draw(report, out / "serving.png")
-    except PlotsAbsent as absent:
-        console.print(str(absent), markup=False)
+    write_plot(draw, report, out / "serving.png", console)
 
 
 def critical(trials: Sequence[dict[str, Any]]) -> tuple[float, float | None]:
@@ -153,14 +150,10 @@ def markdown(report: dict[str, Any]) -> str:
 
 def draw(report: dict[str, Any], path: Path) -> None:
     """Mean and p99 latency against rate, a panel per load: measured with solid lines, simulated with dashed ones."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise PlotsAbsent(HINT) from error
     loads = report["loads"]
     columns = min(3, len(loads))
     lines = -(-len(loads) // columns)
-    figure = Figure(figsize=(6 * columns, 4.4 * lines), layout="constrained")
+    figure = new_figure(6 * columns, 4.4 * lines)
     axes = figure.subplots(lines, columns, squeeze=False).flatten()
     for axis, (name, load) in zip(axes, loads.items(), strict=False):
         for policy, trials in load["trials"].items():

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 from rich.console import Console
 
 from . import machine
-from .plots import HINT
+from .plots import new_figure, write_plot
 from .results import write_json
 from .server import Contender, ask_closed, ask_open, ours, sentences
 
@@ -40,12 +40,7 @@ class Settings:
 def run(settings: Settings, console: Console) -> None:
     """Measure and write `soak.json`, `soak.md` and `soak.png`."""
     texts = sentences(600, settings.seed)
-    report: dict[str, Any] = {
-        "command": settings.command,
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "revision": machine.revision(),
-        "machine": machine.describe(settings.threads),
-    }
+    report = machine.measured_by(settings.command, settings.threads)
     with ours(settings.artifact, settings.threads, MAX_QUEUE) as server, _Memory(server.pid) as memory:
         ask_closed(server, texts[:100], 8)
         critical = min(ask_closed(server, texts, 32).rate for _ in range(LOOPS))
@@ -58,7 +53,7 @@ def run(settings: Settings, console: Console) -> None:
         report["after"] = _load(server, texts, 0.5 * critical, 10.0, settings.seed + 2)
     write_json(settings.out / "soak.json", report)
     (settings.out / "soak.md").write_text(markdown(report))
-    draw(report, settings.out / "soak.png", console)
+    write_plot(draw, report, settings.out / "soak.png", console)
     console.print(markdown(report))
 
 
@@ -146,14 +141,9 @@ def _times(one: dict[str, Any]) -> str:
     return f"p50 {p50:.1f} ms, p99 {p99:.1f} ms"
 
 
-def draw(report: dict[str, Any], path: Path, console: Console) -> None:
-    """Resident memory over time."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        console.print(HINT)
-        return
-    figure = Figure(figsize=(8, 3.5), layout="constrained")
+def draw(report: Mapping[str, Any], path: Path) -> None:
+    """Resident memory over time. Raises PlotsAbsent."""
+    figure = new_figure(8, 3.5)
     axes = figure.add_subplot()
     axes.plot([at for at, _ in report["rss"]], [size / 2**20 for _, size in report["rss"]])
     axes.set(xlabel="seconds", ylabel="resident memory in MiB", ylim=(0, None))

@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from statistics import geometric_mean, median
 from typing import Any
@@ -41,10 +40,7 @@ class Settings:
 def run(settings: Settings, console: Console) -> None:
     """Measure every model and write `tuned.json`, with every sample, and `tuned.md`."""
     report: dict[str, Any] = {
-        "command": settings.command,
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "revision": machine.revision(),
-        "machine": machine.describe(settings.threads),
+        **machine.measured_by(settings.command, settings.threads),
         "models": {},
     }
     for name, sizes in settings.models.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,9 @@ _MODULES = [
 ]
 
 
-def tokenizer() -> Tokenizer:
-    """WordPiece over some words and letters, with BERT's special tokens."""
-    made = Tokenizer(models.WordPiece({word: i for i, word in enumerate(VOCABULARY)}, unk_token="[UNK]"))
+def tokenizer(vocabulary: Sequence[str] = VOCABULARY) -> Tokenizer:
+    """WordPiece over these words, which begin with BERT's special tokens."""
+    made = Tokenizer(models.WordPiece({word: i for i, word in enumerate(vocabulary)}, unk_token="[UNK]"))
     made.add_special_tokens(SPECIAL)
     made.normalizer = normalizers.BertNormalizer()
     made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -34,16 +35,17 @@ def tokenizer() -> Tokenizer:
     return made
 
 
-def _config(**more: Any) -> Any:
+def config(vocabulary: Sequence[str] = VOCABULARY, max_length: int = MAX_LENGTH, **more: Any) -> Any:
+    """A BERT of hidden 32, 1 layer, 2 heads."""
     from transformers import BertConfig
 
     return BertConfig(
-        vocab_size=len(VOCABULARY),
+        vocab_size=len(vocabulary),
         hidden_size=32,
         num_hidden_layers=1,
         num_attention_heads=2,
         intermediate_size=64,
-        max_position_embeddings=MAX_LENGTH,
+        max_position_embeddings=max_length,
         **more,
     )
 
@@ -54,7 +56,7 @@ def embedder_folder(folder: Path) -> Path:
     from transformers import BertModel
 
     torch.manual_seed(1)
-    BertModel(_config()).save_pretrained(folder)
+    BertModel(config()).save_pretrained(folder)
     tokenizer().save(str(folder / "tokenizer.json"))
     (folder / "modules.json").write_text(json.dumps(_MODULES))
     for name in ("1_Pooling", "2_Normalize"):
@@ -70,6 +72,6 @@ def classifier_folder(folder: Path, labels: int) -> Path:
     from transformers import BertForSequenceClassification
 
     torch.manual_seed(2)
-    BertForSequenceClassification(_config(num_labels=labels)).save_pretrained(folder)
+    BertForSequenceClassification(config(num_labels=labels)).save_pretrained(folder)
     tokenizer().save(str(folder / "tokenizer.json"))
     return folder

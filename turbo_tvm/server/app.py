@@ -14,6 +14,7 @@ import orjson
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
@@ -24,10 +25,7 @@ from turbo_tvm.server.endpoint import (
     Call,
     Endpoint,
     Protocol,
-    Receive,
     Reply,
-    Scope,
-    Send,
     Served,
     error_reply,
     json_reply,
@@ -183,27 +181,18 @@ def _form_of(path: str) -> Form:
     return kserve_form if path.startswith("/v2") else openai_form if path.startswith("/v1") else tei_form
 
 
-class _Answer:
-    """A reply as Starlette's exception handlers return it: an ASGI application."""
-
-    def __init__(self, reply: Reply):
-        self._reply = reply
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = [(b"content-type", self._reply.content_type.encode())]
-        headers += [(name.encode(), value.encode()) for name, value in self._reply.headers.items()]
-        headers.append((b"content-length", str(len(self._reply.body)).encode()))
-        await send({"type": "http.response.start", "status": self._reply.status, "headers": headers})
-        await send({"type": "http.response.body", "body": self._reply.body})
-
-
-async def _nothing_there(request: Any, _: Exception) -> Any:
-    problem = Problem(errors.NOT_FOUND, f"there is nothing at {request.url.path[:200]}: see /openapi.json")
-    return _Answer(error_reply(problem, _form_of(request.url.path)))
-
-
-async def _wrong_method(request: Any, error: Any) -> Any:
-    problem = Problem(errors.NOT_ALLOWED, f"{request.method} is not a method of {request.url.path[:200]}")
+def _response(problem: Problem, request: Any, allow: str | None = None) -> Response:
+    """What Starlette answers where no endpoint is."""
     reply = error_reply(problem, _form_of(request.url.path))
-    reply.headers |= {name: value for name, value in (error.headers or {}).items() if name.lower() == "allow"}
-    return _Answer(reply)
+    headers = reply.headers if allow is None else reply.headers | {"allow": allow}
+    return Response(reply.body, reply.status, headers, reply.content_type)
+
+
+async def _nothing_there(request: Any, _: Exception) -> Response:
+    problem = Problem(errors.NOT_FOUND, f"there is nothing at {request.url.path[:200]}: see /openapi.json")
+    return _response(problem, request)
+
+
+async def _wrong_method(request: Any, error: Any) -> Response:
+    problem = Problem(errors.NOT_ALLOWED, f"{request.method} is not a method of {request.url.path[:200]}")
+    return _response(problem, request, (error.headers or {}).get("Allow"))

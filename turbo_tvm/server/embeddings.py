@@ -31,7 +31,7 @@ async def requests_of(call: Call, model: ServedModel, inputs: Inputs, name: str)
         need_tokenizer(model)
         return await model.tokenize(listed)
     if all(isinstance(one, list) for one in listed):
-        return [model.checked_ids(one) for one in listed]
+        return [Tokens(one) for one in listed]
     raise Problem(errors.UNPROCESSABLE, f"{name} mixes texts and token ids: send one kind", param=name)
 
 

@@ -70,7 +70,6 @@ class Call:
     id: str
     headers: Mapping[bytes, bytes]
     path: Mapping[str, str]
-    query: bytes
     raw: bytes = b""
     body: Any = None
     gone: bool = False
@@ -116,7 +115,7 @@ class Served:
         """Answer one request."""
         started = time.perf_counter()
         endpoint, headers = self._endpoint, dict(scope["headers"])
-        call = Call(self._context, _request_id(headers), headers, scope["path_params"], scope["query_string"])
+        call = Call(self._context, _request_id(headers), headers, scope["path_params"])
         outcome = "answered"
         try:
             try:
@@ -200,10 +199,13 @@ async def _body(headers: Mapping[bytes, bytes], receive: Receive, limit: int) ->
     if declared.isdigit() and int(declared[:20]) > limit:
         raise _too_large(limit)
     message = await _received(receive)
+    begun = message.get("body", b"")
+    if len(begun) > limit:
+        raise _too_large(limit)
     if not message.get("more_body"):
-        return _checked(message.get("body", b""), limit)
+        return begun
     try:
-        return await asyncio.wait_for(_rest(message.get("body", b""), receive, limit), BODY_S)
+        return await asyncio.wait_for(_rest(begun, receive, limit), BODY_S)
     except asyncio.TimeoutError:
         raise Problem(errors.SLOW_BODY, f"the body did not arrive within {BODY_S:.0f} s") from None
 
@@ -226,12 +228,6 @@ async def _received(receive: Receive) -> MutableMapping[str, Any]:
     if message["type"] == "http.disconnect":
         raise Disconnected
     return message
-
-
-def _checked(body: bytes, limit: int) -> bytes:
-    if len(body) > limit:
-        raise _too_large(limit)
-    return body
 
 
 def _too_large(limit: int) -> Problem:

@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 
 from turbo_tvm import __version__
+from turbo_tvm.runtime.engine import ALL_OUTPUTS
 from turbo_tvm.server import errors
 from turbo_tvm.server.context import Context
 from turbo_tvm.server.errors import Problem
-from turbo_tvm.server.served_model import ALL_OUTPUTS, Patience, ServedModel, Tokens
+from turbo_tvm.server.served_model import Patience, ServedModel, Tokens
 from turbo_tvm.server.tensors import BYTES, Tensor, texts
 
 NAME = "turbo_tvm"

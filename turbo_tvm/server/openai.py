@@ -84,7 +84,7 @@ async def _embeddings(call: Call) -> Reply:
 
 def _spelt(vector: np.ndarray, form: str) -> np.ndarray | str:
     if form == "float":
-        return np.ascontiguousarray(vector)
+        return vector
     return base64.b64encode(vector.astype("<f4").tobytes()).decode()
 
 

@@ -51,7 +51,7 @@ class Repository:
         return self._models[path.stem]
 
     def _serve(self, name: str, model: CompiledModel, path: Path) -> ServedModel:
-        served = ServedModel(name, model, self._settings, self._metrics.of_model(name), str(path))
+        served = ServedModel(name, model, self._settings, self._metrics.of_model(name))
         _LOG.info("model %s is served from %s", name, path)
         return served
 

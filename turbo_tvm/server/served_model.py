@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from turbo_tvm.errors import DeadlineError, InputError
-from turbo_tvm.runtime.engine import ALL_OUTPUTS, Engine
+from turbo_tvm.errors import DeadlineError
+from turbo_tvm.runtime.engine import Engine
 from turbo_tvm.runtime.engine_statistics import BatchRecord
 from turbo_tvm.runtime.manifest import OutputSpec
 from turbo_tvm.runtime.model import CompiledModel
@@ -28,9 +28,12 @@ _SCORES = ("logits",)  # outputs of classifiers, by the name that transformers g
 
 @dataclass(frozen=True)
 class Tokens:
-    """One request for the engine. token_type_ids: None where the model takes none; whole: nothing was cut off."""
+    """One request for the engine, which checks it; ids may be an image too.
 
-    ids: np.ndarray
+    token_type_ids: None where the model takes none; whole: nothing was cut off.
+    """
+
+    ids: np.ndarray | Sequence[int]
     token_type_ids: np.ndarray | None = None
     whole: bool = True
 
@@ -46,8 +49,8 @@ class Patience:
 class ServedModel:
     """A compiled model with its engine. Made and closed in a thread, used from the event loop."""
 
-    def __init__(self, name: str, model: CompiledModel, settings: Settings, metrics: ModelMetrics, file: str = ""):
-        self.name, self.model, self.file = name, model, file
+    def __init__(self, name: str, model: CompiledModel, settings: Settings, metrics: ModelMetrics):
+        self.name, self.model = name, model
         self.metrics, self.live = metrics, Live()
         if model.has_tokenizer:
             model.tokenizer.encodings(["the first text takes longest"])
@@ -142,7 +145,8 @@ class ServedModel:
     async def answer(self, requests: Sequence[Tokens], patience: Patience, output: str | None = None) -> list[Any]:
         """The answers, in order; if one fails or nobody waits any more, what still waits of the others is cancelled.
 
-        output: which one, by default the main one; ALL_OUTPUTS for all. Raises TurboError; DeadlineError in time.
+        output: which one, by default the main one; the engine's ALL_OUTPUTS for all. Raises TurboError; DeadlineError
+        in time.
         """
         futures: list[Future] = []
         try:
@@ -164,21 +168,6 @@ class ServedModel:
                 future.cancel()
             raise
         return [future.result() for future in futures]
-
-    async def images(self, images: Sequence[np.ndarray], patience: Patience, output: str | None = None) -> list[Any]:
-        """The same for images, (channels, height, width) each."""
-        return await self.answer([Tokens(image) for image in images], patience, output)
-
-    def checked_ids(self, ids: Sequence[int]) -> Tokens:
-        """Token ids that a client sent. Raises InputError."""
-        if not self.takes_text:
-            raise InputError(f"the model {self.name} takes images, not token ids")
-        if len(ids) > self.max_length:
-            raise InputError(f"{len(ids)} tokens are too many: the model {self.name} takes up to {self.max_length}")
-        vocabulary = self.model.manifest.bounds.vocab_size
-        if not ids or min(ids) < 0 or max(ids) >= vocabulary:
-            raise InputError(f"token ids are at least one whole number from 0 to {vocabulary - 1}")
-        return Tokens(np.array(ids, np.int32))
 
     def _note(self, record: BatchRecord) -> None:
         self.metrics.batch(record)
@@ -217,6 +206,3 @@ async def _settled(futures: Sequence[Future], timeout_s: float) -> None:
             raise error
     if not all(future.done() for future in futures):
         raise DeadlineError(f"the request was not answered within {timeout_s:.3g} s: its answer is dropped")
-
-
-__all__ = ["ALL_OUTPUTS", "Patience", "ServedModel", "Tokens"]

@@ -143,7 +143,7 @@ async def _embed(call: Call) -> Reply:
     if not body.truncate:
         embeddings.check_whole(model, requests)
     vectors = embeddings.shortened(await embeddings.embed(call, model, requests), body.dimensions)
-    return json_reply([embeddings.unit(vector) if body.normalize else vector for vector in map(np.array, vectors)])
+    return json_reply([embeddings.unit(vector) if body.normalize else vector for vector in vectors])
 
 
 async def _embed_all(call: Call) -> Reply:
@@ -155,8 +155,7 @@ async def _embed_all(call: Call) -> Reply:
     requests = await embeddings.requests_of(call, model, body.inputs, "inputs")
     if not body.truncate:
         embeddings.check_whole(model, requests)
-    found = await model.answer(requests, embeddings.patience(call), spec.name)
-    return json_reply([np.ascontiguousarray(one) for one in found])
+    return json_reply(await model.answer(requests, embeddings.patience(call), spec.name))
 
 
 async def _predict(call: Call) -> Reply:
@@ -314,7 +313,7 @@ def _converted(plain: dict[str, Any], kind: Any) -> Any:
         raise Problem(errors.UNPROCESSABLE, str(error)) from None
 
 
-_OWN = (413, 424)
+_OWN = (424,)
 
 
 def _endpoints(prefix: str) -> list[Endpoint]:
@@ -329,7 +328,7 @@ def _endpoints(prefix: str) -> list[Endpoint]:
         post("/similarity", _similarity, "Cosine similarities", SimilarityRequest, list[float]),
         post("/tokenize", _tokenize, "The tokens of texts", TokenizeRequest, list[list[Token]]),
         post("/decode", _decode, "The texts of token ids", DecodeRequest, list[str]),
-        Endpoint("GET", f"{prefix}/info", TEI, _info, "What is served", answer=Info, statuses=(404,)),
+        Endpoint("GET", f"{prefix}/info", TEI, _info, "What is served", answer=Info),
     ]
 
 
