@@ -206,7 +206,7 @@ def _infinity(settings: Settings, console: Console) -> Iterator[Contender]:
 
 def _install() -> None:
     subprocess.run([sys.executable, "-m", "venv", str(_RIVAL_VENV)], check=True)
-    packages = ["infinity-emb[torch,server]==0.0.78", "torch==2.13.0", "transformers<5", "optimum<2"]
+    packages = ["infinity-emb[torch,server]==0.0.78", "torch==2.13.0", "transformers<4.49", "optimum<2"]
     done = subprocess.run(
         [str(_RIVAL_VENV / "bin" / "pip"), "install", "-q", *packages], capture_output=True, text=True
     )
