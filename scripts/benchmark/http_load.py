@@ -43,6 +43,8 @@ class Connection:
 
     async def post(self, path: str, body: bytes) -> tuple[int, bytes]:
         """Status and body of the answer."""
+        if self._streams is not None and self._streams[0].at_eof():
+            self.close()  # the server hung up on a connection that nobody used for long
         if self._streams is None:
             self._streams = await asyncio.open_connection(self._host, self._port)
         reader, writer = self._streams
