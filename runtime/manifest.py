@@ -17,6 +17,7 @@ from turbo_tvm.runtime.strict_json import AGAIN, record_of, show, wrong_field
 
 __all__ = [
     "FORMAT_VERSION",
+    "LABELLED",
     "SYMBOLS",
     "Bounds",
     "BufferSpec",
@@ -35,7 +36,9 @@ __all__ = [
     "VariantSpec",
 ]
 
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
+
+LABELLED = "logits"  # the output that labels are for, by the name that transformers gives it
 
 # What a batch says about itself, by layout: tiles of token rows and of sequence rows; or sequences, the longest one in
 # tokens, and tiles of the rows of all of them.
@@ -261,7 +264,8 @@ class MemberSpec:
 class Manifest:
     """Everything about an artifact but its code, weights and tokenizer.
 
-    name: the model's. primary: the name of the main output, None for all of them. row_tile: rows (tokens) per matrix
+    name: the model's. primary: the name of the main output, None for all of them. labels: what the columns of a
+    classifier's output `logits` are called, none where the model does not say. row_tile: rows (tokens) per matrix
     tile; query_tile: query rows per attention task. relative_positions: attention looks at distances between tokens;
     pools_first: an output is made from a sequence's first token. buffers, parameters: in call order. steps: the kernels
     that a run calls, in order. device_kernels: what they take of each GPU; device_source: the sha256 of the source that
@@ -284,6 +288,7 @@ class Manifest:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[OutputSpec, ...]
     primary: str | None = None
+    labels: tuple[str, ...] = ()
     bounds: Bounds
     positions: PositionRule = PositionRule()
     relative_positions: bool = False
@@ -334,6 +339,9 @@ def _from_plain(plain: Any) -> Manifest:
     names = [output.name for output in manifest.outputs]
     if manifest.primary is not None and manifest.primary not in names:
         raise wrong_field("primary", f"one of the outputs {names}", manifest.primary)
+    columns = {output.name: output.columns for output in manifest.outputs}.get(LABELLED)
+    if manifest.labels and len(manifest.labels) != columns:
+        raise wrong_field("labels", f"one per column of {LABELLED}, {columns}", len(manifest.labels))
     return manifest
 
 

@@ -28,6 +28,7 @@ from turbo_tvm.runtime import gpu
 from turbo_tvm.runtime.cpu_features import check_host
 from turbo_tvm.runtime.executor import ForeignExecutor
 from turbo_tvm.runtime.manifest import (
+    LABELLED,
     BufferSpec,
     KernelSpec,
     Manifest,
@@ -306,6 +307,7 @@ def _manifest(
         inputs=tuple(TensorSpec(n, dtype, _KINDS.get(n, n)) for n, dtype in inputs),  # type: ignore[arg-type]
         outputs=outputs,
         primary=_primary(imported.output_names),
+        labels=_labels(imported, outputs),
         bounds=imported.bounds,
         positions=imported.positions,
         relative_positions=optimized.relative_positions,
@@ -319,6 +321,12 @@ def _manifest(
         declined=optimized.declined,
         source_parameters=imported.parameter_count,
     )
+
+
+def _labels(imported: Imported, outputs: tuple[OutputSpec, ...]) -> tuple[str, ...]:
+    """The labels of the logits: every configuration of transformers names two, also of models without a classifier."""
+    columns = next((output.columns for output in outputs if output.name == LABELLED), 0)
+    return imported.labels if len(imported.labels) == columns else ()
 
 
 def _pooled(token: int | None) -> PooledToken:

@@ -64,7 +64,10 @@ FULL = replace(
 )
 
 
-@pytest.mark.parametrize("manifest", [SMALL, FULL])
+CLASSIFIER = replace(SMALL, outputs=(OutputSpec("logits", "sequence", 2),), labels=("cat", "dog"))
+
+
+@pytest.mark.parametrize("manifest", [SMALL, FULL, CLASSIFIER])
 def test_round_trip(manifest):
     assert Manifest.from_json(manifest.to_json()) == manifest
     assert Manifest.from_json(manifest.to_json().encode()) == manifest
@@ -189,6 +192,9 @@ def test_writing_refuses_what_reading_would():
         replace(SMALL, row_tile=np.int64(12)).to_json()
     with pytest.raises(ArtifactError, match="primary"):
         replace(SMALL, primary="logits").to_json()
+    for wrong in (replace(CLASSIFIER, labels=("cat",)), replace(SMALL, labels=("cat", "dog"))):
+        with pytest.raises(ArtifactError, match="field labels must be one per column of logits"):
+            wrong.to_json()
 
 
 JSON = st.recursive(

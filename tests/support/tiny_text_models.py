@@ -66,12 +66,13 @@ def embedder_folder(folder: Path) -> Path:
     return folder
 
 
-def classifier_folder(folder: Path, labels: int) -> Path:
+def classifier_folder(folder: Path, labels: int, names: Sequence[str] = ()) -> Path:
     """A classifier of so many labels."""
     import torch
     from transformers import BertForSequenceClassification
 
     torch.manual_seed(2)
-    BertForSequenceClassification(config(num_labels=labels)).save_pretrained(folder)
+    named = {"id2label": dict(enumerate(names))} if names else {}
+    BertForSequenceClassification(config(num_labels=labels, **named)).save_pretrained(folder)
     tokenizer().save(str(folder / "tokenizer.json"))
     return folder

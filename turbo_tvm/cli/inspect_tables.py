@@ -13,6 +13,8 @@ from turbo_tvm.errors import TurboError
 from turbo_tvm.runtime import cpu_features
 from turbo_tvm.runtime.manifest import Bounds, KernelSpec, Manifest, OutputSpec, ParameterSpec, PooledToken
 
+_SHOWN = 8  # labels
+
 
 def show(file: Path, manifest: Manifest, lengths: list[int] | None) -> None:
     """Print everything on stdout."""
@@ -48,6 +50,7 @@ def _overview(file: Path, m: Manifest) -> dict[str, str]:
         "layout": f"{m.layout}{numbers.why_padded(m)}, {m.row_tile} rows per tile",
         "inputs": ", ".join(f"{i.name} {i.dtype}" for i in m.inputs),
         "outputs": ", ".join(_output(o, m.primary) for o in m.outputs),
+        **({"labels": _few(m.labels)} if m.labels else {}),
         "bounds": _bounds(m.bounds),
         "positions": m.positions.kind,
         **({} if m.pooled.kind == "none" else {"pooled token": _pooled(m.pooled)}),
@@ -55,6 +58,11 @@ def _overview(file: Path, m: Manifest) -> dict[str, str]:
         "costs": "; ".join(f"{name} (off by {cost.error:.1%})" for name, cost in m.costs.items())
         or "not measured: turbo-tvm cost",
     }
+
+
+def _few(labels: tuple[str, ...]) -> str:
+    shown = ", ".join(labels[:_SHOWN])
+    return shown if len(labels) <= _SHOWN else f"{shown}, ... ({len(labels):,})"
 
 
 def _verdict(manifest: Manifest) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from turbo_tvm.errors import UnsupportedModelError, summary
-from turbo_tvm.frontends.imported import ImageSample, Imported
+from turbo_tvm.frontends.imported import ImageSample, Imported, labels_in
 from turbo_tvm.frontends.patches import PIXELS, Size, patches_of, size_of
 from turbo_tvm.frontends.torch_export import to_relax
 from turbo_tvm.frontends.torch_wrapper import config_of, encoder_of, input_names_of, tensors_of
@@ -43,6 +43,7 @@ def import_images(model: nn.Module, name: str, image_size: Size | None) -> Impor
         bounds=bounds,
         positions=PositionRule("arange"),
         parameter_count=sum(p.numel() for p in model.parameters()),
+        labels=labels_in(getattr(config_of(model), "id2label", None)),
         sample=ImageSample(pixels.numpy(), {key: value.numpy() for key, value in outputs.items()}),
     )
 

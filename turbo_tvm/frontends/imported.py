@@ -70,6 +70,15 @@ class ImageSample:
         return {name: (np.asarray(answers[name]), wanted) for name, wanted in self.outputs.items()}
 
 
+def labels_in(named: Any) -> tuple[str, ...]:
+    """The labels in a configuration's `id2label`, whose keys are numbers or their spelling; none if one is missing."""
+    if not isinstance(named, Mapping):
+        return ()
+    found = {str(number): label for number, label in named.items()}
+    labels = tuple(found.get(str(i)) for i in range(len(found)))
+    return labels if all(isinstance(label, str) for label in labels) else ()
+
+
 def _difference(got: np.ndarray, wanted: np.ndarray) -> float:
     return float(np.abs(got - wanted).max() / max(np.abs(wanted).max(), 1e-6))
 
@@ -84,6 +93,7 @@ class Imported:
     weights: the values of `main`'s weight parameters, in order.
     output_names: one per output of `main`.
     tokenizer: the text of a `tokenizer.json`, if the model came with one.
+    labels: of a classifier, by column; models that are none may have some too.
     sample: a batch that the compiled model must answer like the original.
     """
 
@@ -96,4 +106,5 @@ class Imported:
     positions: PositionRule
     parameter_count: int
     tokenizer: str | None = None
+    labels: tuple[str, ...] = ()
     sample: Sample | ImageSample | None = None

@@ -1,4 +1,4 @@
-"""What lies beside an ONNX file, in folders as optimum writes them: its tokenizer, and how long a sequence may be."""
+"""What lies beside an ONNX file, in folders as optimum writes them: its tokenizer, labels, longest sequence."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from turbo_tvm.errors import UnsupportedModelError
+from turbo_tvm.frontends.imported import labels_in
 
 _PLACES = ("model.onnx", "onnx/model.onnx")
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
@@ -16,11 +17,14 @@ _LONGEST = (("sentence_bert_config.json", "max_seq_length"), ("config.json", "ma
 
 @dataclass(frozen=True)
 class Beside:
-    """name: the folder's, for a file that is only called model; tokenizer: the text of a `tokenizer.json`."""
+    """name: the folder's, for a file that is only called model; tokenizer: the text of a `tokenizer.json`; longest: in
+    tokens; labels: of a classifier.
+    """
 
     name: str
     tokenizer: str | None
     longest: int | None
+    labels: tuple[str, ...] = ()
 
 
 def file_in(folder: Path) -> Path | None:
@@ -36,19 +40,24 @@ def beside(path: Path) -> Beside:
     folder = folder.parent if folder.name == "onnx" else folder
     tokenizer = folder / "tokenizer.json"
     text = _read(tokenizer) if tokenizer.exists() else None
-    lengths = [_number(folder / name, key) for name, key in _LONGEST]
+    lengths = [_number(_settings(folder / name).get(key)) for name, key in _LONGEST]
+    labels = labels_in(_settings(folder / "config.json").get("id2label"))
     name = folder.name if path.stem == "model" and folder.name else path.stem
-    return Beside(name, text, next((n for n in lengths if n is not None), None))
+    return Beside(name, text, next((n for n in lengths if n is not None), None), labels)
 
 
-def _number(path: Path, key: str) -> int | None:
+def _settings(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, empty where there is none."""
     if not path.exists():
-        return None
+        return {}
     try:
         values: Any = json.loads(_read(path))
     except ValueError as error:
         raise UnsupportedModelError(f"{path} is not valid JSON: {error}") from error
-    value = values.get(key) if isinstance(values, dict) else None
+    return values if isinstance(values, dict) else {}
+
+
+def _number(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
 
 

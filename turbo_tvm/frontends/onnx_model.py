@@ -10,7 +10,7 @@ from tvm import ir, tirx
 from turbo_tvm.errors import UnsupportedModelError, summary
 from turbo_tvm.frontends.imported import DEFAULT_MAX_LENGTH, ImageSample, Imported, Sample
 from turbo_tvm.frontends.onnx_file import load_file
-from turbo_tvm.frontends.onnx_folder import beside
+from turbo_tvm.frontends.onnx_folder import Beside, beside
 from turbo_tvm.frontends.onnx_graph import OnnxGraph
 from turbo_tvm.frontends.onnx_inputs import OnnxInputs, read_inputs
 from turbo_tvm.frontends.onnx_reference import Reference, random_images, random_sample
@@ -42,7 +42,7 @@ def import_file(
     """
     try:
         found = beside(path)
-        return _import(path, name or found.name, max_length, tokenizer or found.tokenizer, image_size, found.longest)
+        return _import(path, name or found.name, max_length, tokenizer or found.tokenizer, image_size, found)
     except UnsupportedModelError:
         raise
     except Exception as error:  # whatever ONNX and TVM raise for a file that passed the checks
@@ -55,7 +55,7 @@ def _import(
     max_length: int | None,
     tokenizer: str | None,
     image_size: Size | None,
-    longest: int | None,
+    found: Beside,
 ) -> Imported:
     model = load_file(path)
     inputs = read_inputs(path, model, image_size)
@@ -73,7 +73,7 @@ def _import(
         if image_size is not None:
             raise UnsupportedModelError(f"{path} takes no images, so image_size={image_size} says nothing")
         limits = [*graph.sliced, *([inputs.length] if inputs.length else [])]
-        mod, bounds, rule = _text(path, mod, inputs, limits, max_length, longest)
+        mod, bounds, rule = _text(path, mod, inputs, limits, max_length, found.longest)
         batch = 2 * (inputs.batch or 1)
         length = min(_SAMPLED, bounds.max_length)
         sample = random_sample(reference, inputs, bounds, rule, np.random.default_rng(0), batch, length)
@@ -87,6 +87,7 @@ def _import(
         positions=rule,
         parameter_count=sum(int(np.prod(w.shape)) for w in weights),
         tokenizer=tokenizer,
+        labels=found.labels,
         sample=sample,
     )
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from turbo_tvm.errors import UnsupportedModelError, summary
 from turbo_tvm.frontends.images import import_images
-from turbo_tvm.frontends.imported import DEFAULT_MAX_LENGTH, TOLERANCES, Imported, Sample
+from turbo_tvm.frontends.imported import DEFAULT_MAX_LENGTH, TOLERANCES, Imported, Sample, labels_in
 from turbo_tvm.frontends.patches import PIXELS, Size
 from turbo_tvm.frontends.torch_export import to_relax
 from turbo_tvm.frontends.torch_wrapper import (
@@ -71,6 +71,7 @@ def import_module(
             positions=positions,
             parameter_count=sum(p.numel() for p in model.parameters()),
             tokenizer=tokenizer,
+            labels=labels_in(getattr(config_of(model), "id2label", None)),
             sample=sample,
         )
     finally:

@@ -1,10 +1,11 @@
 """KServe v2, the Open Inference Protocol: what a request means, for HTTP and gRPC alike.
 
-A model has inputs of two kinds, of which a request gives one: `text`, BYTES (batch,), for models with a tokenizer; or
-`input_ids`, INT32 or INT64 (batch, length), padded at the right, with `attention_mask` and `token_type_ids` of the same
-shape if need be. Models of images take `pixel_values`, FP32 (batch, channels, height, width). Outputs are the model's,
-in FP32; a row per token is padded with 0. `embedding` is another name for an embedding model's main output. The
-parameters `priority` and `timeout` (microseconds) mean what they mean to Triton, but higher priorities go first.
+A model has inputs of two kinds, of which a request gives one: `text`, BYTES (batch,), for models with a tokenizer, and
+`text_pair` of the same shape where each request is two texts; or `input_ids`, INT32 or INT64 (batch, length), padded at
+the right, with `attention_mask` and `token_type_ids` of the same shape if need be. Models of images take
+`pixel_values`, FP32 (batch, channels, height, width). Outputs are the model's, in FP32; a row per token is padded with
+0. `embedding` is another name for an embedding model's main output. The parameters `priority` and `timeout`
+(microseconds) mean what they mean to Triton, but higher priorities go first.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 
 from turbo_tvm import __version__
 from turbo_tvm.runtime.engine import ALL_OUTPUTS
+from turbo_tvm.runtime.text import Text
 from turbo_tvm.server import errors
 from turbo_tvm.server.context import Context
 from turbo_tvm.server.errors import Problem
@@ -27,7 +29,8 @@ EXTENSIONS = ("binary_tensor_data", "model_repository", "parameters")
 EMBEDDING = "embedding"
 VERSION = "1"
 
-_TEXT, _IDS, _MASK, _TYPES, _PIXELS = "text", "input_ids", "attention_mask", "token_type_ids", "pixel_values"
+_TEXT, _PAIR, _PIXELS = "text", "text_pair", "pixel_values"
+_IDS, _MASK, _TYPES = "input_ids", "attention_mask", "token_type_ids"
 
 
 def server_metadata() -> dict[str, Any]:
@@ -44,6 +47,8 @@ def model_metadata(model: ServedModel) -> dict[str, Any]:
     else:
         if model.has_tokenizer:
             inputs.append(_spec(_TEXT, BYTES, (-1,)))
+            if model.scores is not None:
+                inputs.append(_spec(_PAIR, BYTES, (-1,)))
         inputs += [_spec(name, "INT64", (-1, -1)) for name in (_IDS, _MASK)]
         if bounds.type_vocab_size > 1:
             inputs.append(_spec(_TYPES, "INT64", (-1, -1)))
@@ -116,12 +121,8 @@ async def _requests(
 ) -> tuple[list[Tokens], int | None]:
     """What the engine is asked, and how wide the matrix of token ids was."""
     if _TEXT in inputs:
-        _only(inputs, _TEXT)
-        tensor = inputs[_TEXT]
-        if tensor.datatype != BYTES:
-            raise Problem(errors.INVALID, f"the input {_TEXT} is of BYTES, not {tensor.datatype}")
-        _check_count(context, tensor.array.size)
-        return await model.tokenize(texts(tensor)), None
+        _only(inputs, _TEXT, _PAIR)
+        return await model.tokenize(_texts(context, inputs)), None
     if _PIXELS in inputs:
         _only(inputs, _PIXELS)
         if model.takes_text:
@@ -138,6 +139,22 @@ async def _requests(
     if not model.takes_text:
         raise Problem(errors.INVALID, f"the model {model.name} takes {_PIXELS}, not {_IDS}")
     return _rows(context, inputs), inputs[_IDS].array.shape[1]
+
+
+def _texts(context: Context, inputs: Mapping[str, Tensor]) -> list[Text]:
+    """A text or a pair of texts per request."""
+    for name in (_TEXT, _PAIR):
+        if name in inputs and inputs[name].datatype != BYTES:
+            raise Problem(errors.INVALID, f"the input {name} is of BYTES, not {inputs[name].datatype}")
+    first = inputs[_TEXT]
+    _check_count(context, first.array.size)
+    if _PAIR not in inputs:
+        return list(texts(first))
+    if inputs[_PAIR].array.size != first.array.size:
+        raise Problem(
+            errors.INVALID, f"{_PAIR} holds {inputs[_PAIR].array.size} texts, {_TEXT} {first.array.size}: as many"
+        )
+    return list(zip(texts(first), texts(inputs[_PAIR]), strict=True))
 
 
 def _rows(context: Context, inputs: Mapping[str, Tensor]) -> list[Tokens]:

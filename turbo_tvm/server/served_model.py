@@ -5,25 +5,26 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from turbo_tvm.errors import DeadlineError
+from turbo_tvm.errors import DeadlineError, OverloadError
 from turbo_tvm.runtime.engine import Engine
 from turbo_tvm.runtime.engine_statistics import BatchRecord
-from turbo_tvm.runtime.manifest import OutputSpec
+from turbo_tvm.runtime.manifest import LABELLED, OutputSpec
 from turbo_tvm.runtime.model import CompiledModel
 from turbo_tvm.runtime.text import Text
 from turbo_tvm.server.live import Live
 from turbo_tvm.server.metrics import ModelMetrics
 from turbo_tvm.server.settings import Settings
 
+_T = TypeVar("_T")
+
 _TURN = 64  # submissions at a time: each takes tens of microseconds of the event loop
-_SCORES = ("logits",)  # outputs of classifiers, by the name that transformers gives them
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class ServedModel:
         if model.has_tokenizer:
             model.tokenizer.encodings(["the first text takes longest"])
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix=f"tokenizer of {name}")
+        self._untokenized = 0  # texts and sequences that wait for the tokenizer, or that it has
         self.engine = Engine(
             model,
             policy=settings.policy,
@@ -95,13 +97,19 @@ class ServedModel:
     def embedding(self) -> OutputSpec | None:
         """The output with one vector per request; None for classifiers and for models that give a row per token."""
         found = self._main("sequence")
-        return found if found is not None and found.name not in _SCORES else None
+        return found if found is not None and found.name != LABELLED else None
 
     @property
     def scores(self) -> OutputSpec | None:
         """The output with a score per label; None for models that are no classifiers of sequences."""
         found = self._main("sequence")
-        return found if found is not None and found.name in _SCORES else None
+        return found if found is not None and found.name == LABELLED else None
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Of its scores; numbered, as transformers does, where the model names none."""
+        spec = self.scores
+        return self.model.manifest.labels or tuple(f"LABEL_{i}" for i in range(spec.columns if spec else 0))
 
     @property
     def token_rows(self) -> OutputSpec | None:
@@ -113,25 +121,39 @@ class ServedModel:
         return next((spec for spec in self.outputs if spec.name == primary and spec.kind == kind), None)
 
     async def tokenize(self, texts: Sequence[Text]) -> list[Tokens]:
-        """Token ids of texts or pairs, cut at the model's longest sequence; off the event loop. Raises TurboError."""
+        """Token ids of texts or pairs, cut at the model's longest sequence; off the event loop.
+
+        Raises TurboError; OverloadError where as many wait as the engine lets wait.
+        """
         started = time.perf_counter()
-        found = await asyncio.get_running_loop().run_in_executor(self._tokenizing, self._tokens, list(texts))
+        found = await self._off_loop(len(texts), lambda: self._tokens(list(texts)))
         self.metrics.tokenization.observe(time.perf_counter() - started)
         return found
 
     async def encodings(self, texts: Sequence[str], special_tokens: bool) -> list[Any]:
         """The tokenizer's own encodings, whole."""
         tokenizer = self.model.tokenizer
-        return await asyncio.get_running_loop().run_in_executor(
-            self._tokenizing, lambda: tokenizer.encodings(texts, special_tokens=special_tokens, truncate=False)
+        return await self._off_loop(
+            len(texts), lambda: tokenizer.encodings(texts, special_tokens=special_tokens, truncate=False)
         )
 
     async def decode(self, ids: Sequence[Sequence[int]], skip_special_tokens: bool) -> list[str]:
         """The texts of token ids."""
         tokenizer = self.model.tokenizer
-        return await asyncio.get_running_loop().run_in_executor(
-            self._tokenizing, lambda: [tokenizer.decode(one, skip_special_tokens) for one in ids]
-        )
+        return await self._off_loop(len(ids), lambda: [tokenizer.decode(one, skip_special_tokens) for one in ids])
+
+    async def _off_loop(self, count: int, work: Callable[[], _T]) -> _T:
+        """What the tokenizer's thread makes of so many texts."""
+        if self._untokenized and self._untokenized + count > self.engine.max_queue:
+            raise OverloadError(
+                f"{self._untokenized} texts wait for the tokenizer of {self.name}, and at most "
+                f"{self.engine.max_queue} may: send the request again later"
+            )
+        self._untokenized += count
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._tokenizing, work)
+        finally:
+            self._untokenized -= count
 
     def _tokens(self, texts: list[Text]) -> list[Tokens]:
         types = self.model.manifest.bounds.type_vocab_size > 1

@@ -165,8 +165,9 @@ async def _predict(call: Call) -> Reply:
 
 async def _predictions(call: Call, body: PredictRequest, nested: bool) -> list:
     texts, batch = _texts(call, body.inputs)
-    logits = await embeddings.scores(call, _model(call), texts, bool(body.truncate))
-    found = [_labelled(one if body.raw_scores else embeddings.probabilities(one)) for one in logits]
+    model = _model(call)
+    logits = await embeddings.scores(call, model, texts, bool(body.truncate))
+    found = [_labelled(model.labels, one if body.raw_scores else embeddings.probabilities(one)) for one in logits]
     return found if batch or nested else found[0]
 
 
@@ -190,10 +191,10 @@ def _text(parts: Sequence[Any]) -> Text:
     raise Problem(errors.UNPROCESSABLE, f"a request is one text or a pair of two, not {len(parts)}")
 
 
-def _labelled(values: np.ndarray) -> list[dict[str, Any]]:
-    """By score, the highest first; labels are numbered, as transformers does where a model names none."""
+def _labelled(labels: Sequence[str], values: np.ndarray) -> list[dict[str, Any]]:
+    """By score, the highest first."""
     order = np.argsort(-values, kind="stable")
-    return [{"label": f"LABEL_{i}", "score": float(values[i])} for i in order]
+    return [{"label": labels[i], "score": float(values[i])} for i in order]
 
 
 async def _rerank(call: Call) -> Reply:
@@ -262,11 +263,10 @@ async def _decode(call: Call) -> Reply:
 async def _info(call: Call) -> Reply:
     model, settings = _model(call), call.context.settings
     manifest = model.model.manifest
-    kind = "embedding" if model.embedding is not None else "reranker" if _reranks(model) else "classifier"
     info = Info(
         model_id=model.name,
         model_dtype={"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[manifest.precision],
-        model_type={kind: {}},
+        model_type=_kind(model),
         max_concurrent_requests=settings.max_queue,
         max_input_length=model.max_length,
         max_batch_tokens=model.engine.limits.max_tokens,
@@ -279,8 +279,15 @@ async def _info(call: Call) -> Reply:
     return json_reply(msgspec.to_builtins(info))
 
 
-def _reranks(model: ServedModel) -> bool:
-    return model.scores is not None and model.scores.columns == 1
+def _kind(model: ServedModel) -> dict[str, Any]:
+    if model.scores is None:
+        return {"embedding": {}}
+    labels = model.labels
+    named = {
+        "id2label": {str(i): label for i, label in enumerate(labels)},
+        "label2id": {label: i for i, label in enumerate(labels)},
+    }
+    return {"reranker" if len(labels) == 1 else "classifier": named}
 
 
 async def health(call: Call) -> Reply:

@@ -57,6 +57,22 @@ def test_a_configuration_that_says_nothing(folder, path, text):
     assert beside(path).longest is None
 
 
+@pytest.mark.parametrize(
+    ("named", "labels"),
+    [
+        ({"0": "cat", "1": "dog"}, ("cat", "dog")),
+        ({"1": "dog", "0": "cat"}, ("cat", "dog")),
+        ({"0": "cat", "2": "dog"}, ()),
+        ({"0": "cat", "1": 7}, ()),
+        (["cat"], ()),
+    ],
+    ids=str,
+)
+def test_labels(folder, path, named, labels):
+    (folder / "config.json").write_text(json.dumps({"id2label": named}))
+    assert beside(path).labels == labels
+
+
 def test_a_broken_configuration(folder, path):
     (folder / "config.json").write_text("{")
     with pytest.raises(UnsupportedModelError, match=r"config\.json is not valid JSON"):

@@ -11,15 +11,17 @@ from tiny_text_models import classifier_folder, embedder_folder
 
 import turbo_tvm
 
+LABELS = ("cats", "dogs", "neither")
+
 
 @pytest.fixture(scope="session")
 def artifacts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """An embedding model, a classifier of three labels and a reranker, tiny and random, compiled."""
+    """An embedding model, a classifier of LABELS and a reranker, tiny and random, compiled."""
     folder = tmp_path_factory.mktemp("served")
     made = {}
     for name, source in {
         "embedder": embedder_folder(folder / "embedder"),
-        "classifier": classifier_folder(folder / "classifier", labels=3),
+        "classifier": classifier_folder(folder / "classifier", 3, LABELS),
         "reranker": classifier_folder(folder / "reranker", labels=1),
     }.items():
         made[name] = folder / f"{name}.turbo"

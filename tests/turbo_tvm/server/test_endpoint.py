@@ -148,6 +148,34 @@ class TestLoad:
         thread.join(10)
         assert found[0].status_code == 200
 
+    def test_texts_that_wait_for_the_tokenizer_are_bounded_too(self, artifacts):
+        with running([artifacts["embedder"]], threads=1, max_queue=2) as server:
+            model, gate, entered = server.context.repository.get("embedder"), threading.Event(), threading.Event()
+            tokens = model._tokens
+
+            def slowly(texts):
+                entered.set()
+                assert gate.wait(30)
+                return tokens(texts)
+
+            model._tokens = slowly
+
+            def ask(text):
+                return httpx.post(f"{server.url}/embed", json={"inputs": text}, timeout=30)
+
+            begun = in_background(lambda: ask("the cat"))
+            assert entered.wait(10)
+            second = in_background(lambda: ask("a dog"))
+            until(lambda: model._untokenized == 2)
+            refused = ask("red")
+            assert refused.status_code == 429 and "tokenizer" in refused.json()["error"]
+            gate.set()
+            for thread, found in (begun, second):
+                thread.join(10)
+                assert found[0].status_code == 200
+            until(lambda: model._untokenized == 0)
+            assert ask("red").status_code == 200
+
     def test_time(self, fake):
         with running({"fake": fake}, timeout_s=0.2) as server:
             fake.gate.clear()

@@ -49,14 +49,17 @@ def tensor(module, name, array, datatype):
     return made
 
 
+def _plain(module):
+    return {"as_json": True} if module is triton_grpc else {}
+
+
 class TestTriton:
     def test_health_and_metadata(self, triton):
         module, client = triton
         assert client.is_server_live() and client.is_server_ready() and client.is_model_ready("embedder")
         assert not client.is_model_ready("nobody")
-        options = {"as_json": True} if module is triton_grpc else {}
-        assert client.get_server_metadata(**options)["name"] == "turbo_tvm"
-        found = client.get_model_metadata("embedder", **options)
+        assert client.get_server_metadata(**_plain(module))["name"] == "turbo_tvm"
+        found = client.get_model_metadata("embedder", **_plain(module))
         inputs = {one["name"]: one["datatype"] for one in found["inputs"]}
         assert inputs == {"text": "BYTES", "input_ids": "INT64", "attention_mask": "INT64", "token_type_ids": "INT64"}
         assert [one["name"] for one in found["outputs"]] == ["embedding", "sentence_embedding"]
@@ -90,6 +93,20 @@ class TestTriton:
         array = np.array([text.encode() for text in TEXTS], object)
         found = client.infer("classifier", [tensor(module, "text", array, "BYTES")]).as_numpy("logits")
         exact(found, np.stack(turbo_tvm.load(artifacts["classifier"], threads=1).encode(TEXTS)))
+
+    def test_pairs_of_texts(self, triton, artifacts):
+        module, client = triton
+        names = [one["name"] for one in client.get_model_metadata("reranker", **_plain(module))["inputs"]]
+        assert names[:2] == ["text", "text_pair"]
+        query, others = np.array([b"red cat"] * len(TEXTS), object), np.array([text.encode() for text in TEXTS], object)
+        first, second = tensor(module, "text", query, "BYTES"), tensor(module, "text_pair", others, "BYTES")
+        found = client.infer("reranker", [first, second]).as_numpy("logits")
+        local = turbo_tvm.load(artifacts["reranker"], threads=1)
+        exact(found, np.stack(local.encode([("red cat", text) for text in TEXTS])))
+        with pytest.raises(Exception, match="text_pair holds 1 texts, text 4"):
+            client.infer("reranker", [first, tensor(module, "text_pair", others[:1], "BYTES")])
+        with pytest.raises(Exception, match="text_pair is of BYTES"):
+            client.infer("reranker", [first, tensor(module, "text_pair", np.ones(4, np.int64), "INT64")])
 
     def test_errors_name_what_is_wrong(self, triton):
         module, client = triton
@@ -184,7 +201,7 @@ class TestInferenceClient:
         found = InferenceClient(f"{real.url}/models/classifier").text_classification(TEXTS[0])
         logits = turbo_tvm.load(artifacts["classifier"], threads=1).encode(TEXTS[:1])[0].astype(np.float64)
         powers = np.exp(logits) / np.exp(logits).sum()
-        assert [one.label for one in found] == [f"LABEL_{i}" for i in np.argsort(-powers)]
+        assert [one.label for one in found] == [("cats", "dogs", "neither")[i] for i in np.argsort(-powers)]
         np.testing.assert_allclose([one.score for one in found], np.sort(powers)[::-1], rtol=1e-6)
 
 
@@ -249,8 +266,11 @@ class TestTextEmbeddingsInference:
     def test_info_and_health(self, client):
         info = client.get("/info").json()
         assert (info["model_id"], info["model_type"], info["max_input_length"]) == ("embedder", {"embedding": {}}, 48)
-        assert client.get("/models/reranker/info").json()["model_type"] == {"reranker": {}}
-        assert client.get("/models/classifier/info").json()["model_type"] == {"classifier": {}}
+        reranker = client.get("/models/reranker/info").json()["model_type"]
+        assert reranker == {"reranker": {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}}
+        classifier = client.get("/models/classifier/info").json()["model_type"]["classifier"]
+        assert classifier["id2label"] == {"0": "cats", "1": "dogs", "2": "neither"}
+        assert classifier["label2id"] == {"cats": 0, "dogs": 1, "neither": 2}
         assert client.get("/health").status_code == 200
 
     def test_models_say_what_they_are_not(self, client):
