@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_MOST_CONNECTIONS = 1000
+_MOST_CONNECTIONS = 4000
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """The server under load, beside infinity-emb with the same weights: real sentences of mixed length over HTTP.
 
 Both run as processes of their own for the whole benchmark and are asked in turn. First closed loops, which say what
-each can do at most; then Poisson arrivals at rising rates, those that both bear and those that only the faster
-one does.
+each can do at most, beside what the machine could if it did nothing but the model's multiplications at its peak; then
+Poisson arrivals at rising rates, those that both bear and those that only the faster one does. Last, one client asks
+for an answer that is kept: the CPU time that this takes is all that a request costs beside the model.
 """
 
 from __future__ import annotations
@@ -25,18 +26,24 @@ from typing import IO, Any
 import numpy as np
 from rich.console import Console
 
+import turbo_tvm
+from turbo_tvm.cli.numbers import batch_cost
+from turbo_tvm.machine_limits import machine_limits
+
 from . import machine
 from .http_load import Answers, closed_loop, open_loop
 from .plots import new_figure, write_plot
 from .report import markdown_row
 from .results import write_json
 
-RIVAL = "infinity-emb"
+RIVAL, OURS = "infinity-emb", "turbo_tvm "
 CLIENTS = (32, 64)
 MEAN_WORDS, SIGMA = 29, 0.7  # of the log-normal lengths
 BEARS_S = 2.0  # a rate is borne if p99 stays below this and nothing is refused
 OWN_FRACTIONS = (0.25, 0.5, 0.7, 0.8, 0.9)
 RIVAL_FRACTIONS = (0.25, 0.5, 0.8)
+DISTINCT = 20_000
+OVERHEAD_TRIALS, OVERHEAD_REQUESTS = 5, 2000
 
 _ROOT = Path(__file__).resolve().parents[2]
 _RIVAL_VENV = _ROOT / ".venv-infinity"
@@ -80,7 +87,10 @@ def run(settings: Settings, console: Console) -> None:
         "absent": {},
         "closed": [],
         "open": [],
+        "limits": vars(machine_limits(settings.threads, notice=console.print, step=lambda _: None)),
+        "overhead": {},
     }
+    report["limit"] = {path.stem: _limit(path, texts, report["limits"]) for path in settings.artifacts}
     with ExitStack() as stack:
         contenders = [stack.enter_context(ours(path, settings.threads)) for path in settings.artifacts]
         try:
@@ -91,7 +101,9 @@ def run(settings: Settings, console: Console) -> None:
         for contender in contenders:
             ask_closed(contender, texts[:64], 8)  # warm
         _closed_loops(report, contenders, texts, settings, console)
-        _open_loops(report, contenders, texts, settings, console)
+        stream = sentences(DISTINCT, settings.seed + 1)  # our engine computes equal ones that wait together once
+        _open_loops(report, contenders, stream, settings, console)
+    report["overhead"] = _overhead(settings.artifacts[0], texts, settings.threads)
     write_json(settings.out / "server.json", report)
     (settings.out / "server.md").write_text(markdown(report))
     write_plot(draw, report, settings.out / "server.png", console)
@@ -123,7 +135,7 @@ def _closed_loops(
 
 
 def _open_loops(
-    report: dict[str, Any], contenders: Sequence[Contender], texts: Sequence[str], settings: Settings, console: Console
+    report: dict[str, Any], contenders: Sequence[Contender], stream: Sequence[str], settings: Settings, console: Console
 ) -> None:
     most = {c.name: _most(report, c.name) for c in contenders}
     rates = {round(f * most[c.name], 1) for c in contenders if c.name != RIVAL for f in OWN_FRACTIONS}
@@ -133,7 +145,7 @@ def _open_loops(
         for contender in contenders if number % 2 == 0 else contenders[::-1]:
             if rate > most[contender.name]:
                 continue
-            answers = ask_open(contender, texts, rate, settings.seconds, settings.seed)
+            answers = ask_open(contender, stream, rate, settings.seconds, settings.seed)
             report["open"].append(_record(contender, answers, rate=rate))
             p50, p99 = 1e3 * answers.percentile(50), 1e3 * answers.percentile(99)
             console.print(f"{rate:.1f}/s: {contender.name}: p50 {p50:.1f} ms, p99 {p99:.1f} ms")
@@ -152,6 +164,32 @@ def ask_open(contender: Contender, texts: Sequence[str], rate: float, seconds: f
     arrivals = np.cumsum(rng.exponential(1 / rate, count)).tolist()
     bodies = [contender.body(texts[i % len(texts)]) for i in range(count)]
     return open_loop("127.0.0.1", contender.port, contender.path, bodies, arrivals)
+
+
+def _limit(path: Path, texts: Sequence[str], limits: Mapping[str, Any]) -> float:
+    """Requests per second if the machine did these texts' multiplications at its measured peak, and nothing else."""
+    model = turbo_tvm.load(path)
+    lengths = [len(ids) for ids in model.tokenize(texts)[0]]
+    peak = limits["bf16_flops" if model.manifest.precision == "bf16" else "fp32_flops"]
+    return peak * len(lengths) / float(sum(batch_cost(model.manifest, [n]).flops for n in lengths))
+
+
+def _overhead(path: Path, texts: Sequence[str], threads: int) -> dict[str, Any]:
+    """CPU time per request whose answer is kept, one at a time: tokenisation, engine and its cache, HTTP."""
+    import psutil
+
+    text = sorted(texts, key=len)[len(texts) // 2]
+    found = []
+    with ours(path, threads, cache_mb=32) as server:
+        ask_closed(server, [text] * 200, 1)
+        process = psutil.Process(server.pid)
+        for _ in range(OVERHEAD_TRIALS):
+            before = process.cpu_times()
+            answers = ask_closed(server, [text] * OVERHEAD_REQUESTS, 1)
+            after = process.cpu_times()
+            spent = after.user + after.system - before.user - before.system
+            found.append({"cpu_s": spent / OVERHEAD_REQUESTS, "p50_s": answers.percentile(50)})
+    return {"words": len(text.split()), "requests": OVERHEAD_REQUESTS, "trials": found}
 
 
 def _record(contender: Contender, answers: Answers, **how: Any) -> dict[str, Any]:
@@ -176,13 +214,13 @@ def borne(one: dict[str, Any]) -> bool:
 
 
 @contextmanager
-def ours(path: Path, threads: int, max_queue: int = 100_000) -> Iterator[Contender]:
-    """`turbo-tvm serve` as a process, without its cache."""
+def ours(path: Path, threads: int, max_queue: int = 100_000, cache_mb: int = 0) -> Iterator[Contender]:
+    """`turbo-tvm serve` as a process, by default without its cache."""
     port = _free_port()
-    command = [sys.executable, "-m", "turbo_tvm", "serve", str(path), "--port", str(port), "--cache-mb", "0"]
+    command = [sys.executable, "-m", "turbo_tvm", "serve", str(path), "--port", str(port), "--cache-mb", str(cache_mb)]
     command += ["--threads", str(threads), "--no-access-log", "--max-queue", str(max_queue)]
     with _process(command, port, "/health", {}) as pid:
-        yield Contender(f"turbo_tvm {path.stem}", port, "/v1/embeddings", path.stem, pid)
+        yield Contender(f"{OURS}{path.stem}", port, "/v1/embeddings", path.stem, pid)
 
 
 @contextmanager
@@ -273,6 +311,18 @@ def markdown(report: dict[str, Any]) -> str:
     lines += [markdown_row(["clients", *names]), markdown_row(["---"] * (1 + len(names)))]
     for clients in sorted({one["clients"] for one in report["closed"]}):
         lines.append(markdown_row([str(clients), *(_closed_cell(report, name, clients) for name in names)]))
+    limits = [report["limit"].get(name.removeprefix(OURS)) for name in names]
+    lines.append(markdown_row(["at the peak", *("" if limit is None else f"{limit:.0f}/s" for limit in limits)]))
+    spent = [one["cpu_s"] * 1e6 for one in report["overhead"]["trials"]]
+    lines += [
+        "",
+        "At the peak: if the machine did nothing but the multiplications of the model, as fast as it was measured to "
+        f"do them at most ({_peaks(report['limits'])}).",
+        "",
+        f"Beside the model a request costs {median(spent):.0f} µs of CPU ({min(spent):.0f} to {max(spent):.0f} in "
+        f"{len(spent)} trials of {report['overhead']['requests']:,}): its answer, to a text of "
+        f"{report['overhead']['words']} words, was kept, so this is HTTP, tokenisation and the engine; one client.",
+    ]
     lines += [
         "",
         "## Poisson arrivals",
@@ -285,6 +335,11 @@ def markdown(report: dict[str, Any]) -> str:
         lines.append(markdown_row([f"{each:g}", *(_open_cell(report, name, each) for name in names)]))
     lines += [f"\n{name} is absent: {why}" for name, why in report["absent"].items()]
     return "\n".join(lines) + "\n"
+
+
+def _peaks(limits: Mapping[str, Any]) -> str:
+    found = {"fp32": limits["fp32_flops"], "bf16": limits["bf16_flops"]}
+    return ", ".join(f"{name} {flops * 1e-9:,.0f} GFLOP/s" for name, flops in found.items() if flops)
 
 
 def _closed_cell(report: dict[str, Any], name: str, clients: int) -> str:

@@ -81,9 +81,11 @@ def uvicorn_config(app: Any, settings: Settings) -> uvicorn.Config:
     """How uvicorn runs the application."""
     import uvicorn
 
+    from turbo_tvm.server.connection import TimedConnection
+
     return uvicorn.Config(
         app,
-        http="httptools",
+        http=TimedConnection,
         loop="uvloop",
         ws="none",
         log_config=None,

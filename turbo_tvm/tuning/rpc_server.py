@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 
 from turbo_tvm.errors import TuningError, summary
@@ -22,7 +23,10 @@ def serve(tracker: str, key: str, host: str, port: int, say: Callable[[str], Non
         raise TuningError(f"tracker {tracker!r} is not 'host:port', such as '10.0.0.5:9190'")
     _prepare()
     options = {"tracker_addr": (name, int(number)), "key": key, "silent": True}
+    threading.excepthook = lambda failed: say(f"a session ended: {summary(failed.exc_value)}")
+    home = os.getcwd()
     while True:
+        os.chdir(home)  # a session works in a directory of its own, which goes with it
         try:
             state = PopenRPCServerState(host, port, port + 10, **options)
         except (OSError, RuntimeError, ValueError) as error:
@@ -33,7 +37,7 @@ def serve(tracker: str, key: str, host: str, port: int, say: Callable[[str], Non
         except KeyboardInterrupt:
             os._exit(130)  # the thread waits for sessions and cannot be asked to end
         state.sock.close()
-        say("a session crashed: starting again")
+        say("starting again")
 
 
 def _prepare() -> None:

@@ -12,7 +12,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import psutil
 import pytest
+from tvm import rpc
 
 import turbo_tvm
 from turbo_tvm.errors import TuningError
@@ -89,6 +91,37 @@ def test_a_server_that_is_killed_costs_nothing(tiny_artifact, tmp_path, monkeypa
     (one,) = report.kernels
     assert (one.trials, one.failed) == (12, 0)
     assert any(note.startswith("waiting for 'box' behind the tracker") for note in notes)
+
+
+def test_sessions_that_are_killed_are_followed_by_others(tmp_path):
+    port = free_port()
+    with process(
+        sys.executable, "-m", "tvm.exec.rpc_tracker", "--host=127.0.0.1", f"--port={port}", f"--port-end={port + 1}"
+    ):
+        wait_for(port)
+        with server(f"127.0.0.1:{port}", free_port()) as running:
+            tracker = rpc.connect_tracker("127.0.0.1", port)
+            for _ in range(3):
+                session = ask(tracker)
+                assert session.cpu(0).exist
+                for child in psutil.Process(running.pid).children(recursive=True):
+                    child.kill()
+                with pytest.raises(Exception, match=r"reset|closed|Shutdown"):
+                    session.cpu(0).sync()
+                    session.get_function("runtime.nothing")
+                del session
+            assert ask(tracker).cpu(0).exist
+
+
+def ask(tracker):
+    """A session, as soon as there is one."""
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            return tracker.request("box", session_timeout=60, max_retry=1)
+        except RuntimeError:
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
 
 
 def test_a_machine_that_never_comes_is_an_error(tiny_artifact, tmp_path, monkeypatch):

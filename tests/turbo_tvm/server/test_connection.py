@@ -1,0 +1,126 @@
+"""Clients that are too slow are hung up on, and nothing of them is left."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import socket
+import time
+from contextlib import ExitStack
+
+import httpx
+import numpy as np
+import psutil
+import pytest
+from running_server import exact, running
+
+from turbo_tvm.server import connection
+
+pytestmark = pytest.mark.xdist_group("server")
+
+ASK = {"model": "fake", "input": [1, 2, 3]}
+HEAD = b"POST /embed HTTP/1.1\r\nhost: x\r\n"
+
+
+@pytest.fixture
+def served(fake):
+    with running({"fake": fake}, max_body_bytes=4 << 20) as server:
+        assert httpx.post(f"{server.url}/v1/embeddings", json=ASK).status_code == 200
+        yield server
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    for name in ("HEAD_S", "READ_S"):
+        monkeypatch.setattr(connection, name, 0.4)
+
+
+def open_sockets(server):
+    """Of the server's side, and requests that it works on."""
+    return len(server.server.server_state.connections), len(server.server.server_state.tasks)
+
+
+def until(condition, seconds=10.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def closed(one):
+    """Whether the other side hangs up, whatever it says before."""
+    one.settimeout(10)
+    try:
+        while one.recv(1 << 16):
+            pass
+    except ConnectionResetError:
+        pass
+    return True
+
+
+@pytest.mark.parametrize("begun", [b"", b"P", HEAD, HEAD + b"x-more: 1\r\n"], ids=["nothing", "a byte", "half", "more"])
+def test_a_head_that_never_ends(impatient, served, begun):
+    with socket.create_connection(("127.0.0.1", served.port)) as slow:
+        slow.sendall(begun)
+        until(lambda: open_sockets(served)[0] == 1)
+        assert closed(slow)
+    assert open_sockets(served) == (0, 0)
+
+
+def test_a_second_head_on_a_kept_connection(impatient, served):
+    body = json.dumps({"inputs": [1, 2]}).encode()
+    with socket.create_connection(("127.0.0.1", served.port)) as slow:
+        slow.sendall(HEAD + b"content-length: %d\r\n\r\n%s" % (len(body), body))
+        assert slow.recv(1000).startswith(b"HTTP/1.1 200")
+        time.sleep(0.6)  # unused, it is kept
+        slow.sendall(HEAD)
+        assert closed(slow)
+    assert open_sockets(served) == (0, 0)
+
+
+def test_an_answer_that_nobody_reads(impatient, served, fake):
+    fake.right = lambda ids: np.zeros(400_000, np.float32)
+    body = json.dumps({"inputs": [[1, i] for i in range(40)], "normalize": False}).encode()
+    with socket.socket() as slow:
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow.connect(("127.0.0.1", served.port))
+        slow.sendall(HEAD + b"content-length: %d\r\n\r\n%s" % (len(body), body))
+        until(lambda: len(fake.seen) > 39)
+        until(lambda: open_sockets(served) == (0, 0))
+
+
+def test_a_slow_one_that_makes_it(impatient, served):
+    body = json.dumps({"inputs": [1, 2], "normalize": False}).encode()
+    with socket.create_connection(("127.0.0.1", served.port)) as slow:
+        slow.sendall(HEAD)
+        time.sleep(0.2)
+        slow.sendall(b"content-length: %d\r\n\r\n" % len(body))
+        time.sleep(0.6)  # a body has another limit
+        slow.sendall(body)
+        answer = b""
+        while not answer.endswith(b"]]"):
+            answer += slow.recv(1000)
+        assert answer.startswith(b"HTTP/1.1 200")
+        exact(json.loads(answer.partition(b"\r\n\r\n")[2]), [[3, 2]])
+
+
+def test_nothing_is_left_of_hundreds(served):
+    def tasks():
+        gc.collect()
+        return sum(isinstance(one, asyncio.Task) and not one.done() for one in gc.get_objects())
+
+    process = psutil.Process()
+    before = process.num_fds(), tasks(), process.num_threads()
+    endings = (b"", b"content-length: 50\r\n\r\n{", b"transfer-encoding: chunked\r\n\r\n5\r\nab", b"\x00\r\n\r\n")
+    for _ in range(5):
+        with ExitStack() as stack:
+            for number in range(100):
+                one = stack.enter_context(socket.create_connection(("127.0.0.1", served.port)))
+                one.sendall(HEAD + endings[number % len(endings)])
+                if number % 3 == 0:
+                    one.shutdown(socket.SHUT_WR)
+            assert httpx.post(f"{served.url}/v1/embeddings", json=ASK).status_code == 200
+    until(lambda: open_sockets(served) == (0, 0))
+    until(lambda: process.num_fds() <= before[0])
+    assert tasks() <= before[1] and process.num_threads() <= before[2]
