@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -175,8 +175,10 @@ def _limit(path: Path, texts: Sequence[str], limits: Mapping[str, Any]) -> float
 
 
 def _overhead(path: Path, texts: Sequence[str], threads: int) -> dict[str, Any]:
-    """CPU time per request whose answer is kept, one at a time: tokenisation, engine and its cache, HTTP."""
+    """CPU time per request whose answer is kept, one at a time; and what of it the tokenizer and the engine take."""
     import psutil
+
+    from turbo_tvm.runtime.engine import Engine
 
     text = sorted(texts, key=len)[len(texts) // 2]
     found = []
@@ -189,7 +191,23 @@ def _overhead(path: Path, texts: Sequence[str], threads: int) -> dict[str, Any]:
             after = process.cpu_times()
             spent = after.user + after.system - before.user - before.system
             found.append({"cpu_s": spent / OVERHEAD_REQUESTS, "p50_s": answers.percentile(50)})
-    return {"words": len(text.split()), "requests": OVERHEAD_REQUESTS, "trials": found}
+    model = turbo_tvm.load(path)
+    ids = model.tokenizer([text])[0][0]
+    with Engine(model, cache=32 << 20) as engine:
+        inside = {
+            "tokenizer": [_cpu_s(lambda: model.tokenizer([text])) for _ in range(OVERHEAD_TRIALS)],
+            "engine": [_cpu_s(lambda: engine.submit(ids).result()) for _ in range(OVERHEAD_TRIALS)],
+        }
+    return {"words": len(text.split()), "requests": OVERHEAD_REQUESTS, "trials": found, "inside": inside}
+
+
+def _cpu_s(work: Callable[[], object]) -> float:
+    """CPU time of a call."""
+    work()
+    before = time.process_time()
+    for _ in range(OVERHEAD_REQUESTS):
+        work()
+    return (time.process_time() - before) / OVERHEAD_REQUESTS
 
 
 def _record(contender: Contender, answers: Answers, **how: Any) -> dict[str, Any]:
@@ -313,15 +331,19 @@ def markdown(report: dict[str, Any]) -> str:
         lines.append(markdown_row([str(clients), *(_closed_cell(report, name, clients) for name in names)]))
     limits = [report["limit"].get(name.removeprefix(OURS)) for name in names]
     lines.append(markdown_row(["at the peak", *("" if limit is None else f"{limit:.0f}/s" for limit in limits)]))
-    spent = [one["cpu_s"] * 1e6 for one in report["overhead"]["trials"]]
+    overhead = report["overhead"]
+    spent = [one["cpu_s"] * 1e6 for one in overhead["trials"]]
+    inside = {name: median(cpu_s) * 1e6 for name, cpu_s in overhead["inside"].items()}
     lines += [
         "",
         "At the peak: if the machine did nothing but the multiplications of the model, as fast as it was measured to "
         f"do them at most ({_peaks(report['limits'])}).",
         "",
         f"Beside the model a request costs {median(spent):.0f} µs of CPU ({min(spent):.0f} to {max(spent):.0f} in "
-        f"{len(spent)} trials of {report['overhead']['requests']:,}): its answer, to a text of "
-        f"{report['overhead']['words']} words, was kept, so this is HTTP, tokenisation and the engine; one client.",
+        f"{len(spent)} trials of {overhead['requests']:,}): one client asks for an answer, to {overhead['words']} "
+        f"words, that is kept. Called by themselves the tokenizer takes {inside['tokenizer']:.0f} µs of it and the "
+        f"engine {inside['engine']:.0f} µs; HTTP and the turns of threads take the rest, "
+        f"{median(spent) - sum(inside.values()):.0f} µs.",
     ]
     lines += [
         "",

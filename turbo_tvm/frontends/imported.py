@@ -75,8 +75,8 @@ def labels_in(named: Any) -> tuple[str, ...]:
     if not isinstance(named, Mapping):
         return ()
     found = {str(number): label for number, label in named.items()}
-    labels = tuple(found.get(str(i)) for i in range(len(found)))
-    return labels if all(isinstance(label, str) for label in labels) else ()
+    labels = [label for i in range(len(found)) if isinstance(label := found.get(str(i)), str)]
+    return tuple(labels) if len(labels) == len(found) else ()
 
 
 def _difference(got: np.ndarray, wanted: np.ndarray) -> float:

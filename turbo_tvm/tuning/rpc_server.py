@@ -23,7 +23,7 @@ def serve(tracker: str, key: str, host: str, port: int, say: Callable[[str], Non
         raise TuningError(f"tracker {tracker!r} is not 'host:port', such as '10.0.0.5:9190'")
     _prepare()
     options = {"tracker_addr": (name, int(number)), "key": key, "silent": True}
-    threading.excepthook = lambda failed: say(f"a session ended: {summary(failed.exc_value)}")
+    threading.excepthook = lambda failed: say(f"a session ended: {failed.exc_value}")
     home = os.getcwd()
     while True:
         os.chdir(home)  # a session works in a directory of its own, which goes with it
