@@ -94,6 +94,10 @@ def serve_command(files: tuple[Path, ...], cache_mb: int, max_body_mb: int, **op
         raise click.ClickException(f"serving needs {', '.join(missing)}: pip install 'turbo-tvm[serve]'")
     if (options["tls_cert"] is None) != (options["tls_key"] is None):
         raise click.UsageError("TLS needs both --tls-cert and --tls-key")
+    if not all(key and key == key.strip() for key in options["api_keys"]):
+        raise click.UsageError("a key of --api-key or TURBO_TVM_API_KEY is empty, or has blanks around it")
+    if options["grpc_port"] == 0 and options["workers"] > 1:
+        raise click.UsageError("workers share a gRPC port: name one with --grpc-port")
     from turbo_tvm.server.serve import serve
     from turbo_tvm.server.settings import Settings
 

@@ -86,7 +86,7 @@ class Endpoint:
 
     body: the type that its JSON is decoded as, None where it has none or reads it itself; described, answer: the types
     of body and answer for the document; statuses: of errors that are its own; open: whether it needs no key; quiet:
-    whether the log of requests leaves it out.
+    whether the log of requests and the metrics leave it out.
     """
 
     method: str
@@ -165,8 +165,10 @@ class Served:
 
     def _note(self, scope: Scope, call: Call, status: int, outcome: str, started: float) -> None:
         seconds = time.perf_counter() - started
+        if self._endpoint.quiet:
+            return
         self._context.metrics.request(self._endpoint.protocol.name, outcome, seconds)
-        if self._context.settings.access_log and not self._endpoint.quiet:
+        if self._context.settings.access_log:
             fields = {"id": call.id, "status": status, "ms": round(1e3 * seconds, 3)}
             _ACCESS.info("%s %s", scope["method"], scope["path"], extra={"fields": fields})
 

@@ -5,7 +5,8 @@ A model has inputs of two kinds, of which a request gives one: `text`, BYTES (ba
 the right, with `attention_mask` and `token_type_ids` of the same shape if need be. Models of images take
 `pixel_values`, FP32 (batch, channels, height, width). Outputs are the model's, in FP32; a row per token is padded with
 0. `embedding` is another name for an embedding model's main output. The parameters `priority` and `timeout`
-(microseconds) mean what they mean to Triton, but higher priorities go first.
+(microseconds) mean what they mean to Triton, but higher priorities go first; with `truncate` texts that are too long
+are cut, and else refused.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 from turbo_tvm import __version__
 from turbo_tvm.runtime.engine import ALL_OUTPUTS
 from turbo_tvm.runtime.text import Text
-from turbo_tvm.server import errors
+from turbo_tvm.server import embeddings, errors
 from turbo_tvm.server.context import Context
 from turbo_tvm.server.errors import Problem
 from turbo_tvm.server.served_model import Patience, ServedModel, Tokens
@@ -83,6 +84,8 @@ async def infer(
     """The tensors that are asked for, by default `embedding` or the main output, or all. Raises Problem, TurboError."""
     names = _wanted(model, outputs)
     requests, shape = await _requests(context, model, {tensor.name: tensor for tensor in inputs})
+    if not parameters.get("truncate"):
+        embeddings.check_whole(model, requests)
     real = list(dict.fromkeys(_real_name(model, name) for name in names))
     patience = _patience(context, parameters)
     answers = await model.answer(requests, patience, real[0] if len(real) == 1 else ALL_OUTPUTS)
@@ -122,14 +125,15 @@ async def _requests(
     """What the engine is asked, and how wide the matrix of token ids was."""
     if _TEXT in inputs:
         _only(inputs, _TEXT, _PAIR)
+        embeddings.need_tokenizer(model)
         return await model.tokenize(_texts(context, inputs)), None
     if _PIXELS in inputs:
         _only(inputs, _PIXELS)
         if model.takes_text:
             raise Problem(errors.INVALID, f"the model {model.name} takes text or token ids, not {_PIXELS}")
         array = inputs[_PIXELS].array
-        if array.ndim != 4:
-            raise Problem(errors.INVALID, f"{_PIXELS} has the shape (batch, channels, height, width)")
+        if array.ndim != 4 or array.dtype.kind not in "iuf":
+            raise Problem(errors.INVALID, f"{_PIXELS} holds numbers, (batch, channels, height, width)")
         _check_count(context, len(array))
         return [Tokens(image) for image in array.astype(np.float32, copy=False)], None
     if _IDS not in inputs:
@@ -138,7 +142,10 @@ async def _requests(
     _only(inputs, _IDS, _MASK, _TYPES)
     if not model.takes_text:
         raise Problem(errors.INVALID, f"the model {model.name} takes {_PIXELS}, not {_IDS}")
-    return _rows(context, inputs), inputs[_IDS].array.shape[1]
+    rows, width = _rows(context, inputs), inputs[_IDS].array.shape[1]
+    if width > model.max_length:
+        raise Problem(errors.INVALID, f"{_IDS} is {width} wide, the model takes {model.max_length} tokens at most")
+    return rows, width
 
 
 def _texts(context: Context, inputs: Mapping[str, Tensor]) -> list[Text]:
@@ -188,7 +195,7 @@ def _integers(tensor: Tensor, shape: tuple[int, ...] | None = None) -> np.ndarra
 def _only(inputs: Mapping[str, Tensor], *names: str) -> None:
     extra = [name for name in inputs if name not in names]
     if extra:
-        raise Problem(errors.INVALID, f"with {names[0]}, the model takes no {', '.join(name[:200] for name in extra)}")
+        raise Problem(errors.INVALID, f"with {names[0]}, the model takes no {', '.join(extra)[:200]}")
 
 
 def _check_count(context: Context, count: int) -> None:

@@ -44,7 +44,8 @@ async def start(context: Context) -> grpc.aio.Server:
     server = grpc.aio.server(options=[*limits, ("grpc.so_reuseport", int(settings.workers > 1))])
     handlers = {name: _method(context, name, handle) for name, handle in _METHODS.items()}
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
-    address = f"{settings.host}:{settings.grpc_port}"
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    address = f"{host}:{settings.grpc_port}"
     try:
         if settings.tls_cert is not None and settings.tls_key is not None:
             pair = settings.tls_key.read_bytes(), settings.tls_cert.read_bytes()

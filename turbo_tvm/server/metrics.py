@@ -116,11 +116,11 @@ class ModelMetrics:
         self._padding.inc(record.rows - tokens)
         self._error.observe(abs(record.predicted_s - record.seconds) / max(record.seconds, 1e-9))
 
-    def sample(self, waiting: int, arena_bytes: int, answered: int, cache_hits: int) -> None:
+    def sample(self, waiting: int, arena_bytes: int, answered: int, cache_hits: int, shared: int) -> None:
         """What an engine says of itself when it is asked."""
         self._queue_size.set(waiting)
         self._arena.set(arena_bytes)
-        hits, misses = cache_hits, answered - cache_hits
+        hits, misses = cache_hits, answered - cache_hits - shared
         self._hits.inc(hits - self._seen[0])
         self._misses.inc(misses - self._seen[1])
         self._seen = hits, misses

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
+from typing import Any
 
 from turbo_tvm.errors import ArtifactError, InputError
 from turbo_tvm.loader import load
@@ -35,6 +36,7 @@ class Repository:
         self._settings, self._metrics, self._open = settings, metrics, open_file
         self._models: dict[str, ServedModel] = {}
         self._changing = asyncio.Lock()
+        self._tasks: set[asyncio.Task[None]] = set()
 
     def __iter__(self) -> Iterator[ServedModel]:
         return iter(list(self._models.values()))
@@ -75,6 +77,21 @@ class Repository:
     async def load(self, name: str) -> None:
         """Load a file of the directory of models, or load it again. Raises Problem."""
         self._check_allowed()
+        await self._to_the_end(self._load(name))
+
+    async def unload(self, name: str) -> None:
+        """Answer what waits for a model, and let it go. Raises Problem."""
+        self._check_allowed()
+        await self._to_the_end(self._unload(name))
+
+    async def _to_the_end(self, work: Coroutine[Any, Any, None]) -> None:
+        """Await it; it goes on where who asked for it leaves."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        await asyncio.shield(task)
+
+    async def _load(self, name: str) -> None:
         async with self._changing:
             path = self.files().get(name)
             if path is None:
@@ -88,14 +105,14 @@ class Repository:
             old = self._models.get(name)
             self._models[name] = served
             if old is not None:
+                await old.tokenized()
                 await asyncio.to_thread(old.close)
 
-    async def unload(self, name: str) -> None:
-        """Answer what waits for a model, and let it go. Raises Problem."""
-        self._check_allowed()
+    async def _unload(self, name: str) -> None:
         async with self._changing:
             model = self.get(name)
             del self._models[name]
+            await model.tokenized()
             await asyncio.to_thread(model.close)
             self._metrics.forget(name)
             _LOG.info("model %s is unloaded", name)
@@ -109,7 +126,8 @@ class Repository:
         """Bring the metrics up to date that nobody tells of."""
         for model in self:
             known = model.engine.statistics
-            model.metrics.sample(model.engine.waiting, model.model.memory_held, known.answered, known.cache_hits)
+            held = model.model.memory_held
+            model.metrics.sample(model.engine.waiting, held, known.answered, known.cache_hits, known.shared)
 
     def _check_allowed(self) -> None:
         if self._settings.models_dir is None:

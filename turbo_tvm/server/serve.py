@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import uvicorn
 
 _LOG = logging.getLogger("turbo_tvm.server")
+_NOT_STARTED = 3  # uvicorn's exit status of a worker whose application did not start
 
 
 def serve(settings: Settings) -> int:
@@ -28,6 +29,9 @@ def serve(settings: Settings) -> int:
     for path in settings.files:
         if not path.is_file():
             raise TurboError(f"there is no file {path}: compile a model first, `turbo-tvm compile MODEL -o {path}`")
+    for pem in (settings.tls_cert, settings.tls_key):
+        if pem is not None and not pem.is_file():
+            raise TurboError(f"there is no file {pem} for TLS")
     config.tokenize_in_one_thread()
     logs.configure(settings.json_logs)
     with bind(settings) as listening:
@@ -48,7 +52,13 @@ def _one(settings: Settings, listening: socket.socket) -> int:
     app = create_app(settings)
     for path in settings.files:
         app.state.context.repository.add(path)
-    server = uvicorn.Server(uvicorn_config(app, settings))
+
+    class Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: Any) -> None:
+            app.state.context.closing = True
+            super().handle_exit(sig, frame)
+
+    server = Server(uvicorn_config(app, settings))
     _say_where(settings, listening)
     # uvicorn raises the signal again when it has stopped: that would end the process with the signal's status.
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -70,7 +80,7 @@ def _several(settings: Settings, listening: socket.socket) -> int:
         _say_where(settings, listening)
         supervisor = Multiprocess(made, sockets=[listening])
         supervisor.run()
-    return 0
+    return int(any(process.process.exitcode == _NOT_STARTED for process in supervisor.processes))
 
 
 def _say_where(settings: Settings, listening: socket.socket) -> None:

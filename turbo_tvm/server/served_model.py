@@ -13,11 +13,13 @@ from typing import Any, TypeVar
 import numpy as np
 
 from turbo_tvm.errors import DeadlineError, OverloadError
-from turbo_tvm.runtime.engine import Engine
+from turbo_tvm.runtime.engine import ALL_OUTPUTS, Engine
 from turbo_tvm.runtime.engine_statistics import BatchRecord
 from turbo_tvm.runtime.manifest import LABELLED, OutputSpec
 from turbo_tvm.runtime.model import CompiledModel
 from turbo_tvm.runtime.text import Text
+from turbo_tvm.server import errors
+from turbo_tvm.server.errors import Problem
 from turbo_tvm.server.live import Live
 from turbo_tvm.server.metrics import ModelMetrics
 from turbo_tvm.server.settings import Settings
@@ -25,6 +27,8 @@ from turbo_tvm.server.settings import Settings
 _T = TypeVar("_T")
 
 _TURN = 64  # submissions at a time: each takes tens of microseconds of the event loop
+_MOST_VALUES = 64 << 20  # of an answer: 256 MB, and several times that in JSON
+_LONGEST = 64  # characters per token, beyond which a text is not looked at
 _SHORT, _FEW = 400, 8  # characters and texts that are tokenised at once: a turn of threads takes longer than they do
 
 
@@ -57,6 +61,7 @@ class ServedModel:
         if model.has_tokenizer:
             model.tokenizer.encodings(["the first text takes longest"])
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix=f"tokenizer of {name}")
+        self._timeout_s = settings.timeout_s
         self._untokenized = 0  # texts and sequences that wait for the tokenizer, or that it has
         self.engine = Engine(
             model,
@@ -135,17 +140,26 @@ class ServedModel:
         self.metrics.tokenization.observe(time.perf_counter() - started)
         return found
 
-    async def encodings(self, texts: Sequence[str], special_tokens: bool) -> list[Any]:
-        """The tokenizer's own encodings, whole."""
+    async def encodings(self, texts: Sequence[str], special_tokens: bool, spell: Callable[[Any], _T]) -> list[_T]:
+        """What `spell` makes of the tokenizer's own encodings, which are whole."""
         tokenizer = self.model.tokenizer
-        return await self._off_loop(
-            len(texts), lambda: tokenizer.encodings(texts, special_tokens=special_tokens, truncate=False)
-        )
+
+        def work() -> list[_T]:
+            return [spell(e) for e in tokenizer.encodings(texts, special_tokens=special_tokens, truncate=False)]
+
+        return await self._off_loop(len(texts), work)
 
     async def decode(self, ids: Sequence[Sequence[int]], skip_special_tokens: bool) -> list[str]:
         """The texts of token ids."""
         tokenizer = self.model.tokenizer
         return await self._off_loop(len(ids), lambda: [tokenizer.decode(one, skip_special_tokens) for one in ids])
+
+    async def tokenized(self) -> None:
+        """Return when the engine has all requests, of a model that gets no more of them; or in time."""
+        give_up = time.monotonic() + self._timeout_s
+        while self._untokenized and time.monotonic() < give_up:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.01)  # they are submitted
 
     async def _off_loop(self, count: int, work: Callable[[], _T]) -> _T:
         """What the tokenizer's thread makes of so many texts."""
@@ -156,17 +170,23 @@ class ServedModel:
             )
         self._untokenized += count
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._tokenizing, work)
+            working = asyncio.get_running_loop().run_in_executor(self._tokenizing, work)
+            return await asyncio.wait_for(working, self._timeout_s)
+        except asyncio.TimeoutError:
+            raise DeadlineError(f"the request was not tokenised within {self._timeout_s:.3g} s") from None
         finally:
             self._untokenized -= count
 
     def _tokens(self, texts: list[Text]) -> list[Tokens]:
-        types = self.model.manifest.bounds.type_vocab_size > 1
+        types, longest = self.model.manifest.bounds.type_vocab_size > 1, _LONGEST * self.max_length
+        cut = [_cut(text, longest) for text in texts]
         return [
             Tokens(
-                np.array(e.ids, np.int32), np.array(e.type_ids, np.int32) if types else None, whole=not e.overflowing
+                np.array(e.ids, np.int32),
+                np.array(e.type_ids, np.int32) if types else None,
+                whole=not e.overflowing and _characters(text) <= longest,
             )
-            for e in self.model.tokenizer.encodings(texts)
+            for text, e in zip(texts, self.model.tokenizer.encodings(cut), strict=True)
         ]
 
     async def answer(self, requests: Sequence[Tokens], patience: Patience, output: str | None = None) -> list[Any]:
@@ -175,6 +195,7 @@ class ServedModel:
         output: which one, by default the main one; the engine's ALL_OUTPUTS for all. Raises TurboError; DeadlineError
         in time.
         """
+        self._check_size(requests, output)
         futures: list[Future] = []
         try:
             for number, one in enumerate(requests, 1):
@@ -196,6 +217,20 @@ class ServedModel:
             raise
         return [future.result() for future in futures]
 
+    def _check_size(self, requests: Sequence[Tokens], output: str | None) -> None:
+        """Raises Problem for more values than an answer may have."""
+        name = output or self.model.manifest.primary
+        rows = sum(len(one.ids) for one in requests)
+        values = sum(
+            spec.columns * (rows if spec.kind == "token" else len(requests))
+            for spec in self.outputs
+            if name in (None, ALL_OUTPUTS, spec.name)
+        )
+        if values > _MOST_VALUES:
+            raise Problem(
+                errors.TOO_LARGE, f"the answer would have {values:,} values, at most {_MOST_VALUES:,} go: ask for less"
+            )
+
     def _note(self, record: BatchRecord) -> None:
         self.metrics.batch(record)
         self.live.batch(record)
@@ -203,6 +238,11 @@ class ServedModel:
 
 def _characters(text: Text) -> int:
     return len(text) if isinstance(text, str) else len(text[0]) + len(text[1])
+
+
+def _cut(text: Text, longest: int) -> Text:
+    """As much of a text, or of each of a pair, as can matter."""
+    return text[:longest] if isinstance(text, str) else (text[0][:longest], text[1][:longest])
 
 
 async def _settled(futures: Sequence[Future], timeout_s: float) -> None:

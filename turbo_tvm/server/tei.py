@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 import numpy as np
@@ -18,8 +18,10 @@ from turbo_tvm.server.kserve_http import is_ready
 from turbo_tvm.server.served_model import ServedModel
 
 TEI = Protocol("tei", tei_form)
+_MOST_TOKENIZED = 1 << 20  # characters whose tokens are listed
 
 Dimensions = Annotated[int, msgspec.Meta(ge=1)]
+Direction = Literal["right", "Right"]  # at which end what is too long is cut: there is no other yet
 TokenId = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 
 
@@ -29,6 +31,8 @@ class EmbedRequest(msgspec.Struct):
     inputs: Inputs
     normalize: bool = True
     truncate: bool | None = False
+    truncation_direction: Direction = "right"
+    prompt_name: None = None
     dimensions: Dimensions | None = None
 
 
@@ -37,6 +41,8 @@ class EmbedAllRequest(msgspec.Struct):
 
     inputs: Inputs
     truncate: bool | None = False
+    truncation_direction: Direction = "right"
+    prompt_name: None = None
 
 
 class PredictRequest(msgspec.Struct):
@@ -45,6 +51,7 @@ class PredictRequest(msgspec.Struct):
     inputs: str | list[str | list[str]]
     raw_scores: bool = False
     truncate: bool | None = False
+    truncation_direction: Direction = "right"
 
 
 class RerankRequest(msgspec.Struct):
@@ -55,6 +62,7 @@ class RerankRequest(msgspec.Struct):
     raw_scores: bool = False
     return_text: bool = False
     truncate: bool | None = False
+    truncation_direction: Direction = "right"
 
 
 class SimilarityInputs(msgspec.Struct):
@@ -220,7 +228,9 @@ async def _similarity(call: Call) -> Reply:
 async def _similarities(call: Call, inputs: SimilarityInputs) -> list[float]:
     embeddings.check_count(call, len(inputs.sentences), "sentences")
     model = _model(call)
-    requests = await embeddings.requests_of(call, model, [inputs.source_sentence, *inputs.sentences], "sentences")
+    embeddings.need_tokenizer(model)
+    requests = await model.tokenize([inputs.source_sentence, *inputs.sentences])
+    embeddings.check_whole(model, requests)
     first, *others = map(embeddings.unit, await embeddings.embed(call, model, requests))
     return [float(first @ other) for other in others]
 
@@ -231,7 +241,9 @@ async def _tokenize(call: Call) -> Reply:
     embeddings.check_count(call, len(texts), "inputs")
     model = _model(call)
     embeddings.need_tokenizer(model)
-    return json_reply([_spelt(e) for e in await model.encodings(texts, body.add_special_tokens)])
+    if sum(map(len, texts)) > _MOST_TOKENIZED:
+        raise Problem(errors.TOO_LARGE, f"inputs have more than {_MOST_TOKENIZED:,} characters: send fewer")
+    return json_reply(await model.encodings(texts, body.add_special_tokens, _spelt))
 
 
 def _spelt(encoding: Any) -> list[dict[str, Any]]:
@@ -252,11 +264,11 @@ async def _decode(call: Call) -> Reply:
     body: DecodeRequest = call.body
     model = _model(call)
     embeddings.need_tokenizer(model)
-    embeddings.check_count(call, len(body.ids), "ids")
-    single = all(isinstance(one, int) for one in body.ids)
+    single = bool(body.ids) and all(isinstance(one, int) for one in body.ids)
     if not single and any(isinstance(one, int) for one in body.ids):
         raise Problem(errors.UNPROCESSABLE, "ids mixes numbers and lists: send one sequence, or a list of them")
     listed: list[Any] = [body.ids] if single else body.ids
+    embeddings.check_count(call, len(listed), "ids")
     return json_reply(await model.decode(listed, body.skip_special_tokens))
 
 

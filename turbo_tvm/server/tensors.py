@@ -55,6 +55,8 @@ def from_values(name: str, datatype: str, shape: Sequence[int], values: Any) -> 
         array[:] = [value.encode("utf-8", "surrogatepass") if isinstance(value, str) else value for value in flat]
     else:
         try:
+            if not all(isinstance(value, int | float) for value in _flat(values)):  # NumPy would pad strings first
+                raise ValueError("they are no numbers")
             array = np.asarray(values).reshape(-1)
             if array.dtype.kind not in ("iu" if DTYPES[datatype].kind in "iu" else "iufb"):
                 raise ValueError("they are not numbers of that type")
@@ -99,7 +101,7 @@ def texts(tensor: Tensor) -> list[str]:
 
 def _size(name: str, datatype: str, shape: Sequence[int]) -> int:
     if datatype != BYTES and datatype not in DTYPES:
-        raise _wrong(name, f"its datatype {datatype!r} is none of {', '.join([*DTYPES, BYTES])}")
+        raise _wrong(name, f"its datatype {datatype[:50]!r} is none of {', '.join([*DTYPES, BYTES])}")
     if len(shape) > 8 or any(n < 0 or n > 2**31 for n in shape):
         raise _wrong(name, f"its shape {list(shape)[:9]} is none")
     return math.prod(shape)

@@ -108,6 +108,24 @@ class TestStatuses:
         tensor = {"name": "input_ids", "shape": [5, 1], "datatype": "INT64", "data": [1] * 5}
         assert client.post("/v2/models/fake/infer", json={"inputs": [tensor]}).status_code == 413
 
+    def test_a_matrix_that_is_wider_than_the_model(self, fake):
+        ids = {"name": "input_ids", "shape": [1, 513], "datatype": "INT64", "data": [1] * 513}
+        mask = {"name": "attention_mask", "shape": [1, 513], "datatype": "INT64", "data": [1] + [0] * 512}
+        with running({"fake": fake}) as server:
+            reply = httpx.post(f"{server.url}/v2/models/fake/infer", json={"inputs": [ids, mask]})
+        assert reply.status_code == 400 and "513 wide" in reply.json()["error"]
+
+    def test_an_answer_that_is_too_large(self, fake, monkeypatch):
+        monkeypatch.setattr("turbo_tvm.server.served_model._MOST_VALUES", 5)
+        with running({"fake": fake}) as server:
+            assert httpx.post(f"{server.url}/embed", json={"inputs": [[1], [2]]}).status_code == 200
+            reply = httpx.post(f"{server.url}/embed", json={"inputs": [[1], [2], [3]]})
+            assert reply.status_code == 413 and "6 values" in reply.json()["error"]
+
+    def test_other_kinds_of_inputs_are_no_failures(self, client):
+        text = {"name": "text", "shape": [1], "datatype": "BYTES", "data": ["a"]}
+        assert client.post("/v2/models/fake/infer", json={"inputs": [text]}).status_code == 422
+
     def test_a_text_for_a_model_without_tokenizer(self, client):
         reply = client.post("/embed", json={"inputs": "a"})
         assert reply.status_code == 422 and "no tokenizer" in reply.json()["error"]

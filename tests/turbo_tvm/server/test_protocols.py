@@ -123,6 +123,15 @@ class TestTriton:
                 client.infer(*arguments)
             assert "InferenceServerException" in type(caught.value).__name__
 
+    def test_texts_are_cut_only_if_they_may_be(self, triton, local):
+        module, client = triton
+        long = "red " * 60
+        text = tensor(module, "text", np.array([long.encode()], object), "BYTES")
+        with pytest.raises(Exception, match="48 tokens"):
+            client.infer("embedder", [text])
+        found = client.infer("embedder", [text], parameters={"truncate": True}).as_numpy("embedding")
+        exact(found, np.stack(local.encode([long])))
+
     def test_versions(self, triton):
         module, client = triton
         text = tensor(module, "text", np.array([b"a"], object), "BYTES")
@@ -224,6 +233,22 @@ class TestTextEmbeddingsInference:
         refused = client.post("/embed", json={"inputs": long})
         assert refused.status_code == 413 and refused.json()["error_type"] == "Validation"
         exact(client.post("/embed", json={"inputs": long, "truncate": True}).json(), local.encode([long]))
+        longer = "red " * 100_000
+        assert client.post("/embed", json={"inputs": longer}).status_code == 413
+        exact(client.post("/embed", json={"inputs": longer, "truncate": True}).json(), local.encode([long]))
+        assert client.post("/tokenize", json={"inputs": "red " * 300_000}).status_code == 413
+        similar = {"source_sentence": "red", "sentences": [long]}
+        assert client.post("/similarity", json={"inputs": similar}).status_code == 413
+
+    def test_what_would_change_the_answer_is_refused(self, client):
+        for more in ({"truncation_direction": "left"}, {"prompt_name": "query"}):
+            assert client.post("/embed", json={"inputs": "a", **more}).status_code == 422
+        assert client.post("/embed", json={"inputs": "a", "truncation_direction": "right"}).status_code == 200
+
+    def test_a_long_sequence_is_decoded(self, client):
+        assert client.post("/decode", json={"ids": [5] * 2000}).status_code == 200
+        assert client.post("/decode", json={"ids": []}).status_code == 422
+        assert client.post("/decode", json={"ids": [[5]] * 2000}).status_code == 413
 
     def test_rerank(self, client, artifacts):
         scores = np.array(turbo_tvm.load(artifacts["reranker"], threads=1).encode([("red cat", t) for t in TEXTS]))

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 
 import httpx
 import pytest
+from cli_runner import fail
 from running_server import exact, scraped
 
 import turbo_tvm
@@ -109,7 +110,7 @@ def test_workers_share_a_port_and_count_together(artifacts):
             asked += 1
         assert len(pids) == 2
         found = scraped(url)
-        assert found["turbo_requests_total", ("outcome", "answered"), ("protocol", "tei")] > asked  # and /health
+        assert found["turbo_requests_total", ("outcome", "answered"), ("protocol", "tei")] == asked  # without /health
         assert found["turbo_batch_sequences_sum", ("model", "embedder")] == 2 * asked
         assert served.stop() == 0
 
@@ -133,3 +134,22 @@ def test_files_that_cannot_be_served(tmp_path, artifacts):
         command = [sys.executable, "-m", "turbo_tvm", "serve", *map(str, arguments), "--port", "0"]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--api-key", ""], "is empty"),
+        (["--api-key", " one"], "blanks"),
+        (["--grpc-port", "0", "--workers", "2"], "share a gRPC port"),
+        (["--tls-cert", "cert.pem"], "both --tls-cert and --tls-key"),
+    ],
+    ids=str,
+)
+def test_options_that_cannot_be(artifacts, options, words):
+    assert words in fail("serve", artifacts["embedder"], *options, code=2)
+
+
+def test_tls_files_that_are_not_there(artifacts, tmp_path):
+    options = ("--tls-cert", tmp_path / "cert.pem", "--tls-key", tmp_path / "key.pem")
+    assert "for TLS" in fail("serve", artifacts["embedder"], *options)

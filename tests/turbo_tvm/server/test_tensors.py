@@ -60,6 +60,7 @@ def test_any_bytes_are_strings_or_a_problem(raw, count):
         ("FP32", [1], [float("nan")], "out of range"),
         ("INT64", [2, 2], [[1, 2], [3]], "no list of INT64"),
         ("INT64", [1], [None], "no list of INT64"),
+        ("INT64", [1], [""] * 30_000 + ["x" * 100_000], "no numbers"),  # 12 GB as NumPy would have it
         ("INT64", [1], [{}], "no list of INT64"),
         ("BYTES", [1], [1], "strings"),
         ("FLOAT", [1], [1], "datatype 'FLOAT'"),
