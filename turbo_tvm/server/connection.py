@@ -1,6 +1,7 @@
-"""uvicorn's HTTP connection with limits of time: for a head that never ends, and for an answer that nobody reads.
+"""uvicorn's HTTP connection with limits: for heads that never end or are too large, for bodies that never begin, and for
+answers that nobody reads.
 
-A body has its limit in `endpoint`, a connection that is kept and not used in uvicorn.
+A body that comes slowly has its limit in `endpoint`, a connection that is kept and not used in uvicorn.
 """
 
 from __future__ import annotations

@@ -220,7 +220,7 @@ class ServedModel:
     def _check_size(self, requests: Sequence[Tokens], output: str | None) -> None:
         """Raises Problem for more values than an answer may have."""
         name = output or self.model.manifest.primary
-        rows = sum(len(one.ids) for one in requests)
+        rows = sum(len(one.ids) for one in requests) if self.takes_text else len(requests) * self.max_length
         values = sum(
             spec.columns * (rows if spec.kind == "token" else len(requests))
             for spec in self.outputs
