@@ -72,8 +72,16 @@ class Flight:
     waiters: list[RequestFuture] = field(default_factory=list)
     running: bool = False
 
-    def urge(self) -> None:
-        """Let the request say what its present waiters need: the earliest of their deadlines."""
-        deadline = min((w.deadline_s for w in self.waiters if w.deadline_s is not None), default=None)
-        if deadline != self.request.deadline_s:
+    def add(self, waiter: RequestFuture) -> None:
+        """One more waits for it."""
+        self.waiters.append(waiter)
+        deadline, mine = self.request.deadline_s, waiter.deadline_s
+        if mine is not None and (deadline is None or mine < deadline):
+            self.request = replace(self.request, deadline_s=mine)
+
+    def remove(self, waiter: RequestFuture) -> None:
+        """One does not wait any more: the request has the earliest deadline of the others."""
+        self.waiters.remove(waiter)
+        if waiter.deadline_s == self.request.deadline_s:
+            deadline = min((w.deadline_s for w in self.waiters if w.deadline_s is not None), default=None)
             self.request = replace(self.request, deadline_s=deadline)

@@ -186,8 +186,7 @@ class RequestQueue:
             future.set_running_or_notify_cancel()
         if priority > flight.request.priority:
             flight.request = replace(flight.request, priority=priority)
-        flight.waiters.append(future)
-        flight.urge()
+        flight.add(future)
 
     def _leave(self, future: RequestFuture, outcome: str) -> None:
         """A future that waited was settled from outside; nobody else waits for its flight: it goes."""
@@ -200,8 +199,7 @@ class RequestQueue:
             flight = future.flight
             if flight is None or future not in flight.waiters:  # an executor took the flight just now, without it
                 return
-            flight.waiters.remove(future)
-            flight.urge()
+            flight.remove(future)
             if not flight.waiters:
                 self._drop(flight)
 

@@ -155,9 +155,10 @@ def tell_workers(settings: str, metrics: str) -> None:
     os.environ[_SERVER], os.environ[_METRICS] = settings, metrics
 
 
-def counts_with_others() -> bool:
-    """Whether this process is one of several workers of a server, that count together."""
-    return _METRICS in os.environ
+def counts_with_others() -> Path | None:
+    """The directory of the metrics, if this process is one of several workers of a server, that count together."""
+    folder = os.environ.get(_METRICS)
+    return Path(folder) if folder is not None else None
 
 
 def tokenize_in_one_thread() -> None:

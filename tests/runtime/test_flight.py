@@ -58,13 +58,13 @@ def test_without_memory_for_a_copy_it_gets_that_error(future, monkeypatch):
 
 
 def test_a_flight_has_the_earliest_deadline_of_those_who_wait():
-    one = Flight(Request(0, 3, deadline_s=9.0), b"", None)
-    for deadline in (4.0, None, 6.0):
-        waiter = RequestFuture()
-        waiter.deadline_s = deadline
-        one.waiters.append(waiter)
-    one.urge()
-    assert one.request.deadline_s == 4.0
-    del one.waiters[0]
-    one.urge()
-    assert one.request.deadline_s == 6.0
+    one = Flight(Request(0, 3), b"", None)
+    waiters = []
+    for deadline, earliest in ((6.0, 6.0), (None, 6.0), (4.0, 4.0), (5.0, 4.0)):
+        waiters.append(RequestFuture())
+        waiters[-1].deadline_s = deadline
+        one.add(waiters[-1])
+        assert one.request.deadline_s == earliest
+    for number, earliest in ((3, 4.0), (2, 6.0), (1, 6.0), (0, None)):
+        one.remove(waiters[number])
+        assert one.request.deadline_s == earliest

@@ -1,4 +1,4 @@
-"""uvicorn's HTTP connection with limits: for heads that never end or are too large, for bodies that never begin, and for
+"""uvicorn's HTTP connection with limits: for heads that never end or are too large, for bodies that never begin, for
 answers that nobody reads.
 
 A body that comes slowly has its limit in `endpoint`, a connection that is kept and not used in uvicorn.

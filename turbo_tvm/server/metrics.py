@@ -5,6 +5,8 @@ With several workers each has numbers of its own; prometheus-client adds them up
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 from prometheus_client import (
@@ -76,7 +78,9 @@ class Metrics:
     def exposition(self) -> tuple[bytes, str]:
         """The text that Prometheus reads, of all workers, and its content type."""
         registry = self.registry
-        if config.counts_with_others():
+        folder = config.counts_with_others()
+        if folder is not None:
+            _forget_the_dead(folder)
             registry = CollectorRegistry()
             multiprocess.MultiProcessCollector(registry)
         return generate_latest(registry), CONTENT_TYPE_LATEST
@@ -89,6 +93,18 @@ class Metrics:
 
     def _histogram(self, name: str, text: str, bounds: tuple[float, ...], label: str = "model") -> Histogram:
         return Histogram(name, text, (label,), registry=self.registry, buckets=bounds)
+
+
+def _forget_the_dead(folder: Path) -> None:
+    """What a worker that was killed had waiting is no longer there; what it had counted stays."""
+    for path in folder.glob("gauge_live*_*.db"):
+        pid = int(path.stem.rpartition("_")[2])
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            multiprocess.mark_process_dead(pid, str(folder))
+        except PermissionError:
+            pass
 
 
 class ModelMetrics:

@@ -27,6 +27,7 @@ from turbo_tvm.server.settings import Settings
 _T = TypeVar("_T")
 
 _TURN = 64  # submissions at a time: each takes tens of microseconds of the event loop
+_PAUSE_S = 0.005  # of a request that is larger than the room in the queue
 _MOST_VALUES = 64 << 20  # of an answer: 256 MB, and several times that in JSON
 _LONGEST = 64  # characters per token, beyond which a text is not looked at
 _SHORT, _FEW = 400, 8  # characters and texts that are tokenised at once: a turn of threads takes longer than they do
@@ -197,25 +198,36 @@ class ServedModel:
         """
         self._check_size(requests, output)
         futures: list[Future] = []
+        give_up = time.monotonic() + patience.timeout_s
         try:
             for number, one in enumerate(requests, 1):
                 if number % _TURN == 0:
                     await asyncio.sleep(0)  # others have their turn
-                futures.append(
-                    self.engine.submit(
-                        one.ids,
-                        token_type_ids=one.token_type_ids,
-                        timeout_s=patience.timeout_s,
-                        priority=patience.priority,
-                        output=output,
-                    )
-                )
-            await _settled(futures, patience.timeout_s)
+                futures.append(await self._submitted(one, patience, output, futures, give_up))
+            await _settled(futures, give_up - time.monotonic(), patience.timeout_s)
         except BaseException:
-            for future in futures:
+            for future in reversed(futures):  # those with the earliest deadline last: the engine looks for it anew
                 future.cancel()
             raise
         return [future.result() for future in futures]
+
+    async def _submitted(
+        self, one: Tokens, patience: Patience, output: str | None, before: Sequence[Future], give_up: float
+    ) -> Future:
+        """In the queue, where there is room or will be, because others of the same request wait in it."""
+        while True:
+            try:
+                return self.engine.submit(
+                    one.ids,
+                    token_type_ids=one.token_type_ids,
+                    timeout_s=max(give_up - time.monotonic(), 1e-6),
+                    priority=patience.priority,
+                    output=output,
+                )
+            except OverloadError:
+                if all(future.done() for future in before) or time.monotonic() > give_up:
+                    raise
+            await asyncio.sleep(_PAUSE_S)
 
     def _check_size(self, requests: Sequence[Tokens], output: str | None) -> None:
         """Raises Problem for more values than an answer may have."""
@@ -245,8 +257,8 @@ def _cut(text: Text, longest: int) -> Text:
     return text[:longest] if isinstance(text, str) else (text[0][:longest], text[1][:longest])
 
 
-async def _settled(futures: Sequence[Future], timeout_s: float) -> None:
-    """Return when all of them are done, or one has failed. Raises DeadlineError.
+async def _settled(futures: Sequence[Future], left_s: float, timeout_s: float) -> None:
+    """Return when all of them are done, or one has failed. Raises DeadlineError, when nothing is left of timeout_s.
 
     One call into the loop for all of them: asyncio's own way makes one per future.
     """
@@ -268,7 +280,7 @@ async def _settled(futures: Sequence[Future], timeout_s: float) -> None:
     if not all(future.done() for future in futures):  # answers from the cache are
         for future in futures:
             future.add_done_callback(settled)
-        timer = loop.call_later(timeout_s, wake)
+        timer = loop.call_later(left_s, wake)
         try:
             await done
         finally:

@@ -6,6 +6,7 @@ import json
 import socket
 import threading
 import time
+from dataclasses import replace
 from typing import ClassVar
 
 import httpx
@@ -156,12 +157,18 @@ class TestLoad:
         metrics = client.get("/metrics").text
         assert 'turbo_requests_total{outcome="rejected",protocol="tei"} 1.0' in metrics
 
-    def test_one_of_several_that_does_not_fit_cancels_the_others(self, fake, served, client):
+    def test_a_request_that_is_larger_than_the_queue_goes_in_as_it_has_room(self, fake, client):
+        fake.seconds = 0.02
+        exact(client.post("/embed", json={"inputs": [[7], [8], [9], [10]], "normalize": False}).json()[3], [10, 1])
+
+    def test_one_of_several_that_never_fits_cancels_the_others(self, fake, served, client):
+        model = served.context.repository.get("fake")
+        served.context.settings = replace(served.context.settings, timeout_s=0.3)
         fake.gate.clear()
         thread, found = in_background(lambda: client.post("/v1/embeddings", json=ASK))
         assert fake.entered.acquire(timeout=10)
-        assert client.post("/embed", json={"inputs": [[7], [8], [9]]}).status_code == 429
-        assert served.context.repository.get("fake").engine.waiting == 0
+        assert client.post("/embed", json={"inputs": [[7], [8], [9]]}).status_code == 504
+        assert model.engine.waiting == 0
         fake.gate.set()
         thread.join(10)
         assert found[0].status_code == 200
