@@ -163,10 +163,10 @@ class TestLoad:
 
     def test_one_of_several_that_never_fits_cancels_the_others(self, fake, served, client):
         model = served.context.repository.get("fake")
-        served.context.settings = replace(served.context.settings, timeout_s=0.3)
         fake.gate.clear()
         thread, found = in_background(lambda: client.post("/v1/embeddings", json=ASK))
         assert fake.entered.acquire(timeout=10)
+        served.context.settings = replace(served.context.settings, timeout_s=0.3)
         assert client.post("/embed", json={"inputs": [[7], [8], [9]]}).status_code == 504
         assert model.engine.waiting == 0
         fake.gate.set()
