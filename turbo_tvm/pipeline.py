@@ -129,7 +129,7 @@ def packed(tiles: Tiles, max_length: int, precision: str) -> list[Pass]:
         fuse_embedding,
         # Store: in which format, and how far apart (a CPU's caches want that).
         *_lower_precision(cpu, precision),
-        *([widen_rows] if cpu else []),
+        *([lambda mod: widen_rows(mod, amx=tiles.amx)] if cpu else []),
         # Weights: into the kernels' layout, and out of the model's function.
         lambda mod: pack_weights(mod, tiles.col_tile, pairs=cpu),
         hoist_weights,

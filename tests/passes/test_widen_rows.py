@@ -128,7 +128,7 @@ def rows(columns: int, dtype: str = "float32") -> relax.TensorType:
     return relax.TensorType((TILES, 4, columns), dtype)
 
 
-def widened(params: list[relax.Var], *steps, result: int = -1) -> list[tuple[int, dict]]:
+def widened(params: list[relax.Var], *steps, result: int = -1, amx: bool = False) -> list[tuple[int, dict]]:
     """Width and attributes of composites in a row; a step makes one from what there is so far; `result` is returned."""
     bb = relax.BlockBuilder()
     with bb.function("main", params, attrs={"num_input": 1}):
@@ -138,8 +138,8 @@ def widened(params: list[relax.Var], *steps, result: int = -1) -> list[tuple[int
                 values.append(bb.emit(step(*values)))
             out = bb.emit_output(values[result])
         bb.emit_func_output(out)
-    mod = widen_rows(bb.finalize())
-    again = widen_rows(mod)
+    mod = widen_rows(bb.finalize(), amx)
+    again = widen_rows(mod, amx)
     tvm.ir.assert_structural_equal(again, mod)
     bindings = [b for block in mod["main"].body.blocks for b in block.bindings]
     found = [(b.value, composite.match(b.value)) for b in bindings]
@@ -213,6 +213,28 @@ def test_bf16_has_more_columns_to_a_page_and_to_a_line(columns, wanted):
         lambda *v: product(v[0], v[1], v[2], "uint16"),
         lambda *v: product(v[5], v[3], v[4]),
     )
+    assert [width for width, _ in found] == [wanted, 8]
+
+
+@pytest.mark.parametrize(
+    ("columns", "wanted"), [(32, 32), (64, 96), (384, 416), (400, 400), (768, 800), (2336, 2336), (3072, 3104)]
+)
+def test_for_amx_tiles_bf16_rows_are_an_odd_number_of_lines_apart(columns, wanted):
+    """One line, two, 12, 12.5, 24, 73 and 96."""
+    params = [relax.Var("x", rows(8, "uint16")), weight("w", columns, 8), weight("c", columns)]
+    steps = (
+        lambda *v: product(v[0], v[1], v[2], "uint16"),
+        lambda *v: product(v[5], v[3], v[4]),
+    )
+    found = widened([*params, weight("v", 8, columns), weight("d", 8)], *steps, amx=True)
+    assert [width for width, _ in found] == [wanted, 8]
+
+
+@pytest.mark.parametrize(("columns", "wanted"), [(768, 768), (1024, 1040)])
+def test_for_amx_fp32_rows_are_as_ever(columns, wanted):
+    params = [relax.Var("x", rows(8)), weight("w", columns, 8), weight("c", columns)]
+    steps = (lambda *v: product(v[0], v[1], v[2]), lambda *v: product(v[5], v[3], v[4]))
+    found = widened([*params, weight("v", 8, columns), weight("d", 8)], *steps, amx=True)
     assert [width for width, _ in found] == [wanted, 8]
 
 
