@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from . import (
+    artifacts,
     families,
     memory,
     overhead,
@@ -72,13 +73,15 @@ both with sentences of mixed length: closed loops of 32 and 64, then Poisson arr
 Writes server.json (every latency), server.md and server.png."""
 SOAK = """Load the server for minutes at 0.8 of what it bears, and look whether its memory grows; then for seconds at
 ten times that, and look what it refuses and whether it recovers. Writes soak.json (every sample), soak.md, soak.png."""
+ARTIFACTS = """Run two artifacts of one model in turn in one process on the encoder benchmark's workloads: what a newer version
+gained, or another way to compile. Writes artifacts.json (every sample) and artifacts.md."""
 SEARCHES = """Compare kernels as several directories of tuning logs have them, such as a shipped one, one of another
 seed and one of a random search: each timed in turn with the first. Writes searches.json (every sample), searches.md and
 searches.png, how the searches went."""
 LOGS = """Write README.md beside the tuning logs of every target: where and how they were made, and what each kernel
 gains."""
 COMMANDS = (
-    *("encoder", "models", "memory", "serving", "scheduler", "server", "soak", "tuning", "searches", "logs"),
+    *("encoder", "models", "memory", "serving", "scheduler", "server", "soak", "tuning", "artifacts", "searches", "logs"),
     *("overhead", "report"),
 )
 QUICK_LIMITS = {"rounds": 3, "seconds": 5.0}
@@ -114,6 +117,7 @@ def parser() -> argparse.ArgumentParser:
     _server_options(commands.add_parser("server", help="the server beside infinity-emb", description=SERVER))
     _soak_options(commands.add_parser("soak", help="the server over a long time", description=SOAK))
     _tuning_options(commands.add_parser("tuning", help="default kernels beside tuned ones", description=TUNING))
+    _artifacts_options(commands.add_parser("artifacts", help="two artifacts of one model", description=ARTIFACTS))
     _searches_options(
         commands.add_parser("searches", help="tuned kernels by the search that found them", description=SEARCHES)
     )
@@ -226,6 +230,17 @@ def _tuning_options(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, default=Path("bench_results"), help="output directory (default %(default)s)")
 
 
+def _artifacts_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("artifacts", type=Path, nargs=2, metavar="ARTIFACT", help="the first one's time is over the second's")
+    add("--names", nargs=2, default=["before", "after"], metavar="NAME", help="default: before after")
+    add("--only", metavar="SUBSTRING", help="workloads whose name contains this")
+    add("--seconds", type=float, default=4.0, help="per workload, beyond five rounds (default %(default)g)")
+    add("--threads", type=_positive, help="default: the physical cores")
+    add("--seed", type=int, default=0, help="of lengths and token ids (default %(default)s)")
+    add("--out", type=Path, default=Path("bench_results"), help="output directory (default %(default)s)")
+
+
 def _searches_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("artifacts", type=Path, nargs="+", metavar="ARTIFACT", help="whose kernels")
@@ -331,6 +346,8 @@ def main(argv: list[str]) -> int:
             server.run(settings_of(server.Settings, args, argv), console)
         elif args.command == "soak":
             soak.run(settings_of(soak.Settings, args, argv), console)
+        elif args.command == "artifacts":
+            artifacts.run(settings_of(artifacts.Settings, args, argv), console)
         elif args.command == "searches":
             searches.run(settings_of(searches.Settings, args, argv), console)
         elif args.command == "scheduler":

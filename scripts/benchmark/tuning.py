@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import geometric_mean, median
+from statistics import median
 from typing import Any
 
 from rich.console import Console
 
 from . import machine, models
-from .measure import rotated
-from .report import markdown_row
+from .in_turn import over_the_grid, ratio, table, time_in_turn
 from .results import write_json
-from .workloads import GRID, Workload, all_workloads, select
+from .workloads import all_workloads, select
 
 COMPILES = 3
-LEAST_ROUNDS = 5
 
 
 @dataclass(frozen=True)
@@ -65,7 +61,7 @@ def _measure(title: str, module: Any, precision: str, settings: Settings, consol
     tuned = {kernel.name: len(kernel.variants) for kernel in built["tuned"].manifest.kernels if kernel.variants}
     measured = []
     for workload in select(all_workloads(settings.seed), settings.only, quick=False):
-        measured.append(_time(built, workload, settings))
+        measured.append(time_in_turn(built, workload, settings.seed, settings.seconds))
         console.print(f"{title}: {workload.label}: {ratio(measured[-1]):.3f}x")
     return {"compile_s": compile_s, "variants": tuned, "workloads": measured}
 
@@ -74,33 +70,6 @@ def _compile(module: Any, precision: str, logs: Path | bool, threads: int) -> An
     import turbo_tvm
 
     return turbo_tvm.compile(module, precision=precision, logs=logs, threads=threads, progress=False)
-
-
-def _time(built: dict[str, Any], workload: Workload, settings: Settings) -> dict[str, Any]:
-    """Rounds of both, the order alternating, for so many seconds and at least a few; a short call is repeated."""
-    bounds = built["default"].manifest.bounds
-    sequences = workload.sequences(settings.seed, bounds.vocab_size)
-    samples: dict[str, list[float]] = {way: [] for way in built}
-    for model in built.values():
-        model.run(sequences)
-    start = time.perf_counter()
-    built["default"].run(sequences)
-    calls = max(1, math.ceil(0.01 / (time.perf_counter() - start)))
-    begun, number = time.perf_counter(), 0
-    while number < LEAST_ROUNDS or time.perf_counter() - begun < settings.seconds:
-        for way in rotated(list(built), number):
-            start = time.perf_counter()
-            for _ in range(calls):
-                built[way].run(sequences)
-            samples[way].append((time.perf_counter() - start) / calls)
-        number += 1
-    return {"name": workload.name, "label": workload.label, "kind": workload.kind, "samples_s": samples}
-
-
-def ratio(record: dict[str, Any]) -> float:
-    """The median of the round-by-round ratios of the default's time to the tuned model's."""
-    samples = record["samples_s"]
-    return median(a / b for a, b in zip(samples["default"], samples["tuned"], strict=True))
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -117,28 +86,15 @@ def markdown(report: dict[str, Any]) -> str:
         "gain (x) is the median of the round-by-round ratios of the default's time to the tuned model's.",
     ]
     for title, found in report["models"].items():
-        lines += ["", f"## {title}", "", *_summary(found), "", *_rows(found["workloads"])]
+        lines += ["", f"## {title}", "", *_summary(found), "", *table(found["workloads"])]
     return "\n".join(lines) + "\n"
 
 
 def _summary(found: dict[str, Any]) -> list[str]:
-    grid = [ratio(w) for w in found["workloads"] if w["kind"] == GRID]
     compiles = {way: median(samples) for way, samples in found["compile_s"].items()}
     more = compiles["tuned"] - compiles["default"]
-    lines = [
+    return [
+        *over_the_grid(found["workloads"]),
         f"- compile: {compiles['default']:.1f} s, with logs {compiles['tuned']:.1f} s ({more:+.1f} s)",
         f"- tuned kernels, and their variants: {found['variants'] or 'none'}",
     ]
-    if grid:
-        lines.insert(
-            0, f"- grid: geometric mean **{geometric_mean(grid):.3f}x**, least {min(grid):.3f}x, {len(grid)} points"
-        )
-    return lines
-
-
-def _rows(workloads: Sequence[dict[str, Any]]) -> list[str]:
-    rows = [markdown_row(["requests", "default", "tuned", "gain"]), markdown_row(["---"] * 4)]
-    for one in workloads:
-        times = [f"{1e3 * median(one['samples_s'][way]):.4g} ms" for way in ("default", "tuned")]
-        rows.append(markdown_row([one["label"], *times, f"{ratio(one):.3f}x"]))
-    return rows

@@ -19,8 +19,8 @@ Inputs = str | list[str | int | list[int]]  # what JSON may hold: a text, texts,
 
 
 def patience(call: Call) -> Patience:
-    """How long this server lets a request wait."""
-    return Patience(call.context.settings.timeout_s)
+    """How long this server lets a request wait, from when its body had come."""
+    return Patience(call.context.settings.timeout_s, since=call.begun)
 
 
 async def requests_of(call: Call, model: ServedModel, inputs: Inputs, name: str) -> list[Tokens]:
@@ -29,7 +29,7 @@ async def requests_of(call: Call, model: ServedModel, inputs: Inputs, name: str)
     check_count(call, len(listed), name)
     if all(isinstance(one, str) for one in listed):
         need_tokenizer(model)
-        return await model.tokenize(listed)
+        return await model.tokenize(listed, patience(call))
     if all(isinstance(one, list) for one in listed):
         return [Tokens(one) for one in listed]
     raise Problem(errors.UNPROCESSABLE, f"{name} mixes texts and token ids: send one kind", param=name)
@@ -84,7 +84,7 @@ async def scores(call: Call, model: ServedModel, texts: Sequence[Text], truncate
     if model.scores is None:
         raise Problem(errors.UNPROCESSABLE, f"the model {model.name} is no classifier: it gives no scores")
     need_tokenizer(model)
-    requests = await model.tokenize(texts)
+    requests = await model.tokenize(texts, patience(call))
     if not truncate:
         check_whole(model, requests)
     return [np.atleast_1d(one) for one in await model.answer(requests, patience(call))]

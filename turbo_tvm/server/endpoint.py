@@ -64,7 +64,11 @@ def json_reply(value: Any, status: int = 200) -> Reply:
 
 @dataclass
 class Call:
-    """A request. body: decoded, of the endpoint's type; raw: as it came; gone: whether the client has hung up."""
+    """A request.
+
+    body: decoded, of the endpoint's type; raw: as it came; begun: when it had come, of `time.monotonic()`; gone:
+    whether the client has hung up.
+    """
 
     context: Context
     id: str
@@ -72,6 +76,7 @@ class Call:
     path: Mapping[str, str]
     raw: bytes = b""
     body: Any = None
+    begun: float = field(default_factory=time.monotonic)
     gone: bool = False
 
     def header(self, name: str) -> str | None:
@@ -147,6 +152,7 @@ class Served:
         except Disconnected:
             call.gone = True
             raise
+        call.begun = time.monotonic()
         if self._decoder is not None:
             call.body = decoded(self._decoder, call.raw)
         watching = asyncio.create_task(_cancel_when_gone(call, receive, asyncio.current_task()))

@@ -82,12 +82,11 @@ async def infer(
     parameters: Mapping[str, Any],
 ) -> list[Tensor]:
     """The tensors that are asked for, by default `embedding` or the main output, or all. Raises Problem, TurboError."""
-    names = _wanted(model, outputs)
-    requests, shape = await _requests(context, model, {tensor.name: tensor for tensor in inputs})
+    names, patience = _wanted(model, outputs), _patience(context, parameters)
+    requests, shape = await _requests(context, model, {tensor.name: tensor for tensor in inputs}, patience)
     if not parameters.get("truncate"):
         embeddings.check_whole(model, requests)
     real = list(dict.fromkeys(_real_name(model, name) for name in names))
-    patience = _patience(context, parameters)
     answers = await model.answer(requests, patience, real[0] if len(real) == 1 else ALL_OUTPUTS)
     columns = {real[0]: answers} if len(real) == 1 else {name: [one[name] for one in answers] for name in real}
     kinds = {spec.name: spec.kind for spec in model.outputs}
@@ -120,13 +119,13 @@ def _real_name(model: ServedModel, name: str) -> str:
 
 
 async def _requests(
-    context: Context, model: ServedModel, inputs: Mapping[str, Tensor]
+    context: Context, model: ServedModel, inputs: Mapping[str, Tensor], patience: Patience
 ) -> tuple[list[Tokens], int | None]:
     """What the engine is asked, and how wide the matrix of token ids was."""
     if _TEXT in inputs:
         _only(inputs, _TEXT, _PAIR)
         embeddings.need_tokenizer(model)
-        return await model.tokenize(_texts(context, inputs)), None
+        return await model.tokenize(_texts(context, inputs), patience), None
     if _PIXELS in inputs:
         _only(inputs, _PIXELS)
         if model.takes_text:

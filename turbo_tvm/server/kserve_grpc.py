@@ -12,6 +12,7 @@ from typing import Any
 
 import grpc
 import numpy as np
+from google.protobuf.message import DecodeError
 
 from turbo_tvm.errors import TurboError
 from turbo_tvm.server import errors, kserve
@@ -61,14 +62,16 @@ async def start(context: Context) -> grpc.aio.Server:
 
 
 def _method(context: Context, name: str, handle: Handle) -> Any:
-    async def call(request: Any, rpc: grpc.aio.ServicerContext) -> Any:
+    asked = message(f"{name}Request")
+
+    async def call(body: bytes, rpc: grpc.aio.ServicerContext) -> Any:
         started, outcome, code = time.perf_counter(), "answered", "OK"
         metadata = {key: value for key, value in rpc.invocation_metadata() or ()}
         request_id = str(metadata.get("x-request-id") or secrets.token_hex(8))[:128]
         try:
             if name not in _OPEN:
-                _check_key(context, metadata)
-            return await handle(context, request)
+                _check_key(context, metadata)  # before anything of the request is looked at
+            return await handle(context, _parsed(asked, body))
         except asyncio.CancelledError:
             outcome, code = "cancelled", "CANCELLED"
             raise
@@ -85,9 +88,14 @@ def _method(context: Context, name: str, handle: Handle) -> Any:
                 fields = {"id": request_id, "status": code, "ms": round(1e3 * seconds, 3)}
                 _ACCESS.info("gRPC %s", name, extra={"fields": fields})
 
-    return grpc.unary_unary_rpc_method_handler(
-        call, message(f"{name}Request").FromString, message(f"{name}Response").SerializeToString
-    )
+    return grpc.unary_unary_rpc_method_handler(call, None, message(f"{name}Response").SerializeToString)
+
+
+def _parsed(kind: Any, body: bytes) -> Any:
+    try:
+        return kind.FromString(body)
+    except DecodeError as error:
+        raise Problem(errors.INVALID, f"the body is no {kind.DESCRIPTOR.name} of the inference protocol") from error
 
 
 def _check_key(context: Context, metadata: dict[str, Any]) -> None:

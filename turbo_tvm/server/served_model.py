@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
@@ -47,10 +47,21 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Patience:
-    """How long an answer may take, and how important it is: higher ones go first."""
+    """How long an answer may take in all, and how important it is: higher ones go first. since: `time.monotonic()`."""
 
     timeout_s: float
     priority: int = 0
+    since: float = field(default_factory=time.monotonic)
+
+    @property
+    def left_s(self) -> float:
+        """What remains, in seconds; at least a microsecond."""
+        return max(self.since + self.timeout_s - time.monotonic(), 1e-6)
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing remains."""
+        return time.monotonic() > self.since + self.timeout_s
 
 
 class ServedModel:
@@ -127,33 +138,41 @@ class ServedModel:
         primary = self.model.manifest.primary
         return next((spec for spec in self.outputs if spec.name == primary and spec.kind == kind), None)
 
-    async def tokenize(self, texts: Sequence[Text]) -> list[Tokens]:
+    async def tokenize(self, texts: Sequence[Text], patience: Patience) -> list[Tokens]:
         """Token ids of texts or pairs, cut at the model's longest sequence; off the event loop, but for short ones.
 
-        Raises TurboError; OverloadError where as many wait as the engine lets wait.
+        Raises TurboError; OverloadError where as many wait as the engine lets wait, DeadlineError in time.
         """
         started = time.perf_counter()
         listed = list(texts)
         if len(listed) <= _FEW and sum(map(_characters, listed)) <= _SHORT:
             found = self._tokens(listed)
         else:
-            found = await self._off_loop(len(listed), lambda: self._tokens(listed))
+            found = await self._off_loop(len(listed), lambda: self._tokens(listed), patience)
         self.metrics.tokenization.observe(time.perf_counter() - started)
         return found
 
-    async def encodings(self, texts: Sequence[str], special_tokens: bool, spell: Callable[[Any], _T]) -> list[_T]:
+    async def encodings(
+        self, texts: Sequence[str], special_tokens: bool, spell: Callable[[Any], _T], patience: Patience
+    ) -> list[_T]:
         """What `spell` makes of the tokenizer's own encodings, which are whole."""
         tokenizer = self.model.tokenizer
 
         def work() -> list[_T]:
             return [spell(e) for e in tokenizer.encodings(texts, special_tokens=special_tokens, truncate=False)]
 
-        return await self._off_loop(len(texts), work)
+        return await self._off_loop(len(texts), work, patience)
 
-    async def decode(self, ids: Sequence[Sequence[int]], skip_special_tokens: bool) -> list[str]:
+    async def decode(
+        self, ids: Sequence[Sequence[int]], skip_special_tokens: bool, patience: Patience
+    ) -> list[str]:
         """The texts of token ids."""
         tokenizer = self.model.tokenizer
-        return await self._off_loop(len(ids), lambda: [tokenizer.decode(one, skip_special_tokens) for one in ids])
+
+        def work() -> list[str]:
+            return [tokenizer.decode(one, skip_special_tokens) for one in ids]
+
+        return await self._off_loop(len(ids), work, patience)
 
     async def tokenized(self) -> None:
         """Return when the engine has all requests, of a model that gets no more of them; or in time."""
@@ -162,7 +181,7 @@ class ServedModel:
             await asyncio.sleep(0.01)
         await asyncio.sleep(0.01)  # they are submitted
 
-    async def _off_loop(self, count: int, work: Callable[[], _T]) -> _T:
+    async def _off_loop(self, count: int, work: Callable[[], _T], patience: Patience) -> _T:
         """What the tokenizer's thread makes of so many texts."""
         if self._untokenized and self._untokenized + count > self.engine.max_queue:
             raise OverloadError(
@@ -172,9 +191,9 @@ class ServedModel:
         self._untokenized += count
         try:
             working = asyncio.get_running_loop().run_in_executor(self._tokenizing, work)
-            return await asyncio.wait_for(working, self._timeout_s)
+            return await asyncio.wait_for(working, patience.left_s)
         except asyncio.TimeoutError:
-            raise DeadlineError(f"the request was not tokenised within {self._timeout_s:.3g} s") from None
+            raise DeadlineError(f"the request was not tokenised within {patience.timeout_s:.3g} s") from None
         finally:
             self._untokenized -= count
 
@@ -198,13 +217,12 @@ class ServedModel:
         """
         self._check_size(requests, output)
         futures: list[Future] = []
-        give_up = time.monotonic() + patience.timeout_s
         try:
             for number, one in enumerate(requests, 1):
                 if number % _TURN == 0:
                     await asyncio.sleep(0)  # others have their turn
-                futures.append(await self._submitted(one, patience, output, futures, give_up))
-            await _settled(futures, give_up - time.monotonic(), patience.timeout_s)
+                futures.append(await self._submitted(one, patience, output, futures))
+            await _settled(futures, patience)
         except BaseException:
             for future in reversed(futures):  # those with the earliest deadline last: the engine looks for it anew
                 future.cancel()
@@ -212,7 +230,7 @@ class ServedModel:
         return [future.result() for future in futures]
 
     async def _submitted(
-        self, one: Tokens, patience: Patience, output: str | None, before: Sequence[Future], give_up: float
+        self, one: Tokens, patience: Patience, output: str | None, before: Sequence[Future]
     ) -> Future:
         """In the queue, where there is room or will be, because others of the same request wait in it."""
         while True:
@@ -220,12 +238,12 @@ class ServedModel:
                 return self.engine.submit(
                     one.ids,
                     token_type_ids=one.token_type_ids,
-                    timeout_s=max(give_up - time.monotonic(), 1e-6),
+                    timeout_s=patience.left_s,
                     priority=patience.priority,
                     output=output,
                 )
             except OverloadError:
-                if all(future.done() for future in before) or time.monotonic() > give_up:
+                if all(future.done() for future in before) or patience.over:
                     raise
             await asyncio.sleep(_PAUSE_S)
 
@@ -257,8 +275,8 @@ def _cut(text: Text, longest: int) -> Text:
     return text[:longest] if isinstance(text, str) else (text[0][:longest], text[1][:longest])
 
 
-async def _settled(futures: Sequence[Future], left_s: float, timeout_s: float) -> None:
-    """Return when all of them are done, or one has failed. Raises DeadlineError, when nothing is left of timeout_s.
+async def _settled(futures: Sequence[Future], patience: Patience) -> None:
+    """Return when all of them are done, or one has failed. Raises DeadlineError, when no time is left.
 
     One call into the loop for all of them: asyncio's own way makes one per future.
     """
@@ -280,7 +298,7 @@ async def _settled(futures: Sequence[Future], left_s: float, timeout_s: float) -
     if not all(future.done() for future in futures):  # answers from the cache are
         for future in futures:
             future.add_done_callback(settled)
-        timer = loop.call_later(left_s, wake)
+        timer = loop.call_later(patience.left_s, wake)
         try:
             await done
         finally:
@@ -289,4 +307,4 @@ async def _settled(futures: Sequence[Future], left_s: float, timeout_s: float) -
         if future.done() and not future.cancelled() and (error := future.exception()) is not None:
             raise error
     if not all(future.done() for future in futures):
-        raise DeadlineError(f"the request was not answered within {timeout_s:.3g} s: its answer is dropped")
+        raise DeadlineError(f"the request was not answered within {patience.timeout_s:.3g} s: its answer is dropped")

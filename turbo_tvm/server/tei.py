@@ -229,7 +229,7 @@ async def _similarities(call: Call, inputs: SimilarityInputs) -> list[float]:
     embeddings.check_count(call, len(inputs.sentences), "sentences")
     model = _model(call)
     embeddings.need_tokenizer(model)
-    requests = await model.tokenize([inputs.source_sentence, *inputs.sentences])
+    requests = await model.tokenize([inputs.source_sentence, *inputs.sentences], embeddings.patience(call))
     embeddings.check_whole(model, requests)
     first, *others = map(embeddings.unit, await embeddings.embed(call, model, requests))
     return [float(first @ other) for other in others]
@@ -243,7 +243,8 @@ async def _tokenize(call: Call) -> Reply:
     embeddings.need_tokenizer(model)
     if sum(map(len, texts)) > _MOST_TOKENIZED:
         raise Problem(errors.TOO_LARGE, f"inputs have more than {_MOST_TOKENIZED:,} characters: send fewer")
-    return json_reply(await model.encodings(texts, body.add_special_tokens, _spelt))
+    patience = embeddings.patience(call)
+    return json_reply(await model.encodings(texts, body.add_special_tokens, _spelt, patience))
 
 
 def _spelt(encoding: Any) -> list[dict[str, Any]]:
@@ -269,7 +270,7 @@ async def _decode(call: Call) -> Reply:
         raise Problem(errors.UNPROCESSABLE, "ids mixes numbers and lists: send one sequence, or a list of them")
     listed: list[Any] = [body.ids] if single else body.ids
     embeddings.check_count(call, len(listed), "ids")
-    return json_reply(await model.decode(listed, body.skip_special_tokens))
+    return json_reply(await model.decode(listed, body.skip_special_tokens, embeddings.patience(call)))
 
 
 async def _info(call: Call) -> Reply:

@@ -9,6 +9,7 @@ import time
 from dataclasses import replace
 from typing import ClassVar
 
+import grpc
 import httpx
 import numpy as np
 import pytest
@@ -209,6 +210,27 @@ class TestLoad:
             assert reply.status_code == 504 and "0.2 s" in reply.json()["error"]["message"]
             fake.gate.set()
 
+    @pytest.mark.parametrize("path", ["/embed", "/v2/models/embedder/infer"])
+    def test_the_time_for_the_tokenizer_is_part_of_the_time_for_the_answer(self, artifacts, path):
+        with running([artifacts["embedder"]], threads=1, timeout_s=20.0) as server:
+            model, given = server.context.repository.get("embedder"), []
+            tokens, submit = model._tokens, model.engine.submit
+
+            def slowly(texts):
+                time.sleep(0.5)
+                return tokens(texts)
+
+            def noting(*args, timeout_s, **options):
+                given.append(timeout_s)
+                return submit(*args, timeout_s=timeout_s, **options)
+
+            model._tokens, model.engine.submit = slowly, noting
+            text = "the cat " * 200
+            tensor = {"name": "text", "shape": [1], "datatype": "BYTES", "data": [text]}
+            body = {"inputs": [tensor] if "v2" in path else text, "truncate": True, "parameters": {"truncate": True}}
+            assert httpx.post(f"{server.url}{path}", json=body, timeout=30).status_code == 200
+        assert 10 < given[0] <= 19.5
+
     def test_time_and_priority_of_a_kserve_request(self, fake, client):
         fake.gate.clear()
         tensor = {"name": "input_ids", "shape": [1, 2], "datatype": "INT64", "data": [1, 2]}
@@ -262,6 +284,21 @@ class TestKeys:
             answer = client.infer("fake", [ids], headers={"authorization": "Bearer one"})
             exact(answer.as_numpy("embedding"), [[7, 2]])
             client.close()
+
+    @pytest.mark.parametrize(
+        ("keys", "metadata", "status", "text"),
+        [
+            ((), (), "INVALID_ARGUMENT", "no ModelInferRequest"),
+            (("one",), (), "UNAUTHENTICATED", "key"),  # whoever has no key makes nobody parse
+            (("one",), (("authorization", "Bearer one"),), "INVALID_ARGUMENT", "no ModelInferRequest"),
+        ],
+    )
+    def test_noise_over_grpc(self, fake, keys, metadata, status, text):
+        with running({"fake": fake}, api_keys=keys) as server, grpc.insecure_channel(server.grpc) as channel:
+            call = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+            with pytest.raises(grpc.RpcError) as caught:
+                call(b"\xff\xff\xff", metadata=metadata, timeout=10)
+        assert caught.value.code().name == status and text in caught.value.details()
 
 
 class TestHeaders:
