@@ -73,15 +73,27 @@ both with sentences of mixed length: closed loops of 32 and 64, then Poisson arr
 Writes server.json (every latency), server.md and server.png."""
 SOAK = """Load the server for minutes at 0.8 of what it bears, and look whether its memory grows; then for seconds at
 ten times that, and look what it refuses and whether it recovers. Writes soak.json (every sample), soak.md, soak.png."""
-ARTIFACTS = """Run two artifacts of one model in turn in one process on the encoder benchmark's workloads: what a newer version
-gained, or another way to compile. Writes artifacts.json (every sample) and artifacts.md."""
+ARTIFACTS = """Run two artifacts of one model in turn in one process on the encoder benchmark's workloads: what a newer
+version gained, or another way to compile. Writes artifacts.json (every sample) and artifacts.md."""
 SEARCHES = """Compare kernels as several directories of tuning logs have them, such as a shipped one, one of another
 seed and one of a random search: each timed in turn with the first. Writes searches.json (every sample), searches.md and
 searches.png, how the searches went."""
 LOGS = """Write README.md beside the tuning logs of every target: where and how they were made, and what each kernel
 gains."""
 COMMANDS = (
-    *("encoder", "models", "memory", "serving", "scheduler", "server", "soak", "tuning", "artifacts", "searches", "logs"),
+    *(
+        "encoder",
+        "models",
+        "memory",
+        "serving",
+        "scheduler",
+        "server",
+        "soak",
+        "tuning",
+        "artifacts",
+        "searches",
+        "logs",
+    ),
     *("overhead", "report"),
 )
 QUICK_LIMITS = {"rounds": 3, "seconds": 5.0}

@@ -42,7 +42,7 @@ class FakeEmbedder(FakeModel):
 
 @dataclass
 class Running:
-    """host: 127.0.0.1; url: of HTTP; grpc: "host:port" of gRPC."""
+    """url: of HTTP; grpc: "host:port" of gRPC."""
 
     url: str
     port: int
@@ -55,13 +55,17 @@ class Running:
 
 
 @contextmanager
-def running(files: dict[str, Any] | list[Path], *, tls: bool = False, **options: Any) -> Iterator[Running]:
-    """Serve files, or models by the names that their files would have."""
+def running(files: dict[str, Any] | list[Path], *, open_file: Any = None, **options: Any) -> Iterator[Running]:
+    """Serve files, or models by the names that their files would have. open_file: as `create_app` takes it."""
     models = files if isinstance(files, dict) else None
     paths = tuple(Path(f"{name}.turbo") for name in models) if models is not None else tuple(files)
     settings = Settings(files=paths, **{"port": 0, "grpc_port": 0, "access_log": False, **options})
-    open_file = {} if models is None else {"open_file": lambda path, threads: models[path.stem]}
-    app = create_app(settings, **open_file)
+    if open_file is None and models is not None:
+
+        def open_file(path: Path, threads: int | None) -> Any:
+            return models[path.stem]
+
+    app = create_app(settings) if open_file is None else create_app(settings, open_file)
     with bind(settings) as listening:
         server = uvicorn.Server(uvicorn_config(app, settings))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
@@ -73,8 +77,9 @@ def running(files: dict[str, Any] | list[Path], *, tls: bool = False, **options:
         port = listening.getsockname()[1]
         context = app.state.context
         scheme = "https" if settings.tls_cert else "http"
+        host = f"[{settings.host}]" if ":" in settings.host else settings.host
         try:
-            yield Running(f"{scheme}://127.0.0.1:{port}", port, f"127.0.0.1:{context.grpc_port}", context, server)
+            yield Running(f"{scheme}://{host}:{port}", port, f"{host}:{context.grpc_port}", context, server)
         finally:
             server.should_exit = True
             thread.join(60)

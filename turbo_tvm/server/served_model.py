@@ -163,9 +163,7 @@ class ServedModel:
 
         return await self._off_loop(len(texts), work, patience)
 
-    async def decode(
-        self, ids: Sequence[Sequence[int]], skip_special_tokens: bool, patience: Patience
-    ) -> list[str]:
+    async def decode(self, ids: Sequence[Sequence[int]], skip_special_tokens: bool, patience: Patience) -> list[str]:
         """The texts of token ids."""
         tokenizer = self.model.tokenizer
 
@@ -229,9 +227,7 @@ class ServedModel:
             raise
         return [future.result() for future in futures]
 
-    async def _submitted(
-        self, one: Tokens, patience: Patience, output: str | None, before: Sequence[Future]
-    ) -> Future:
+    async def _submitted(self, one: Tokens, patience: Patience, output: str | None, before: Sequence[Future]) -> Future:
         """In the queue, where there is room or will be, because others of the same request wait in it."""
         while True:
             try:

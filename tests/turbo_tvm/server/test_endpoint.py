@@ -301,6 +301,21 @@ class TestKeys:
         assert caught.value.code().name == status and text in caught.value.details()
 
 
+def _has_ipv6():
+    try:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6):
+            return True
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not _has_ipv6(), reason="this machine has no ::1")
+def test_ipv6(fake):
+    with running({"fake": fake}, host="::1") as server, grpc.insecure_channel(server.grpc) as channel:
+        assert httpx.post(f"{server.url}/embed", json={"inputs": [3, 4], "normalize": False}).json() == [[7.0, 2.0]]
+        assert channel.unary_unary("/inference.GRPCInferenceService/ServerLive")(b"", timeout=10) == b"\x08\x01"
+
+
 class TestHeaders:
     @pytest.mark.parametrize(
         ("given", "kept"), [("abc-1", True), ("", False), ("x" * 200, False), ("a\tb", False)], ids=str

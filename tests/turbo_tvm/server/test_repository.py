@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import socket
+import threading
+import time
 
 import httpx
 import numpy as np
@@ -53,6 +56,27 @@ def test_load_serve_unload(artifacts, tmp_path):
         assert httpx.get(f"{server.url}/health").status_code == 503
         assert httpx.post(f"{server.url}/embed", json={"inputs": "a"}).status_code == 503
         client.close()
+
+
+def test_a_load_goes_on_when_who_asked_for_it_leaves(fake, tmp_path):
+    (tmp_path / "late.turbo").touch()
+    entered, gate = threading.Event(), threading.Event()
+
+    def open_file(path, threads):
+        if path.stem == "late":
+            entered.set()
+            assert gate.wait(30)
+        return fake
+
+    with running({"fake": fake}, open_file=open_file, models_dir=tmp_path) as server:
+        with socket.create_connection(("127.0.0.1", server.port)) as leaving:
+            leaving.sendall(b"POST /v2/repository/models/late/load HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n")
+            assert entered.wait(10)
+        gate.set()
+        deadline = time.monotonic() + 20
+        while httpx.get(f"{server.url}/v2/models/late/ready").status_code != 200:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
 
 
 def test_two_files_of_one_name(artifacts, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import socket
@@ -113,6 +114,43 @@ def test_workers_share_a_port_and_count_together(artifacts):
         assert found["turbo_requests_total", ("outcome", "answered"), ("protocol", "tei")] == asked  # without /health
         assert found["turbo_batch_sequences_sum", ("model", "embedder")] == 2 * asked
         assert served.stop() == 0
+
+
+def test_what_a_worker_held_goes_with_it_and_what_it_counted_stays(artifacts):
+    with process(artifacts["embedder"], "--workers", 2, "--cache-mb", 0) as served:
+        url = served.url()
+        asked, held, workers = 0, 0.0, set()
+        deadline = time.monotonic() + 60
+        while len(workers) < 2 or held == 0:  # both hold memory for what they have answered
+            assert time.monotonic() < deadline
+            with httpx.Client(base_url=url) as client:  # one connection: one worker
+                assert client.post("/embed", json=ASK).status_code == 200
+                asked += 1
+                workers.add(client.get("/live").json()["pid"])
+                if len(workers) == 2:
+                    time.sleep(1.1)  # both have said what they hold
+                    held = scraped(url)["turbo_arena_bytes", ("model", "embedder")]
+        os.kill(min(workers), signal.SIGKILL)
+        while True:
+            assert time.monotonic() < deadline
+            try:
+                found = scraped(url)
+            except httpx.TransportError:  # the connection was that worker's
+                continue
+            if found["turbo_arena_bytes", ("model", "embedder")] == held / 2:
+                break
+            time.sleep(0.1)
+        assert found["turbo_requests_total", ("outcome", "answered"), ("protocol", "tei")] == asked
+        assert served.stop() == 0
+
+
+def test_workers_that_cannot_start_end_the_command(artifacts):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with process(artifacts["embedder"], "--workers", 2, "--grpc-port", port) as served:
+            assert served.process.wait(60) == 1
+            served._reader.join(10)
+    assert f"gRPC cannot listen on 127.0.0.1:{port}" in served.log
 
 
 def test_a_port_that_is_taken(artifacts):
