@@ -112,6 +112,7 @@ class Built:
 def packed(tiles: Tiles, max_length: int, precision: str) -> list[Pass]:
     """Passes for a model whose padding can be removed."""
     cpu = isinstance(tiles, CpuTiles)
+    amx = isinstance(tiles, CpuTiles) and tiles.amx
     return [
         # Recognise: what mixes tokens, while the mask is still there to say how.
         normalize,
@@ -129,7 +130,7 @@ def packed(tiles: Tiles, max_length: int, precision: str) -> list[Pass]:
         fuse_embedding,
         # Store: in which format, and how far apart (a CPU's caches want that).
         *_lower_precision(cpu, precision),
-        *([lambda mod: widen_rows(mod, amx=tiles.amx)] if cpu else []),
+        *([lambda mod: widen_rows(mod, amx)] if cpu else []),
         # Weights: into the kernels' layout, and out of the model's function.
         lambda mod: pack_weights(mod, tiles.col_tile, pairs=cpu),
         hoist_weights,
