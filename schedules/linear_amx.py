@@ -30,8 +30,8 @@ both operands come from L2: k in parts of 8 or 12 steps, so that a part of a pan
 (5 to 13 % slower: accumulators go to memory and back), steps of k spelt out by 2 or 4 (8 %), x or both operands asked
 into L1 a step ahead (5 to 17 %). Tiles of 48 x 32 or 32 x 48, six accumulators, read 5 tiles of L2 for 6 products in
 place of 6, at 7 loads: alone 8 to 12 % faster, in this kernel between 3 % faster and 10 % slower where the core's other
-thread is busy, which makes loads dear. Equal: other orders of the four loads, weight tiles in one piece, huge pages, rows
-finished evenly over all steps.
+thread is busy, which makes loads dear. Equal: other orders of the four loads, weight tiles in one piece, huge pages,
+rows finished evenly over all steps.
 
 How far it is: on Emerald Rapids, rows an odd number of lines apart (`passes/widen_rows.py`), 1,024 rows, 768 to 2,304
 columns, this kernel does 2,340 GFLOP/s; the same loads and products in a loop of C, without an epilogue, 2,780; with
