@@ -8,8 +8,8 @@ into one set of a first-level cache and drive each other and the weights out: me
 place of 460 GFLOP/s on two cores. One cache line more per row spreads them.
 
 A tile of Intel AMX is 16 rows, loaded in one go, and all 16 are in sets of their own if the distance is an odd number
-of lines: bf16 rows of an even number get one more there. Measured on Emerald Rapids at 768 and 3072 columns: products
-take 5 to 15 % less time.
+of lines: bf16 rows of an even number get one more there. Measured on Emerald Rapids, without and with it in turn:
+BERT-base 1.055 and MiniLM-L6 1.059 times as fast over the grid of the encoder benchmark.
 
 Kernels take rows of any width; outputs of the model, and what TVM's own operators read or write, keep theirs.
 """

@@ -34,8 +34,9 @@ thread is busy, which makes loads dear. Equal: other orders of the four loads, w
 rows finished evenly over all steps.
 
 How far it is: on Emerald Rapids, rows an odd number of lines apart (`passes/widen_rows.py`), 1,024 rows, 768 to 2,304
-columns, this kernel does 2,340 GFLOP/s; the same loads and products in a loop of C, without an epilogue, 2,780; with
-operands in L1, 4,580. Without the epilogue the kernel gains 10 %.
+columns, this kernel did 2,340 GFLOP/s at best; the same loads and products in a loop of C, without an epilogue, 2,780;
+with operands in L1, 4,580 (the best of three separate runs, on a machine that halves its speed at times). Without the
+epilogue, in turn with it, the kernel gains 6 to 16 %.
 """
 
 from __future__ import annotations

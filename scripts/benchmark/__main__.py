@@ -81,20 +81,8 @@ searches.png, how the searches went."""
 LOGS = """Write README.md beside the tuning logs of every target: where and how they were made, and what each kernel
 gains."""
 COMMANDS = (
-    *(
-        "encoder",
-        "models",
-        "memory",
-        "serving",
-        "scheduler",
-        "server",
-        "soak",
-        "tuning",
-        "artifacts",
-        "searches",
-        "logs",
-    ),
-    *("overhead", "report"),
+    *("encoder", "models", "memory", "serving", "scheduler", "server", "soak"),
+    *("tuning", "artifacts", "searches", "logs", "overhead", "report"),
 )
 QUICK_LIMITS = {"rounds": 3, "seconds": 5.0}
 

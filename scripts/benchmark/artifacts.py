@@ -60,14 +60,8 @@ def _check(first: Any, second: Any) -> None:
 
 def markdown(report: dict[str, Any]) -> str:
     """The page of a report."""
-    here = report["machine"]
     lines = [
-        f"# Two artifacts: {report['model']}",
-        "",
-        f"{here['cpu']}, {here['threads']} threads, TVM {here['packages']['apache-tvm']}.",
-        "",
-        f"    {report['command']}    # {report['started']}, revision {report['revision']}",
-        "",
+        *in_turn.head(f"Two artifacts: {report['model']}", report),
         "Both run in turn in one process. Times are medians; a gain (x) is the median of the round-by-round ratios of",
         "the first one's time to the second's.",
         "",

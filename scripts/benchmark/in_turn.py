@@ -42,6 +42,19 @@ def ratio(record: Mapping[str, Any]) -> float:
     return median(a / b for a, b in zip(first, second, strict=True))
 
 
+def head(title: str, report: Mapping[str, Any]) -> list[str]:
+    """The first lines of a page: what was measured, where, and by which command."""
+    here = report["machine"]
+    return [
+        f"# {title}",
+        "",
+        f"{here['cpu']}, {here['threads']} threads, TVM {here['packages']['apache-tvm']}.",
+        "",
+        f"    {report['command']}    # {report['started']}, revision {report['revision']}",
+        "",
+    ]
+
+
 def over_the_grid(workloads: Sequence[Mapping[str, Any]]) -> list[str]:
     """A line of a list: the geometric mean of the gains over the grid; none where the grid was left out."""
     grid = [ratio(one) for one in workloads if one["kind"] == GRID]

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from . import machine, models
-from .in_turn import over_the_grid, ratio, table, time_in_turn
+from .in_turn import head, over_the_grid, ratio, table, time_in_turn
 from .results import write_json
 from .workloads import all_workloads, select
 
@@ -74,14 +74,8 @@ def _compile(module: Any, precision: str, logs: Path | bool, threads: int) -> An
 
 def markdown(report: dict[str, Any]) -> str:
     """The page of a report."""
-    here = report["machine"]
     lines = [
-        "# Default and tuned",
-        "",
-        f"{here['cpu']}, {here['threads']} threads, TVM {here['packages']['apache-tvm']}.",
-        "",
-        f"    {report['command']}    # {report['started']}, revision {report['revision']}",
-        "",
+        *head("Default and tuned", report),
         "The same model compiled twice, without logs and with them, run in turn in one process. Times are medians; a",
         "gain (x) is the median of the round-by-round ratios of the default's time to the tuned model's.",
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import groupby
 from types import SimpleNamespace
 
 import pytest
@@ -45,6 +46,7 @@ def test_both_run_equally_often_and_take_turns(bench, tmp_path):
     (found,) = report["workloads"]
     then, now = found["samples_s"]["then"], found["samples_s"]["now"]
     assert len(then) == len(now) >= 5
+    assert len([name for name, _ in groupby(name for name, _ in calls)]) > 5, "one after the other, round by round"
     text = (tmp_path / "artifacts.md").read_text()
     assert "toy fp32" in text and "geometric mean" in text and "| requests | then | now | gain |" in text
 
