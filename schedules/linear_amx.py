@@ -29,9 +29,9 @@ first, so that loads and the stores of `acc` fall into different sets of L1 (20 
 both operands come from L2: k in parts of 8 or 12 steps, so that a part of a panel stays in L1 over the tiles of a block
 (5 to 13 % slower: accumulators go to memory and back), steps of k spelt out by 2 or 4 (8 %), x or both operands asked
 into L1 a step ahead (5 to 17 %). Tiles of 48 x 32 or 32 x 48, six accumulators, read 5 tiles of L2 for 6 products in
-place of 6, at 7 loads: alone 8 to 12 % faster, in this kernel between 3 % faster and 10 % slower where the core's other
-thread is busy, which makes loads dear. Equal: other orders of the four loads, weight tiles in one piece, huge pages,
-rows finished evenly over all steps.
+place of 6, at 7 loads: alone 8 to 12 % faster, in this kernel 3 % faster at best (39 % at exactly 48 rows of 768
+columns) and mostly 5 to 20 % slower, in turn on a machine whose other threads are busy at times. Equal: other orders of
+the four loads, weight tiles in one piece, huge pages, rows finished evenly over all steps.
 
 How far it is: on Emerald Rapids, rows an odd number of lines apart (`passes/widen_rows.py`), 1,024 rows, 768 to 2,304
 columns, this kernel did 2,340 GFLOP/s at best; the same loads and products in a loop of C, without an epilogue, 2,780;
