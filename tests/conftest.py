@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from tiny_text_models import SPECIAL, WORDS, config, tokenizer
 
 SIZES = {
     "vocab_size": 101,
@@ -17,6 +19,10 @@ SIZES = {
     "intermediate_size": 64,
     "max_position_embeddings": 64,
 }
+
+LETTERS = "abcdefghijklmnop"
+VOCABULARY = [*SPECIAL, *WORDS, *LETTERS, *(f"##{letter}" for letter in LETTERS)]
+MAX_LENGTH = 40
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,7 @@ def _mpnet() -> Any:
 
 
 def _mean() -> Any:
-    from turbo_tvm.frontends.sentence import SentenceEncoder
+    from turbo_tvm.frontends.torch.sentence import SentenceEncoder
 
     return SentenceEncoder(_bert(), "mean", normalize=True)
 
@@ -135,3 +141,26 @@ def random_requests() -> Callable[..., list[list[np.ndarray]]]:
         ]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder: hidden 32, 1 layer, 2 heads, 50 words, at most 40 tokens."""
+    import torch
+    from transformers import BertModel
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-bert"
+    torch.manual_seed(0)
+    BertModel(config(VOCABULARY, MAX_LENGTH)).save_pretrained(folder)
+    tokenizer(VOCABULARY).save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_artifact(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny_folder`, compiled for this machine and saved."""
+    import turbo_tvm
+
+    path = tmp_path_factory.mktemp("artifacts") / "tiny.turbo"
+    turbo_tvm.compile(tiny_folder).save(path)
+    return path

@@ -17,19 +17,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from turbo_tvm.errors import (
-    ArtifactError,
-    CompileError,
-    EngineError,
-    InputError,
-    TurboError,
-)
+from turbo_tvm.errors import ArtifactError, CompileError, EngineError, InputError, TurboError
 
 if TYPE_CHECKING:
-    from turbo_tvm.compiler import compile
-    from turbo_tvm.loader import load
-    from turbo_tvm.runtime.engine import Engine
+    from turbo_tvm.compiler.compile import compile
+    from turbo_tvm.runtime.loader import load
     from turbo_tvm.runtime.model import CompiledModel
+    from turbo_tvm.runtime.scheduling.engine import Engine
     from turbo_tvm.tuning.tune import tune
 
 __version__ = "0.1.0"
@@ -49,11 +43,11 @@ __all__ = [
 ]
 
 _LAZY = {
-    "compile": "turbo_tvm.compiler",
-    "load": "turbo_tvm.loader",
+    "compile": "turbo_tvm.compiler.compile",
+    "load": "turbo_tvm.runtime.loader",
     "tune": "turbo_tvm.tuning.tune",
     "CompiledModel": "turbo_tvm.runtime.model",
-    "Engine": "turbo_tvm.runtime.engine",
+    "Engine": "turbo_tvm.runtime.scheduling.engine",
 }
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.progress import TimeRemainingColumn as TimeLeft
 
-from turbo_tvm.machine_limits import machine_limits
+from turbo_tvm.profiling.machine_limits import machine_limits
 
 from . import contenders, figures, machine, models, render
 from .measure import Limits, measure

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-ROOMS = ("turbo_tvm", "passes", "schedules", "runtime")
+PACKAGE = "turbo_tvm"
 PACKAGES = ("turbo-tvm", "apache-tvm", "torch", "transformers", "onnx", "onnxruntime", "openvino", "numpy")
 FEATURES = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_tile", "asimd", "bf16")
 
@@ -75,9 +75,8 @@ def _idle_ticks() -> int:
 def sources(root: Path) -> str:
     """A digest of what decides the compiled code: the benchmark itself may change between two runs."""
     digest = hashlib.sha256()
-    for room in ROOMS:
-        for path in sorted((root / room).rglob("*.py")):
-            digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+    for path in sorted((root / PACKAGE).rglob("*.py")):
+        digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 
 

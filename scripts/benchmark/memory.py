@@ -87,17 +87,17 @@ def planned_trace(manifest: Any, lengths: Sequence[int], console: Console, name:
 
 
 def strategies() -> tuple[str, ...]:
-    from turbo_tvm.runtime.arena import STRATEGY_NAMES
+    from turbo_tvm.runtime.memory.arena import STRATEGY_NAMES
 
     return STRATEGY_NAMES
 
 
 def planned_strategy(manifest: Any, lengths: Sequence[int], strategy: str) -> dict[str, Any]:
     """One strategy: per request bytes held, peak over lower bound, and seconds of planning."""
-    from turbo_tvm.runtime.arena import Arena
     from turbo_tvm.runtime.batch import symbols
-    from turbo_tvm.runtime.memory_planner import COMPACT, lower_bound
-    from turbo_tvm.runtime.memory_table import MemoryTable
+    from turbo_tvm.runtime.memory.arena import Arena
+    from turbo_tvm.runtime.memory.planner import COMPACT, lower_bound
+    from turbo_tvm.runtime.memory.table import MemoryTable
 
     table = MemoryTable(manifest.buffers, strategy in COMPACT)
     largest = symbols(manifest.layout, manifest.row_tile, (manifest.bounds.max_length,))
@@ -134,7 +134,7 @@ def planned_strategy(manifest: Any, lengths: Sequence[int], strategy: str) -> di
 def planning_times(manifest: Any) -> dict[str, Any]:
     """Seconds from a batch's shape to its tensors: for shapes that are new, and for those that were seen lately."""
     from turbo_tvm.runtime.batch import symbols
-    from turbo_tvm.runtime.buffers import Buffers
+    from turbo_tvm.runtime.memory.buffers import Buffers
 
     row = manifest.row_tile
     buffers = Buffers(manifest.buffers)

@@ -73,7 +73,7 @@ def python_part(
     model: Any, lengths: tuple[int, ...], rounds: int, seed: int, before: Callable[[], object]
 ) -> list[float]:
     """Seconds of `run` less those of the VM's call in it."""
-    from turbo_tvm.runtime.profiler import random_sequences
+    from turbo_tvm.runtime.random_requests import random_sequences
 
     executor, sequences = model._executor, random_sequences(lengths, model.manifest.bounds, seed)
     function, inside, samples = executor.function, [0.0], []

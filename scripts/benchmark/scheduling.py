@@ -26,9 +26,9 @@ COLUMNS = ("policy", *(f"{n:,} waiting" for n in WAITING))
 
 def run(command: str, seed: int, requests: int, out: Path, console: Console) -> None:
     """Measure both and write `scheduling.json` and `scheduling.md`."""
-    from turbo_tvm.runtime.cost_model import PackedCost
-    from turbo_tvm.runtime.cost_spec import CostSpec
-    from turbo_tvm.runtime.scheduler import POLICIES
+    from turbo_tvm.artifact.cost_spec import CostSpec
+    from turbo_tvm.runtime.scheduling.cost_model import PackedCost
+    from turbo_tvm.runtime.scheduling.scheduler import POLICIES
 
     cost = PackedCost(CostSpec("packed", terms=TERMS, knots=KNOTS))
     planning = {policy: {n: planning_times(policy, n, cost, seed) for n in WAITING} for policy in POLICIES}
@@ -50,7 +50,7 @@ def run(command: str, seed: int, requests: int, out: Path, console: Console) -> 
 
 def planning_times(policy: str, waiting: int, cost: Any, seed: int) -> list[float]:
     """Seconds of a plan, a sample per round, each of other requests: lengths 2..100, deadlines within five seconds."""
-    from turbo_tvm.runtime.scheduler import POLICIES, Limits, Request
+    from turbo_tvm.runtime.scheduling.scheduler import POLICIES, Limits, Request
 
     limits, samples = Limits(max_batch=64, max_tokens=8192, max_wait_s=1.0), []
     for number in range(ROUNDS):
@@ -65,9 +65,9 @@ def planning_times(policy: str, waiting: int, cost: Any, seed: int) -> list[floa
 
 def simulated_time(policy: str, cost: Any, requests: int, seed: int) -> dict[str, float]:
     """Seconds to simulate Poisson arrivals of lengths 2..100."""
-    from turbo_tvm.runtime.arrivals import poisson, uniform
-    from turbo_tvm.runtime.scheduler import Limits
-    from turbo_tvm.runtime.simulator import simulate
+    from turbo_tvm.runtime.scheduling.arrivals import poisson, uniform
+    from turbo_tvm.runtime.scheduling.scheduler import Limits
+    from turbo_tvm.runtime.scheduling.simulator import simulate
 
     one = sum(cost([n]) for n in range(2, 101)) / 99
     trace = poisson(LOAD * REPLICAS / one, requests, uniform(2, 100), seed)

@@ -28,7 +28,7 @@ from rich.console import Console
 
 import turbo_tvm
 from turbo_tvm.cli.numbers import batch_cost
-from turbo_tvm.machine_limits import machine_limits
+from turbo_tvm.profiling.machine_limits import machine_limits
 
 from . import machine
 from .http_load import Answers, closed_loop, open_loop
@@ -178,7 +178,7 @@ def _overhead(path: Path, texts: Sequence[str], threads: int) -> dict[str, Any]:
     """CPU time per request whose answer is kept, one at a time; and what of it the tokenizer and the engine take."""
     import psutil
 
-    from turbo_tvm.runtime.engine import Engine
+    from turbo_tvm.runtime.scheduling.engine import Engine
 
     text = sorted(texts, key=len)[len(texts) // 2]
     found = []

@@ -183,7 +183,7 @@ def describe(done: dict[str, Any]) -> str:
 
 def saturation(model: Any, load: Load, count: int, seed: int) -> dict[str, list[float]]:
     """Requests per second by policy, a value per round."""
-    from turbo_tvm.runtime.arrivals import poisson, uniform
+    from turbo_tvm.runtime.scheduling.arrivals import poisson, uniform
 
     lengths = poisson(1.0, count, uniform(*RANGES[load.lengths]), seed).lengths.tolist()
     requests = random_ids(lengths, model.manifest.bounds.vocab_size, seed)
@@ -202,9 +202,9 @@ def trial(
     model: Any, load: Load, policy: str, rate: float, settings: Settings, seed: int, overhead_s: float
 ) -> dict[str, Any]:
     """Poisson arrivals at a rate: every latency, and what the simulator makes of the same arrivals."""
-    from turbo_tvm.runtime.arrivals import poisson, uniform
-    from turbo_tvm.runtime.cost_model import RefinedCost
-    from turbo_tvm.runtime.simulator import is_bounded, simulate
+    from turbo_tvm.runtime.scheduling.arrivals import poisson, uniform
+    from turbo_tvm.runtime.scheduling.cost_model import RefinedCost
+    from turbo_tvm.runtime.scheduling.simulator import is_bounded, simulate
 
     seconds = min(settings.longest, max(settings.seconds, LEAST_REQUESTS / rate))
     trace = poisson(rate, max(20, int(rate * seconds)), uniform(*RANGES[load.lengths]), seed)

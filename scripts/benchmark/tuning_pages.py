@@ -23,7 +23,7 @@ def run(logs: Path, console: Console) -> int:
 
 def page(directory: Path) -> str:
     """The page of one target, from the logs alone."""
-    from turbo_tvm.tuning.log import ResultRecord, TaskRecord, TrialRecord, read_records
+    from turbo_tvm.compiler.tuning_log import ResultRecord, TaskRecord, TrialRecord, read_records
 
     kernels: dict[str, dict[str, Any]] = {}
     for path in sorted(directory.glob("*.jsonl")):

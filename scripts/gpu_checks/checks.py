@@ -13,9 +13,9 @@ import numpy as np
 
 import turbo_tvm
 from turbo_tvm.runtime import batch
+from turbo_tvm.schedules.cpu.rows import RowFormat
 from turbo_tvm.schedules.cuda import attention, linear, normalization, softmax
 from turbo_tvm.schedules.cuda.tiles import CUDA_TILES
-from turbo_tvm.schedules.rows import RowFormat
 
 from .device import Gpu, build, interleaved, median, time_kernel, time_torch, upload
 

@@ -12,7 +12,7 @@ import numpy as np
 import tvm
 import tvm_ffi
 
-from turbo_tvm.cuda import lowering, machine_code
+from turbo_tvm.compiler.cuda import lowering, machine_code
 
 
 class NoGpu(Exception):

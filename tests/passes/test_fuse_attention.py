@@ -10,9 +10,9 @@ import tvm
 from tvm import relax, tirx
 
 from turbo_tvm.passes import composite
-from turbo_tvm.passes.evaluate import evaluate
+from turbo_tvm.passes.analysis.evaluate import evaluate
 from turbo_tvm.passes.fuse_attention import _rounded, fuse_attention
-from turbo_tvm.passes.measure_bias import sample_positions
+from turbo_tvm.passes.analysis.measure_bias import sample_positions
 from turbo_tvm.passes.normalize import normalize
 from turbo_tvm.passes.rewriter import Rewriter
 

@@ -15,10 +15,10 @@ from tvm import relax, te, tirx
 
 from turbo_tvm.passes.plan_memory import DTYPES, OVERWRITES, Buffer, MemoryPlan, plan_memory
 from turbo_tvm.passes.remove_padding import sequence_tiles
-from turbo_tvm.runtime.buffers import Buffers
-from turbo_tvm.runtime.manifest import BufferSpec, Dtype
-from turbo_tvm.runtime.memory_planner import plan as place
-from turbo_tvm.runtime.memory_table import MemoryTable
+from turbo_tvm.runtime.memory.buffers import Buffers
+from turbo_tvm.artifact.manifest import BufferSpec, Dtype
+from turbo_tvm.runtime.memory.planner import plan as place
+from turbo_tvm.runtime.memory.table import MemoryTable
 
 ROW_TILE = 4
 COLUMNS = (0, 2, 6)  # 0: rank 2

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from turbo_tvm.errors import InputError
 from turbo_tvm.runtime import batch as packing
-from turbo_tvm.runtime.manifest import Bounds, PooledToken, PositionRule
+from turbo_tvm.artifact.manifest import Bounds, PooledToken, PositionRule
 
 BOUNDS = Bounds(max_length=512, vocab_size=100, type_vocab_size=2)
 ARANGE = PositionRule("arange", 0)

@@ -17,10 +17,10 @@ import tvm
 from tvm.support import cc
 from tvm.target import codegen
 
-from turbo_tvm import targets
-from turbo_tvm.runtime.cpu_features import request_amx
-from turbo_tvm.schedules import amx
-from turbo_tvm.schedules.space import Space, Variant
+from turbo_tvm.compiler import targets
+from turbo_tvm.runtime.device.cpu_features import request_amx
+from turbo_tvm.schedules.cpu import amx
+from turbo_tvm.schedules.common.space import Space, Variant
 
 KERNEL = "kernel"
 FP32, BF16 = "float32", "uint16"

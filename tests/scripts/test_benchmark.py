@@ -350,10 +350,11 @@ def test_report_of_an_empty_directory_is_an_error(tmp_path: Path) -> None:
 
 
 def test_the_digest_follows_the_sources(tmp_path: Path) -> None:
-    (tmp_path / "passes").mkdir()
-    (tmp_path / "passes" / "a.py").write_text("1")
+    source = tmp_path / "turbo_tvm" / "passes" / "a.py"
+    source.parent.mkdir(parents=True)
+    source.write_text("1")
     before = machine.sources(tmp_path)
-    (tmp_path / "passes" / "a.py").write_text("2")
+    source.write_text("2")
     assert machine.sources(tmp_path) != before
     assert 0.0 <= machine.cpus_used_by_others(0.02) <= (os.cpu_count() or 1)
 

@@ -12,7 +12,7 @@ from benchmark import models, scheduling, serving, serving_report
 from benchmark.padded_model import Padded
 from rich.console import Console
 
-from turbo_tvm.runtime.scheduler import POLICIES
+from turbo_tvm.runtime.scheduling.scheduler import POLICIES
 
 
 def settings(tmp_path, **changes) -> serving.Settings:

@@ -9,9 +9,9 @@ import tvm
 from benchmark import tuning, tuning_pages
 from rich.console import Console
 
-from turbo_tvm.kernel_recipe import KernelRecipe
-from turbo_tvm.schedules.space import checked
-from turbo_tvm.tuning.log import ResultRecord, TaskRecord, TrialRecord, TuningLog, read_records
+from turbo_tvm.compiler.kernel_recipe import KernelRecipe
+from turbo_tvm.compiler.tuning_log import ResultRecord, TaskRecord, TrialRecord, TuningLog, read_records
+from turbo_tvm.schedules.common.space import checked
 
 LOGS = Path(__file__).resolve().parents[2] / "tuning_logs"
 TARGETS = sorted(path for path in LOGS.iterdir() if path.is_dir() and any(path.glob("*.jsonl")))

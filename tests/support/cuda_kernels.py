@@ -10,7 +10,7 @@ import numpy as np
 import simt
 import tvm
 
-from turbo_tvm.cuda import lowering
+from turbo_tvm.compiler.cuda import lowering
 
 DTYPES = ("float32", "float16", "uint16")  # uint16: the bits of bf16
 LENGTHS = (1, 7, 31, 32, 33, 64, 127, 128, 500, 768, 1024, 3072, 4099)

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from turbo_tvm.artifact.manifest import Bounds, Manifest, OutputSpec, PositionRule, TargetSpec, TensorSpec
 from turbo_tvm.errors import InputError
 from turbo_tvm.runtime import batch as packing
 from turbo_tvm.runtime.batch import Batch
-from turbo_tvm.runtime.manifest import Bounds, Manifest, OutputSpec, PositionRule, TargetSpec, TensorSpec
 
 GUILTY = 666  # a token id: a batch with it fails
 

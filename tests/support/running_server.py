@@ -16,7 +16,7 @@ import uvicorn
 from fake_model import FakeModel
 from prometheus_client.parser import text_string_to_metric_families
 
-from turbo_tvm.runtime.manifest import OutputSpec
+from turbo_tvm.artifact.manifest import OutputSpec
 from turbo_tvm.server.app import create_app
 from turbo_tvm.server.context import Context
 from turbo_tvm.server.serve import bind, uvicorn_config

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 import pytest
 import simt
 
-from turbo_tvm.cuda import machine_code
-from turbo_tvm.cuda.block_counts import BlockCounts
+from turbo_tvm.compiler.cuda import machine_code
+from turbo_tvm.compiler.cuda.block_counts import BlockCounts
 
 
 def compile_source(source: str, architectures: Sequence[str], _counts: Mapping[str, BlockCounts]):

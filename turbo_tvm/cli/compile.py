@@ -11,7 +11,7 @@ import click
 from turbo_tvm.cli.options import Failure, debug_option, image_size_callback
 
 if TYPE_CHECKING:
-    from turbo_tvm.runtime.manifest import Manifest
+    from turbo_tvm.artifact.manifest import Manifest
     from turbo_tvm.runtime.model import CompiledModel
 
 
@@ -99,10 +99,11 @@ def compile_command(
     _check_output(output)
     if check and _onnx_file(model) is None:
         raise Failure(f"--check is for ONNX files; {model} is compared with PyTorch at the end of every compile")
-    from turbo_tvm import artifact, config
+    from turbo_tvm import config
+    from turbo_tvm.artifact import file as artifact
 
     config.quiet_model_loading()
-    from turbo_tvm.compiler import compile
+    from turbo_tvm.compiler.compile import compile
 
     compiled = compile(
         model,
@@ -126,7 +127,7 @@ def compile_command(
 
 def _onnx_file(model: Path) -> Path | None:
     """The ONNX file that is compiled, itself or in its folder."""
-    from turbo_tvm.frontends.onnx_folder import file_in
+    from turbo_tvm.frontends.onnx.folder import file_in
 
     return model if model.suffix == ".onnx" else file_in(model)
 
@@ -134,7 +135,7 @@ def _onnx_file(model: Path) -> Path | None:
 def _print_check(path: Path, compiled: CompiledModel, progress: bool) -> None:
     """How far each output is from the file's own; a Failure if that is too far."""
     from turbo_tvm.frontends.imported import TOLERANCES
-    from turbo_tvm.frontends.onnx_check import check
+    from turbo_tvm.frontends.onnx.check import check
 
     found = check(path, compiled, progress=progress)
     count, shortest, longest = len(found.lengths), min(found.lengths), max(found.lengths)

@@ -12,8 +12,8 @@ import click
 from turbo_tvm.cli.options import debug_option
 
 if TYPE_CHECKING:
-    from turbo_tvm.runtime.cost_spec import CostSpec
-    from turbo_tvm.runtime.manifest import Bounds
+    from turbo_tvm.artifact.cost_spec import CostSpec
+    from turbo_tvm.artifact.manifest import Bounds
 
 _LENGTHS = (8, 16, 32, 64, 128, 256, 512)
 _BATCHES = (1, 4, 16, 64)
@@ -56,7 +56,7 @@ def cost_command(file: Path, seconds: float, threads: int | None, remeasure: boo
 
 def _show(spec: CostSpec, machine: str, bounds: Bounds) -> None:
     from turbo_tvm.cli.console import add_row, console, table
-    from turbo_tvm.runtime.cost_model import cost_of
+    from turbo_tvm.runtime.scheduling.cost_model import cost_of
 
     cost = cost_of(spec)
     rows = table("Milliseconds per batch", ["tokens each>", *(f"batch {k}>" for k in _BATCHES)], "")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from rich.table import Table
 
+from turbo_tvm.artifact.manifest import DeviceKernelSpec, KernelSpec, Manifest
 from turbo_tvm.cli import numbers
 from turbo_tvm.cli.console import add_row, console, plain, table
 from turbo_tvm.errors import TurboError
-from turbo_tvm.runtime.manifest import DeviceKernelSpec, KernelSpec, Manifest
-from turbo_tvm.runtime.occupancy import occupancy
+from turbo_tvm.profiling.occupancy import occupancy
 
 _COLUMNS = [
     *("name", "registers>", "spilled>", "shared>", "threads>", "occupancy>", "barriers/row>", "shuffles/row>"),

@@ -14,7 +14,7 @@ from turbo_tvm.cli.options import debug_option, lengths_callback
 from turbo_tvm.cli.pictures import can_plot, check_plot
 
 if TYPE_CHECKING:
-    from turbo_tvm.runtime.manifest import Manifest
+    from turbo_tvm.artifact.manifest import Manifest
 
 _STRATEGIES = ("compact", "turbo2021", "pooled")  # memory_planner.STRATEGIES, which is not imported for --help
 
@@ -69,7 +69,7 @@ def inspect_command(
     if not memory and any(given.values()):
         raise click.UsageError(f"{next(name for name, there in given.items() if there)} goes with --memory")
     check_plot(plot)
-    from turbo_tvm import artifact
+    from turbo_tvm.artifact import file as artifact
     from turbo_tvm.runtime.batch import check_lengths
 
     opened = artifact.read(file)
@@ -95,8 +95,8 @@ def _kernels(manifest: Manifest, cubins: Mapping[str, bytes]) -> None:
     """What each kernel takes of a GPU, with what its machine code consists of where there is a disassembler."""
     from turbo_tvm import config
     from turbo_tvm.cli.gpu_tables import show
-    from turbo_tvm.cuda import sass
     from turbo_tvm.errors import TurboError
+    from turbo_tvm.profiling import sass
 
     found, notes = config.nvdisasm(), []
     codes: dict[str, dict[str, str]] = {}
@@ -126,7 +126,7 @@ def _memory(
 ) -> None:
     """The memory plans of some batches: as JSON, or as tables and a picture."""
     from turbo_tvm.errors import TurboError
-    from turbo_tvm.runtime.memory_report import memory_report
+    from turbo_tvm.runtime.memory.report import memory_report
 
     reports = [memory_report(manifest, lengths, strategy) for lengths in batches]
     if as_json:
@@ -158,7 +158,7 @@ def _memory(
 def _plain(file: Path, manifest: Manifest, lengths: list[int] | None) -> dict[str, Any]:
     """The manifest's own fields, and what follows from them."""
     from turbo_tvm.cli import numbers
-    from turbo_tvm.runtime.occupancy import occupancy
+    from turbo_tvm.profiling.occupancy import occupancy
 
     plain = dataclasses.asdict(manifest)
     for kernel, spec in zip(plain["device_kernels"], manifest.device_kernels, strict=True):

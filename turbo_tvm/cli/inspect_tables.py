@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
+from turbo_tvm.artifact.manifest import Bounds, KernelSpec, Manifest, OutputSpec, ParameterSpec, PooledToken
 from turbo_tvm.cli import numbers
 from turbo_tvm.cli.console import add_row, console, plain, print_fields, table
 from turbo_tvm.errors import TurboError
-from turbo_tvm.runtime import cpu_features
-from turbo_tvm.runtime.manifest import Bounds, KernelSpec, Manifest, OutputSpec, ParameterSpec, PooledToken
+from turbo_tvm.runtime.device import cpu_features
 
 _SHOWN = 8  # labels
 

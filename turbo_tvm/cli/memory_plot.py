@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from turbo_tvm.cli.pictures import save
-from turbo_tvm.runtime.memory_report import MemoryReport, TensorPlace
+from turbo_tvm.runtime.memory.report import MemoryReport, TensorPlace
 
 _MB = 1e6
 

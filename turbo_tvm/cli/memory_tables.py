@@ -8,7 +8,7 @@ from rich.table import Table
 
 from turbo_tvm.cli import numbers
 from turbo_tvm.cli.console import add_row, console, print_fields, table
-from turbo_tvm.runtime.memory_report import MemoryReport, TensorPlace
+from turbo_tvm.runtime.memory.report import MemoryReport, TensorPlace
 
 
 def show(reports: Sequence[MemoryReport]) -> None:

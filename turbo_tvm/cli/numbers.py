@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from turbo_tvm.runtime.memory_report import memory_report
+from turbo_tvm.runtime.memory.report import memory_report
 
 if TYPE_CHECKING:
-    from turbo_tvm.runtime.manifest import KernelSpec, Manifest
+    from turbo_tvm.artifact.manifest import KernelSpec, Manifest
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from turbo_tvm.cli.options import Failure, debug_option, lengths_callback
 from turbo_tvm.cli.pictures import check_plot
 
 if TYPE_CHECKING:
+    from turbo_tvm.profiling.roofline import MachineLimits, ProfileReport
     from turbo_tvm.runtime.model import CompiledModel
-    from turbo_tvm.runtime.roofline import MachineLimits, ProfileReport
 
 
 @click.command("profile")
@@ -53,7 +53,8 @@ def profile_command(
       turbo-tvm profile minilm.turbo --lengths 16 --json | jq '.kernels[0]'
     """
     check_plot(plot)
-    from turbo_tvm import config, machine_limits
+    from turbo_tvm import config
+    from turbo_tvm.profiling import machine_limits
 
     count = config.num_threads(threads)
     if remeasure or machine_limits.cached(count, notice=_silent) is None:
@@ -77,8 +78,8 @@ def profile_command(
 
 
 def _profile(model: CompiledModel, lengths: list[int], rounds: int, threads: int, remeasure: bool) -> ProfileReport:
+    from turbo_tvm.profiling.profiler import check_lengths
     from turbo_tvm.progress import Progress
-    from turbo_tvm.runtime.profiler import check_lengths
 
     check_lengths(lengths, model.manifest.bounds)  # before seconds of measuring
     with Progress("profile") as step:
@@ -89,7 +90,7 @@ def _profile(model: CompiledModel, lengths: list[int], rounds: int, threads: int
 
 
 def _limits(threads: int, remeasure: bool, step: Any) -> MachineLimits:
-    from turbo_tvm.machine_limits import machine_limits
+    from turbo_tvm.profiling.machine_limits import machine_limits
 
     return machine_limits(threads, remeasure=remeasure, notice=lambda text: click.echo(text, err=True), step=step)
 

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from turbo_tvm.cli import numbers
 from turbo_tvm.cli.console import add_row, console, print_fields, table
-from turbo_tvm.runtime.roofline import KernelProfile, MachineLimits, ProfileReport
+from turbo_tvm.profiling.roofline import KernelProfile, MachineLimits, ProfileReport
 
 _COLUMNS = ["kernel", "calls>", "ms>", "share>", "GFLOP/s>", "GB/s>", "bound by", "floor ms>", "limit>"]
 _SHOWN_LENGTHS = 12

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from turbo_tvm.cli.pictures import save
-from turbo_tvm.runtime.roofline import MachineLimits, ProfileReport
+from turbo_tvm.profiling.roofline import MachineLimits, ProfileReport
 
 _MARKERS = "osD^vP*X"
 _NARROWEST = (0.25, 256.0)  # FLOPs per byte that are always shown

@@ -14,8 +14,8 @@ from turbo_tvm.cli.pictures import check_plot
 
 if TYPE_CHECKING:
     from turbo_tvm.progress import Progress
-    from turbo_tvm.runtime.arrivals import Trace
-    from turbo_tvm.runtime.cost_model import PackedCost, PaddedCost
+    from turbo_tvm.runtime.scheduling.arrivals import Trace
+    from turbo_tvm.runtime.scheduling.cost_model import PackedCost, PaddedCost
 
 _POLICIES = ("nobatch", "naive", "dp", "dp_latency", "deadline", "token_budget")  # not imported for --help
 _SHOWN = ("nobatch", "naive", "dp")
@@ -120,10 +120,11 @@ def simulate_command(
 
 def _cost(file: Path, threads: int | None, machine: str | None) -> tuple[PackedCost | PaddedCost, int]:
     """The cost, and the longest sequence in tokens."""
-    from turbo_tvm import artifact, config
+    from turbo_tvm import config
+    from turbo_tvm.artifact import file as artifact
     from turbo_tvm.errors import TurboError
-    from turbo_tvm.runtime.cost_model import cost_of
-    from turbo_tvm.runtime.cpu_features import machine_name
+    from turbo_tvm.runtime.device.cpu_features import machine_name
+    from turbo_tvm.runtime.scheduling.cost_model import cost_of
 
     manifest = artifact.read(file).manifest
     name = machine or machine_name(config.num_threads(threads))
@@ -140,8 +141,8 @@ def _simulate(
     cost: Any, traces: list[Trace], policies: tuple[str, ...], options: dict[str, Any]
 ) -> list[dict[str, Any]]:
     from turbo_tvm.progress import Progress
-    from turbo_tvm.runtime.scheduler import Limits
-    from turbo_tvm.runtime.simulator import is_bounded, simulate
+    from turbo_tvm.runtime.scheduling.scheduler import Limits
+    from turbo_tvm.runtime.scheduling.simulator import is_bounded, simulate
 
     limits = Limits(options["max_batch"], options["max_tokens"], max_wait_s=1.0)
     results = []
@@ -186,7 +187,7 @@ def _traces(
 ) -> list[Trace]:
     """A trace per rate; one that is read as it is if no rates are asked for."""
     from turbo_tvm.errors import InputError
-    from turbo_tvm.runtime import arrivals
+    from turbo_tvm.runtime.scheduling import arrivals
 
     read = None if options["trace"] is None else arrivals.read_trace(options["trace"])
     longest = lengths[1] if read is None else int(read.lengths.max())

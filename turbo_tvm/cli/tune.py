@@ -152,7 +152,7 @@ def tune_server_command(tracker: str, key: str, host: str, port: int) -> None:
 
 
 def _repair(logs: Path) -> None:
-    from turbo_tvm.tuning.log import repair
+    from turbo_tvm.compiler.tuning_log import repair
 
     if not logs.is_dir():
         raise Failure(f"there is no directory of tuning logs at {logs}")

@@ -46,7 +46,7 @@ def show_outcomes(report: TuningReport) -> None:
 def show_report(model: Path, **options: Any) -> None:
     """`tune --report`: default against tuned, on this machine."""
     from turbo_tvm import config
-    from turbo_tvm.machine_limits import machine_limits
+    from turbo_tvm.profiling.machine_limits import machine_limits
     from turbo_tvm.progress import Progress
     from turbo_tvm.tuning.report import compare, geometric_mean
     from turbo_tvm.tuning.tune import job

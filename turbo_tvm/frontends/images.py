@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from turbo_tvm.artifact.manifest import PositionRule
 from turbo_tvm.errors import UnsupportedModelError, summary
 from turbo_tvm.frontends.imported import ImageSample, Imported, labels_in
 from turbo_tvm.frontends.patches import PIXELS, Size, patches_of, size_of
-from turbo_tvm.frontends.torch_export import to_relax
-from turbo_tvm.frontends.torch_wrapper import config_of, encoder_of, input_names_of, tensors_of
-from turbo_tvm.runtime.manifest import PositionRule
+from turbo_tvm.frontends.torch.export import to_relax
+from turbo_tvm.frontends.torch.wrapper import config_of, encoder_of, input_names_of, tensors_of
 
 _INTERPOLATE = "interpolate_pos_encoding"
 

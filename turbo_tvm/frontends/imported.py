@@ -10,7 +10,7 @@ import numpy as np
 import tvm
 from tvm import ir
 
-from turbo_tvm.runtime.manifest import Bounds, PositionRule
+from turbo_tvm.artifact.manifest import Bounds, PositionRule
 
 DEFAULT_MAX_LENGTH = 512  # tokens, of models that name no limit
 

@@ -6,10 +6,10 @@ from typing import Any
 
 from tvm import ir
 
+from turbo_tvm.artifact.manifest import Bounds, ImageBounds
 from turbo_tvm.errors import UnsupportedModelError
 from turbo_tvm.passes.fuse_patches import fuse_patches
 from turbo_tvm.passes.normalize import normalize
-from turbo_tvm.runtime.manifest import Bounds, ImageBounds
 
 Size = int | tuple[int, int]
 PIXELS = "pixel_values"

@@ -19,22 +19,17 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from turbo_tvm import config
-from turbo_tvm.server import errors, kserve_http, logs, openai, tei, tracing
+from turbo_tvm.server import errors, logs, tracing
 from turbo_tvm.server.context import Context
-from turbo_tvm.server.endpoint import (
-    Call,
-    Endpoint,
-    Protocol,
-    Reply,
-    Served,
-    error_reply,
-    json_reply,
-)
+from turbo_tvm.server.endpoint import Call, Endpoint, Protocol, Reply, Served, error_reply, json_reply
 from turbo_tvm.server.errors import Form, Problem, kserve_form, openai_form, tei_form
+from turbo_tvm.server.kserve import http as kserve_http
 from turbo_tvm.server.metrics import Metrics
+from turbo_tvm.server.openai import endpoints as openai
 from turbo_tvm.server.openapi import document
 from turbo_tvm.server.repository import OpenFile, Repository, open_artifact
 from turbo_tvm.server.settings import Settings
+from turbo_tvm.server.tei import endpoints as tei
 
 SERVER = Protocol("server", kserve_form)
 SAMPLE_S = 1.0
@@ -138,7 +133,7 @@ def create_app(settings: Settings, open_file: OpenFile = open_artifact) -> Starl
                 if path.stem not in context.repository:
                     await asyncio.to_thread(context.repository.add, path)
             if settings.grpc_port is not None:
-                from turbo_tvm.server.kserve_grpc import start
+                from turbo_tvm.server.kserve.grpc import start
 
                 stack.push_async_callback((await start(context)).stop, settings.drain_s)
             sampling = asyncio.create_task(_sample(context))

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from typing import Any
 
-from turbo_tvm.runtime.engine_statistics import BatchRecord
+from turbo_tvm.runtime.scheduling.engine_statistics import BatchRecord
 
 SECONDS = 180
 BATCHES = 32

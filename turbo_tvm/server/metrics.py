@@ -21,7 +21,7 @@ from prometheus_client import (
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from turbo_tvm import config
-from turbo_tvm.runtime.engine_statistics import BatchRecord
+from turbo_tvm.runtime.scheduling.engine_statistics import BatchRecord
 
 _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 _TOKENS = tuple(2**i for i in range(3, 16))

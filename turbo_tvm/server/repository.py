@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from turbo_tvm.errors import ArtifactError, InputError
-from turbo_tvm.loader import load
+from turbo_tvm.runtime.loader import load
 from turbo_tvm.runtime.model import CompiledModel
 from turbo_tvm.server import errors
 from turbo_tvm.server.errors import Problem

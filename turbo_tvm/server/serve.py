@@ -9,7 +9,8 @@ import tempfile
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from turbo_tvm import artifact, config
+from turbo_tvm import config
+from turbo_tvm.artifact import file as artifact
 from turbo_tvm.errors import TurboError
 from turbo_tvm.server import logs
 from turbo_tvm.server.settings import Settings

@@ -12,11 +12,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from turbo_tvm.artifact.manifest import LABELLED, OutputSpec
 from turbo_tvm.errors import DeadlineError, OverloadError
-from turbo_tvm.runtime.engine import ALL_OUTPUTS, Engine
-from turbo_tvm.runtime.engine_statistics import BatchRecord
-from turbo_tvm.runtime.manifest import LABELLED, OutputSpec
 from turbo_tvm.runtime.model import CompiledModel
+from turbo_tvm.runtime.scheduling.engine import ALL_OUTPUTS, Engine
+from turbo_tvm.runtime.scheduling.engine_statistics import BatchRecord
 from turbo_tvm.runtime.text import Text
 from turbo_tvm.server import errors
 from turbo_tvm.server.errors import Problem

@@ -19,11 +19,12 @@ import numpy as np
 import tvm
 from tvm import ir
 
-from turbo_tvm import config, targets
+from turbo_tvm import config
+from turbo_tvm.compiler import targets
+from turbo_tvm.compiler.kernel_recipe import KernelRecipe
 from turbo_tvm.errors import TuningError
-from turbo_tvm.kernel_recipe import KernelRecipe
-from turbo_tvm.runtime.cpu_features import request_amx
-from turbo_tvm.schedules.space import Variant
+from turbo_tvm.runtime.device.cpu_features import request_amx
+from turbo_tvm.schedules.common.space import Variant
 from turbo_tvm.tuning.operands import operands
 
 NAME = "kernel"

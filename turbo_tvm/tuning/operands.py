@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from tvm import tirx
 
-from turbo_tvm.kernel_recipe import KernelRecipe
+from turbo_tvm.compiler.kernel_recipe import KernelRecipe
 from turbo_tvm.runtime.batch import boundaries, query_tiles
 
 _TABLE_ROWS = 1024  # of an embedding's table

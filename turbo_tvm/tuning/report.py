@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from turbo_tvm.compiler.tuning_log import KernelLog, TuningLog
 from turbo_tvm.errors import TuningError
-from turbo_tvm.runtime.roofline import Bound, MachineLimits, Work, floor
-from turbo_tvm.schedules.space import Variant
+from turbo_tvm.profiling.roofline import Bound, MachineLimits, Work, floor
+from turbo_tvm.schedules.common.space import Variant
 from turbo_tvm.tuning import candidate
 from turbo_tvm.tuning.candidate import Effort, Remote
 from turbo_tvm.tuning.choose import mean_gain
-from turbo_tvm.tuning.log import KernelLog, TuningLog
 from turbo_tvm.tuning.tasks import Bucket, TuningTask
 from turbo_tvm.tuning.tuner import observations, task_record
 from turbo_tvm.tuning.workers import Workers

@@ -42,8 +42,9 @@ def serve(tracker: str, key: str, host: str, port: int, say: Callable[[str], Non
 
 def _prepare() -> None:
     """What a process that runs our kernels does first; those of the sessions are forked from it."""
-    from turbo_tvm import config, targets
-    from turbo_tvm.runtime.cpu_features import request_amx
+    from turbo_tvm import config
+    from turbo_tvm.compiler import targets
+    from turbo_tvm.runtime.device.cpu_features import request_amx
 
     config.let_tvm_use_every_core()
     request_amx(targets.describe("cpu", targets.resolve("cpu")))

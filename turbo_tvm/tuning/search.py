@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from turbo_tvm.schedules.space import Space
+from turbo_tvm.schedules.common.space import Space
 
 SEARCHES = ("xgb", "random")
 _RANDOM_SHARE = 0.2  # of a guided round

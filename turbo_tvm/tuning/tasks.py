@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from turbo_tvm.artifact.manifest import KernelSpec
+from turbo_tvm.compiler.kernel_recipe import KernelRecipe
 from turbo_tvm.errors import TuningError
-from turbo_tvm.kernel_recipe import KernelRecipe
-from turbo_tvm.runtime.manifest import KernelSpec
-from turbo_tvm.schedules.space import Space
+from turbo_tvm.schedules.common.space import Space
 
 # Tokens of a measured batch, and up to how many the choice then holds: halfway to the next, on a scale of doublings.
 _ROWS = (16, 64, 256, 1024)

@@ -10,13 +10,15 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from turbo_tvm import artifact, config, targets
+from turbo_tvm import config
+from turbo_tvm.artifact import file as artifact
+from turbo_tvm.artifact.manifest import KernelSpec
+from turbo_tvm.compiler import targets
+from turbo_tvm.compiler.tuning_log import TuningLog
 from turbo_tvm.errors import ArtifactError, TuningError
-from turbo_tvm.runtime.cpu_features import check_host, cpu_name
-from turbo_tvm.runtime.manifest import KernelSpec
+from turbo_tvm.runtime.device.cpu_features import check_host, cpu_name
 from turbo_tvm.runtime.model import CompiledModel
 from turbo_tvm.tuning.candidate import Remote
-from turbo_tvm.tuning.log import TuningLog
 from turbo_tvm.tuning.search import SEARCHES
 from turbo_tvm.tuning.tasks import USUAL_LENGTHS, Bucket, TuningTask, buckets, tasks_of
 from turbo_tvm.tuning.tuner import KernelOutcome, Plan, Progress, Tuner
@@ -134,7 +136,7 @@ def _kernels_of(model: Any, target: str | None, precision: str) -> tuple[Sequenc
                 f"the artifact was compiled for {manifest.target.name!r}, not for {target!r}: leave target out"
             )
         return manifest.kernels, manifest.target.name, manifest.bounds.max_length
-    from turbo_tvm.compiler import kernels_of
+    from turbo_tvm.compiler.compile import kernels_of
 
     name = target or "cpu"
     specs, max_length = kernels_of(model, name, precision)

@@ -12,12 +12,12 @@ from typing import Any
 
 import tvm
 
-from turbo_tvm import targets
+from turbo_tvm.compiler import targets
+from turbo_tvm.compiler.tuning_log import KernelLog, ResultRecord, TaskRecord, TrialRecord, TuningLog
 from turbo_tvm.errors import TuningError
-from turbo_tvm.schedules.space import Variant
+from turbo_tvm.schedules.common.space import Variant
 from turbo_tvm.tuning import candidate, choose, search
 from turbo_tvm.tuning.candidate import Effort, Remote
-from turbo_tvm.tuning.log import KernelLog, ResultRecord, TaskRecord, TrialRecord, TuningLog
 from turbo_tvm.tuning.search import Observation, propose
 from turbo_tvm.tuning.tasks import Bucket, TuningTask
 from turbo_tvm.tuning.workers import Workers

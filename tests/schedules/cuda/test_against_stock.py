@@ -11,10 +11,10 @@ import tvm
 from cuda_kernels import LENGTHS, TARGET, stored
 from tvm import relax
 
-from turbo_tvm.cuda import lowering
+from turbo_tvm.compiler.cuda import lowering
 from turbo_tvm.schedules.cuda.normalization import norm
 from turbo_tvm.schedules.cuda.softmax import softmax
-from turbo_tvm.schedules.rows import RowFormat
+from turbo_tvm.schedules.cpu.rows import RowFormat
 
 ROWS = 64
 

@@ -11,8 +11,8 @@ from cuda_kernels import DTYPES, ULP, loaded, stored
 from turbo_tvm.runtime import batch
 from turbo_tvm.schedules.cuda.attention import MAX_HEAD_DIM, attention, space
 from turbo_tvm.schedules.cuda.tiles import CUDA_TILES
-from turbo_tvm.schedules.rows import RowFormat
-from turbo_tvm.schedules.space import Variant
+from turbo_tvm.schedules.cpu.rows import RowFormat
+from turbo_tvm.schedules.common.space import Variant
 
 pytestmark = pytest.mark.xdist_group("cuda-attention")
 

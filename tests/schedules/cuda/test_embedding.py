@@ -7,7 +7,7 @@ import pytest
 from cuda_kernels import DTYPES, allowed, loaded, stored
 
 from turbo_tvm.schedules.cuda.embedding import embedding, space
-from turbo_tvm.schedules.rows import RowFormat
+from turbo_tvm.schedules.cpu.rows import RowFormat
 
 SIZES = (1000, 2, 300)
 EPS = 1e-12

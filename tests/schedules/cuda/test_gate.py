@@ -7,7 +7,7 @@ import pytest
 from cuda_kernels import DTYPES, allowed, loaded, stored
 
 from turbo_tvm.schedules.cuda.gate import gate, space
-from turbo_tvm.schedules.rows import RowFormat
+from turbo_tvm.schedules.cpu.rows import RowFormat
 
 pytestmark = pytest.mark.xdist_group("cuda-norm")
 

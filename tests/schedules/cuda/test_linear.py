@@ -10,8 +10,8 @@ from cuda_kernels import DTYPES, LENGTHS, ROWS, ULP, allowed, loaded, stored
 
 from turbo_tvm.schedules.cuda.linear import linear, space
 from turbo_tvm.schedules.cuda.tiles import CUDA_TILES
-from turbo_tvm.schedules.rows import RowFormat
-from turbo_tvm.schedules.space import Variant
+from turbo_tvm.schedules.cpu.rows import RowFormat
+from turbo_tvm.schedules.common.space import Variant
 
 COLUMNS = CUDA_TILES.col_tile
 SIZES = tuple(zip(LENGTHS, reversed(LENGTHS), strict=True))  # k and n: each takes every length once

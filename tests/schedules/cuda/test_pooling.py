@@ -10,9 +10,9 @@ from turbo_tvm.runtime import batch
 from turbo_tvm.schedules.cuda import rows
 from turbo_tvm.schedules.cuda.pooling import pool, space
 from turbo_tvm.schedules.cuda.rows import cast_rows
-from turbo_tvm.schedules.pooling import MODES
-from turbo_tvm.schedules.rows import RowFormat
-from turbo_tvm.schedules.space import Space
+from turbo_tvm.schedules.cpu.pooling import MODES
+from turbo_tvm.schedules.cpu.rows import RowFormat
+from turbo_tvm.schedules.common.space import Space
 
 pytestmark = pytest.mark.xdist_group("cuda-embedding")
 

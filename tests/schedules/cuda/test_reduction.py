@@ -6,7 +6,7 @@ import pytest
 from cuda_kernels import LENGTHS
 
 from turbo_tvm.schedules.cuda.reduction import chosen_form, row_form, row_space
-from turbo_tvm.schedules.space import Variant
+from turbo_tvm.schedules.common.space import Variant
 
 
 @pytest.mark.parametrize("registers", [16, 72])

@@ -8,7 +8,7 @@ import tvm
 from cuda_kernels import DTYPES, allowed, loaded, stored
 
 from turbo_tvm.schedules.cuda.rotary import rotary, space
-from turbo_tvm.schedules.rows import RowFormat
+from turbo_tvm.schedules.cpu.rows import RowFormat
 
 pytestmark = pytest.mark.xdist_group("cuda-norm")
 

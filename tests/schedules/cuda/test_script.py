@@ -11,8 +11,8 @@ import tvm_ffi
 from turbo_tvm.schedules.cuda import attention, embedding, gate, linear, normalization, pooling, rotary, rows, softmax
 from turbo_tvm.schedules.cuda.script import only_setting
 from turbo_tvm.schedules.cuda.tiles import CUDA_TILES
-from turbo_tvm.schedules.rows import RowFormat
-from turbo_tvm.schedules.space import Knob, Space, Variant
+from turbo_tvm.schedules.cpu.rows import RowFormat
+from turbo_tvm.schedules.common.space import Knob, Space, Variant
 
 HEADS = {"heads": 2, "head_dim": 32, "scale": 0.2, "max_length": 8, "q": (192, 0), "k": (192, 64), "v": (192, 128)}
 TURN = {"columns": 96, "head_dim": 32, "dims": 32, "positions": 8, "spans": ((0, 2),)}

@@ -8,7 +8,7 @@ from cuda_kernels import DTYPES, LENGTHS, ROWS, allowed, loaded, stored
 
 from turbo_tvm.schedules.cuda.reduction import row_form, vector_width
 from turbo_tvm.schedules.cuda.softmax import softmax, space
-from turbo_tvm.schedules.rows import RowFormat
+from turbo_tvm.schedules.cpu.rows import RowFormat
 
 pytestmark = pytest.mark.xdist_group("cuda-softmax")
 

@@ -1,5 +1,0 @@
-"""Schedules: one kernel family per file, computation to loops. No knowledge of graphs or of weights' values."""
-
-from turbo_tvm.schedules import fast_macros
-
-fast_macros.install()

@@ -1,0 +1,137 @@
+"""`turbo-tvm cost` and `turbo-tvm simulate`: what they measure, keep, show and draw; errors."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from cli_runner import fail, succeed
+
+from turbo_tvm.artifact import file as artifact
+from turbo_tvm.artifact.cost_spec import CostSpec
+from turbo_tvm.cli import simulate
+from turbo_tvm.cli.simulation_plot import draw
+from turbo_tvm.runtime.device.cpu_features import machine_name
+from turbo_tvm.runtime.scheduling.scheduler import POLICIES
+
+COST = CostSpec("packed", terms=(1e-3, 1e-5, 1e-8, 5e-5), error=0.03, points=9)
+
+
+@pytest.fixture
+def priced(tiny_artifact: Path, tmp_path: Path) -> Path:
+    """An artifact that holds the cost of a model with one thread."""
+    path = tmp_path / "tiny.turbo"
+    a = artifact.read(tiny_artifact)
+    manifest = replace(a.manifest, costs={machine_name(1): COST, "another": COST})
+    artifact.write(path, manifest, a.library, a.weights, a.tokenizer)
+    return path
+
+
+@pytest.mark.xdist_group("served")
+def test_a_cost_is_measured_once_and_kept(tiny_artifact, tmp_path):
+    path = tmp_path / "tiny.turbo"
+    shutil.copy(tiny_artifact, path)
+    text = succeed("cost", path, "--seconds", "0.2", "--threads", "1")
+    for words in ("Milliseconds per batch", "batch 64", machine_name(1), "off by"):
+        assert words in text
+    first = json.loads(succeed("cost", path, "--threads", "1", "--json"))
+    kept = artifact.read(path).manifest.costs
+    assert list(kept) == [machine_name(1)] and kept[machine_name(1)].error == first["error"]
+    again = json.loads(succeed("cost", path, "--threads", "1", "--json", "--remeasure", "--seconds", "0.2"))
+    assert again["points"] > 0 and list(artifact.read(path).manifest.costs) == [machine_name(1)]
+    assert machine_name(1) in succeed("inspect", path)
+
+
+def test_a_cost_that_is_known_is_shown(priced):
+    before = priced.read_bytes()
+    text = succeed("cost", priced, "--threads", "1")
+    assert "from 9 measured batches; off by 3.0%" in text and "1.41" in text  # 8 tokens: 1 + 0.01 + 0.4 ms
+    assert priced.read_bytes() == before
+
+
+def test_simulated_tables(priced):
+    text = succeed("simulate", priced, "--threads", "1", "--lengths", "2..30", "--requests", "300")
+    for words in ("Simulated, 1 replica", "nobatch", "naive", "dp", "p99", "bounded"):
+        assert words in text
+    assert text.count("nobatch") == 9
+
+
+def test_simulated_json(priced):
+    options = ["--threads", "1", "--requests", "500", "--policy", "dp", "--rates", "100,400", "--replicas", "3"]
+    options += ["--lengths", "2..30"]
+    found = json.loads(succeed("simulate", priced, *options, "--timeout", "0.05", "--arrivals", "bursty", "--json"))
+    assert [r["policy"] for r in found] == ["dp", "dp"]
+    assert found[0]["rate"] < found[1]["rate"] and 0 < found[0]["in_time"] <= 1
+    assert 0 < found[0]["p50_s"] <= found[0]["p95_s"] <= found[0]["p99_s"]
+
+
+def test_a_trace_of_real_arrivals(priced, tmp_path):
+    trace = tmp_path / "real.csv"
+    trace.write_text("arrival_s,length\n" + "".join(f"{i / 100},{i % 30 + 1}\n" for i in range(200)))
+    found = json.loads(succeed("simulate", priced, "--machine", "another", "--trace", trace, "--json"))
+    assert {r["policy"] for r in found} == {"nobatch", "naive", "dp"}
+    assert found[0]["rate"] == pytest.approx(100.0)
+    assert "Simulated, 2 replicas" in succeed(
+        "simulate",
+        priced,
+        "--machine",
+        "another",
+        "--trace",
+        trace,
+        "--rates",
+        "50",
+        "--replicas",
+        "2",
+        "--trigger",
+        "lazy",
+    )
+
+
+def test_the_picture(priced, tmp_path):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "load.svg"
+    options = ["--threads", "1", "--lengths", "7", "--requests", "50", "--rates", "100,200"]
+    succeed("simulate", priced, *options, "--plot", path)
+    assert "requests/s" in path.read_text() and path.stat().st_size > 5000
+    assert callable(draw)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--lengths", "9..2"], "no range of lengths"),
+        (["--lengths", "a..b"], "no range of lengths"),
+        (["--lengths", "2.."], "no range of lengths"),
+        (["--rates", "10,x"], "no list of requests per second"),
+        (["--rates", "-1"], "no list of requests per second"),
+        (["--policy", "best"], "not one of"),
+        (["--plot", "load.pdf"], "must end in .png or .svg"),
+    ],
+)
+def test_options_that_are_wrong(priced, options, message):
+    assert message in fail("simulate", priced, *options, code=2)
+
+
+def test_no_cost_for_this_machine(tiny_artifact, priced):
+    text = fail("simulate", tiny_artifact, "--threads", "1")
+    assert "it has: none" in text and "turbo-tvm cost" in text
+    assert "another" in fail("simulate", priced, "--machine", "a third")
+
+
+def test_sequences_that_the_model_does_not_take(priced, tmp_path):
+    assert "up to 40 tokens, and 100 are asked for" in fail("simulate", priced, "--threads", "1")
+    trace = tmp_path / "one.csv"
+    trace.write_text("arrival_s,length\n1,3\n")
+    assert "has no rate to change" in fail("simulate", priced, "--threads", "1", "--trace", trace)
+
+
+def test_no_file(tmp_path):
+    for command in ("cost", "simulate"):
+        assert "cannot be read" in fail(command, tmp_path / "none.turbo")
+
+
+def test_every_policy_can_be_chosen():
+    assert set(simulate._POLICIES) == set(POLICIES)

@@ -1,0 +1,1 @@
+"""From an imported model to an executable: `compile`, the pipeline, lowering, targets."""

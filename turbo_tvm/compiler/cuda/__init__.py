@@ -1,0 +1,1 @@
+"""What NVIDIA GPUs need beyond the pipeline: lowering to CUDA C, machine code ahead of time."""

@@ -1,1 +1,0 @@
-"""What NVIDIA GPUs need beyond a CPU: kernels for composites, TVM's lowering, machine code ahead of time."""

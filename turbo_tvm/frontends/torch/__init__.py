@@ -1,0 +1,1 @@
+"""Import of PyTorch modules and model folders, through torch.export."""

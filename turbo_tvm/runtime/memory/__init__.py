@@ -1,0 +1,1 @@
+"""Memory between kernels: planned by sequence length, placed in one arena."""

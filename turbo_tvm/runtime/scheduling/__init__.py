@@ -1,0 +1,1 @@
+"""Many requests at once: queue, policies, cost model, engine, and a simulator of the same."""

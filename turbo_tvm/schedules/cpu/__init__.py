@@ -1,0 +1,1 @@
+"""CPU schedules: one kernel family per file."""

@@ -1,0 +1,1 @@
+"""KServe v2, as Triton speaks it: JSON and binary tensors over HTTP, and gRPC."""
