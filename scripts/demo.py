@@ -95,7 +95,7 @@ def main() -> int:
     for reason in fast.manifest.declined:
         console.print(f"warning: {reason}; the times below are those of the slow path", style="yellow", markup=False)
 
-    reference = Reference(folder, fast.manifest.bounds.max_length)
+    reference = Reference(folder, fast.manifest.request_limits.max_length)
     ids = reference.token_ids(sentences)
     heading(f"2. {len(sentences)} sentences of {shape_of(ids)} as one ragged batch")
     vectors = np.stack(fast.encode(sentences))

@@ -1,15 +1,25 @@
-"""Tiny random models, compiled once per process: hidden 32, 2 layers, 2 heads, 101 words, at most 64 tokens."""
+"""What all tests share: an environment that is the same everywhere, and tiny random models, compiled once per run.
+
+The models have hidden size 32, 2 layers, 2 heads, 101 words and at most 64 tokens.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
+from suite_weight import pytest_terminal_summary  # noqa: F401 - a hook of pytest
 from tiny_text_models import SPECIAL, WORDS, config, tokenizer
+
+if TYPE_CHECKING:
+    from shared import Shared
 
 SIZES = {
     "vocab_size": 101,
@@ -25,12 +35,29 @@ VOCABULARY = [*SPECIAL, *WORDS, *LETTERS, *(f"##{letter}" for letter in LETTERS)
 MAX_LENGTH = 40
 
 
-@dataclass(frozen=True)
-class Served:
-    """A PyTorch module and what turbo_tvm compiled from it."""
+# What a terminal, a locale or a user's settings would change in an output; of this process and those that tests start.
+_ENVIRONMENT = {"COLUMNS": "120", "LINES": "40", "LC_ALL": "C.UTF-8", "TERM": "xterm"}
+_UNSET = (
+    *("NO_COLOR", "FORCE_COLOR", "CLICOLOR", "CLICOLOR_FORCE", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "PYTHONWARNINGS"),
+    *("TURBO_TVM_NUM_THREADS", "TURBO_TVM_DUMP_IR", "TURBO_TVM_CUDA_GRAPHS", "TURBO_TVM_API_KEY"),
+    *("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_SERVICE_NAME"),
+)
+os.environ.update(_ENVIRONMENT)
+for _name in _UNSET:
+    os.environ.pop(_name, None)
 
-    module: Any
-    compiled: Any
+# An example takes as long as a busy machine needs for it.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
+
+
+@dataclass(frozen=True)
+class CompiledPair:
+    """A PyTorch module and what turbo_tvm made of it."""
+
+    module: Any  # of this test's worker; the same weights in all of them
+    compiled: Any  # a CompiledModel, of this worker
+    imported: Callable[[], Any]  # its import: an Imported
 
 
 def _bert() -> Any:
@@ -111,20 +138,52 @@ MODELS: dict[str, Callable[[], Any]] = {
 
 
 @pytest.fixture(scope="session")
-def served() -> Callable[[str], Served]:
-    """`served(name)`: one of MODELS. Mark what uses it `xdist_group("served")`: a compile takes seconds."""
+def run_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all workers of this run have, and no other run."""
+    base = tmp_path_factory.getbasetemp()  # of a worker: a folder in that of the run
+    return base.parent if hasattr(request.config, "workerinput") else base
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kernels_of_this_run(run_folder: Path) -> Iterator[None]:
+    """Machine code of kernels is made once per run, and none comes from the user's own cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "TURBO_TVM_KERNEL_CACHE" not in os.environ:
+            patch.setenv("TURBO_TVM_KERNEL_CACHE", str(run_folder / "kernels"))
+        yield
+
+
+@pytest.fixture(scope="session")
+def shared(run_folder: Path) -> Shared:
+    """What all tests of the run share on disk, whichever worker they run in."""
+    from shared import Shared
+
+    return Shared(run_folder / "shared")
+
+
+@pytest.fixture(scope="session")
+def module_of() -> Callable[[str], Any]:
+    """`module_of(name)`: the PyTorch module of one of MODELS, the same one whenever it is asked for."""
     import torch
 
-    import turbo_tvm
+    @cache
+    def make(name: str) -> Any:
+        torch.manual_seed(0)
+        return MODELS[name]().eval()
 
-    made: dict[str, Served] = {}
+    return make
 
-    def get(name: str) -> Served:
-        if name not in made:
-            torch.manual_seed(0)
-            module = MODELS[name]().eval()
-            made[name] = Served(module, turbo_tvm.compile(module, progress=False))
-        return made[name]
+
+@pytest.fixture(scope="session")
+def served(shared: Shared, module_of: Callable[[str], Any]) -> Callable[[str], CompiledPair]:
+    """`served(name)`: one of MODELS, compiled once per run and loaded once per worker.
+
+    `served(name, precision="bf16")` and so on: compiled with these arguments of `turbo_tvm.compile`.
+    """
+
+    def get(name: str, **how: Any) -> CompiledPair:
+        named = f"served {name}", lambda: module_of(name)
+        return CompiledPair(module_of(name), shared.compiled(*named, **how), lambda: shared.imported(*named))
 
     return get
 
@@ -144,23 +203,27 @@ def random_requests() -> Callable[..., list[list[np.ndarray]]]:
 
 
 @pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model folder: hidden 32, 1 layer, 2 heads, 50 words, at most 40 tokens."""
-    import torch
-    from transformers import BertModel
+def tiny_folder(shared: Shared) -> Path:
+    """A model folder: hidden 32, 1 layer, 2 heads, 50 words, at most 40 tokens. Tests that change it copy it first."""
 
-    folder = tmp_path_factory.mktemp("models") / "tiny-bert"
-    torch.manual_seed(0)
-    BertModel(config(VOCABULARY, MAX_LENGTH)).save_pretrained(folder)
-    tokenizer(VOCABULARY).save(str(folder / "tokenizer.json"))
-    return folder
+    def make(place: Path) -> None:
+        import torch
+        from transformers import BertModel
+
+        torch.manual_seed(0)
+        BertModel(config(VOCABULARY, MAX_LENGTH)).save_pretrained(place / "tiny-bert")
+        tokenizer(VOCABULARY).save(str(place / "tiny-bert" / "tokenizer.json"))
+
+    return shared.made("tiny folder", make) / "tiny-bert"
 
 
 @pytest.fixture(scope="session")
-def tiny_artifact(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`tiny_folder`, compiled for this machine and saved."""
-    import turbo_tvm
+def tiny_artifact(tiny_folder: Path, shared: Shared) -> Path:
+    """`tiny_folder`, compiled for this machine and saved. Tests that change it copy it first."""
 
-    path = tmp_path_factory.mktemp("artifacts") / "tiny.turbo"
-    turbo_tvm.compile(tiny_folder).save(path)
-    return path
+    def make(place: Path) -> None:
+        import turbo_tvm
+
+        turbo_tvm.compile(tiny_folder).save(place / "tiny.turbo")
+
+    return shared.made("tiny artifact", make) / "tiny.turbo"

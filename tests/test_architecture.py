@@ -61,9 +61,22 @@ TVM = {"tvm", "tvm_ffi", "numpy"}
 
 # What a room may import: rooms and modules of turbo_tvm, and packages beside Python's own. In the order of the flow.
 ALLOWED = {
-    "frontends": {"errors", "progress", "ops", "passes", "artifact", "runtime", "torch", "transformers", "onnx", *TVM}
+    "ops": {"errors", *TVM},
+    "frontends": {
+        "errors",
+        "progress",
+        "tvm_compat",
+        "ops",
+        "passes",
+        "artifact",
+        "runtime",
+        "torch",
+        "transformers",
+        "onnx",
+        *TVM,
+    }
     | {"onnxruntime", "google", "safetensors", "tokenizers"},
-    "passes": {"errors", "ops", *TVM},
+    "passes": {"errors", "ops", "tvm_compat", *TVM},
     "schedules": {"errors", "ops", "tvm_compat", *TVM},
     "compiler": {*ANYTHING, "ops", "frontends", "passes", "schedules", "artifact", "runtime", "__version__", "torch"}
     | {"transformers", "onnx", "cuda", "nvidia", "filelock", *TVM},

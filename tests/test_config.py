@@ -54,6 +54,42 @@ def test_dump_directory(monkeypatch, tmp_path):
     assert config.dump_ir_directory() == Path(tmp_path)
 
 
+@pytest.mark.parametrize("value", [None, "", "1"])
+def test_kernels_are_kept_where_the_user_keeps_caches(monkeypatch, tmp_path, value):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("TURBO_TVM_KERNEL_CACHE", raising=False)
+    if value is not None:
+        monkeypatch.setenv("TURBO_TVM_KERNEL_CACHE", value)
+    assert config.kernel_cache_directory() == tmp_path / "turbo_tvm" / "kernels"
+
+
+def test_kernels_are_kept_elsewhere_or_nowhere(monkeypatch, tmp_path):
+    monkeypatch.setenv("TURBO_TVM_KERNEL_CACHE", str(tmp_path))
+    assert config.kernel_cache_directory() == tmp_path
+    monkeypatch.setenv("TURBO_TVM_KERNEL_CACHE", "0")
+    assert config.kernel_cache_directory() is None
+
+
+def test_without_a_home_no_kernels_are_kept(monkeypatch):
+    monkeypatch.delenv("TURBO_TVM_KERNEL_CACHE", raising=False)
+    monkeypatch.setattr(config, "cache_directory", lambda: None)
+    assert config.kernel_cache_directory() is None
+
+
+def test_how_many_megabytes_of_kernels_are_kept(monkeypatch):
+    monkeypatch.delenv("TURBO_TVM_KERNEL_CACHE_MB", raising=False)
+    assert config.kernel_cache_bytes() == 512 << 20
+    monkeypatch.setenv("TURBO_TVM_KERNEL_CACHE_MB", "7")
+    assert config.kernel_cache_bytes() == 7 << 20
+
+
+@pytest.mark.parametrize("value", ["-1", "1.5", "many", "1e3", "\u0663"])
+def test_a_size_of_the_kernel_cache_that_is_refused(monkeypatch, value):
+    monkeypatch.setenv("TURBO_TVM_KERNEL_CACHE_MB", value)
+    with pytest.raises(TurboError, match="TURBO_TVM_KERNEL_CACHE_MB must be a whole number of megabytes, not"):
+        config.kernel_cache_bytes()
+
+
 def test_what_the_user_set_stays(monkeypatch):
     monkeypatch.setenv("TVM_NUM_THREADS", "3")
     monkeypatch.delenv("TVM_BIND_THREADS", raising=False)

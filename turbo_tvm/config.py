@@ -1,10 +1,17 @@
 """Settings that come from outside: the only place that reads the environment, and what the host offers.
 
-TURBO_TVM_CUDA_GRAPHS   0 to launch a GPU's kernels one by one even for shapes that repeat
-TURBO_TVM_DUMP_IR       a directory; the compiler writes the module after every pass there, as text
-TURBO_TVM_NVCC          NVIDIA's compiler, for CUDA targets; the default is that of CUDA_HOME or CUDA_PATH, else of PATH
-TURBO_TVM_NUM_THREADS   threads per model when the caller names none; the default is one per physical core
-XDG_CACHE_HOME          where the machine's measured limits are kept; the default is ~/.cache
+TURBO_TVM_CUDA_GRAPHS       0 to launch a GPU's kernels one by one even for shapes that repeat
+TURBO_TVM_DUMP_IR           a directory; the compiler writes the module after every pass there, as text
+TURBO_TVM_KERNEL_CACHE      0 to compile every kernel anew, or a directory to keep compiled kernels in; the default is
+                            turbo_tvm/kernels in XDG_CACHE_HOME. It holds native code: a directory that someone else
+                            owns, or that others may write to, is not used
+TURBO_TVM_KERNEL_CACHE_MB   how large that directory may become, in megabytes (2**20 bytes); the default is 512. What
+                            was not used for the longest time leaves first
+TURBO_TVM_NVCC              NVIDIA's compiler, for CUDA targets; the default is that of CUDA_HOME or CUDA_PATH, else of
+                            PATH
+TURBO_TVM_NUM_THREADS       threads per model when the caller names none; the default is one per physical core
+TURBO_TVM_TIME_PASSES       1 to print how long each pass of the compiler took
+XDG_CACHE_HOME              where compiled kernels and the machine's measured limits are kept; the default is ~/.cache
 """
 
 from __future__ import annotations
@@ -27,6 +34,11 @@ def dump_ir_directory() -> Path | None:
     return Path(value) if value else None
 
 
+def times_passes() -> bool:
+    """Whether to print how long each pass took."""
+    return os.environ.get("TURBO_TVM_TIME_PASSES") == "1"
+
+
 def cache_directory() -> Path | None:
     """Where to keep what can be measured again, or None where the user has no home. It need not exist."""
     value = Path(os.environ.get("XDG_CACHE_HOME", ""))
@@ -36,6 +48,25 @@ def cache_directory() -> Path | None:
         return Path.home() / ".cache" / "turbo_tvm"
     except RuntimeError:
         return None
+
+
+def kernel_cache_directory() -> Path | None:
+    """Where to keep compiled kernels, or None to keep none. It need not exist."""
+    value = os.environ.get("TURBO_TVM_KERNEL_CACHE", "1")
+    if value == "0":
+        return None
+    if value not in ("", "1"):
+        return Path(value)
+    home = cache_directory()
+    return None if home is None else home / "kernels"
+
+
+def kernel_cache_bytes() -> int:
+    """How large the cache of compiled kernels may become. Raises TurboError for a setting that is no number."""
+    value = os.environ.get("TURBO_TVM_KERNEL_CACHE_MB") or "512"
+    if not (value.isascii() and value.isdigit()):
+        raise TurboError(f"TURBO_TVM_KERNEL_CACHE_MB must be a whole number of megabytes, not {value!r}")
+    return int(value) << 20
 
 
 def cuda_graphs() -> bool:

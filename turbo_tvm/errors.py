@@ -5,7 +5,7 @@ A message says what was wrong, with the value, and what to do about it.
 
 
 def summary(error: BaseException) -> str:
-    """The first line of a library's error that says something, for the end of one of ours."""
+    """Return the first line of a library's error that is not blank, to end one of our messages with."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0][:300] if lines else type(error).__name__
 
@@ -51,7 +51,11 @@ class DeadlineError(EngineError, TimeoutError):
 
 
 class TuningError(TurboError):
-    """Tuning cannot start or go on: nothing to tune, a tracker that does not answer, no worker that stays alive."""
+    """Tuning cannot go on: there is nothing to tune, a tracker does not answer, or no worker stays alive."""
+
+
+class WrongAnswersError(TuningError):
+    """A candidate computes something else than the default kernel; measuring it again would not help."""
 
 
 class TuningLogError(TuningError):

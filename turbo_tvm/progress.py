@@ -16,7 +16,7 @@ class Progress:
     """
 
     def __init__(self, title: str, enabled: bool | None = None):
-        """enabled: None shows progress if stderr is a terminal."""
+        """title: what the spinner shows at first. enabled: None shows progress if stderr is a terminal."""
         self._enabled = sys.stderr.isatty() if enabled is None else enabled
         self._console = Console(stderr=True, highlight=False)
         self._status = self._console.status(title)

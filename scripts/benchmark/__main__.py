@@ -20,7 +20,6 @@ from . import (
     searches,
     server,
     serving,
-    serving_report,
     soak,
     tuning,
     tuning_pages,
@@ -39,45 +38,46 @@ lengths uniform in 5..500, uniform in 2..100, and long-tailed (named ragged-...)
 padded, one by one, and sorted in groups of 4 and of 8. A rival that is not installed, fails to build or answers
 wrongly is named with the reason.
 
-Writes MODEL-PRECISION.json (raw samples), .md and .png into the output directory, after every workload."""
+Writes a summary, MODEL-PRECISION.json, after every workload, at last a page and a picture of it (.md, .png), and every
+sample into MODEL-PRECISION.raw.json, whose sha256 is in the summary. All other benchmarks leave the same four files."""
 EXAMPLES = """examples:
   scripts/bench --quick                               a smoke run of a few minutes: MiniLM-L6, three workloads
   scripts/bench --models bert-base --precisions fp32  one model in one precision
   scripts/bench --only ragged                         the ragged sets; --only 32x for a batch, --only 8x128 for a point
   scripts/bench --out benchmarks/mine --resume        everything; goes on where an interrupted run stopped
-  scripts/bench report benchmarks/mine                Markdown and plots again from the JSON, without measuring"""
+  scripts/bench report benchmarks/mine                pages and plots again from the summaries, without measuring"""
 OVERHEAD = """Time what CompiledModel.run adds to its kernels on a one-layer toy model: Python and TVM's VM apart, with
-hot and with cold caches. Prints medians and quartiles and writes overhead.json with every sample."""
+hot and with cold caches. Prints and writes medians and quartiles: overhead.json, .md."""
 MEMORY = """Compare how memory between kernels is planned, on traces of 1,000 requests (uniform 5..500, long-tailed,
 short and long in turn, slowly growing): ours, the published algorithm, TVM's pooled allocator and one worst-case plan:
 bytes held, allocated and freed, allocations, planning time, peak over lower bound. Then the growth of resident memory
 of turbo_tvm, PyTorch and ONNX Runtime on the same traces, in a process each.
-Writes memory.json (every sample), memory.md and memory.png."""
+Writes memory.json, .md and .png."""
 SERVING = """Serve random requests through turbo_tvm.Engine, by every policy, packed and padded: what rate it bears when
 saturated, latency under Poisson arrivals at rising fractions of that, and the simulator on the same arrivals. Before
 that, the time from submission to the first kernel in an idle engine.
-Writes serving.json (every latency), serving.md and serving.png, after every load."""
+Writes serving.json, .md and .png, after every load."""
 SERVING_EXAMPLES = """examples:
   scripts/bench serving --models minilm-l6 --precisions fp32 --seconds 5    a look, in some minutes
   scripts/bench serving --models bert-base --layouts packed --policies nobatch dp --lengths 2..100
   scripts/bench serving --out benchmarks/mine --resume                      everything, some hours"""
 SCHEDULER = """Time the scheduling policies on 1 to 1,000 waiting requests, and the simulator on a million requests over
-64 replicas. Writes scheduling.json (every sample) and scheduling.md."""
+64 replicas. Writes scheduling.json and .md."""
 FAMILIES = """Compile one model of every supported family from PyTorch and from its ONNX file, compare it with PyTorch
 and time it beside PyTorch and ONNX Runtime on ragged requests. Some minutes per family.
-Writes models.json (every sample) and models.md, after every family."""
+Writes models.json and .md, after every family."""
 TUNING = """Compile every model twice, as it is by itself and with tuning logs, and run both in turn on the encoder
-benchmark's workloads; and what compiling takes either way. Writes tuned.json (every sample) and tuned.md."""
+benchmark's workloads; and what compiling takes either way. Writes tuned.json and .md."""
 SERVER = """Serve MiniLM-L6 with its real weights over HTTP, beside infinity-emb in an environment of its own, and load
 both with sentences of mixed length: closed loops of 32 and 64, then Poisson arrivals at rising rates.
-Writes server.json (every latency), server.md and server.png."""
+Writes server.json, .md and .png."""
 SOAK = """Load the server for minutes at 0.8 of what it bears, and look whether its memory grows; then for seconds at
-ten times that, and look what it refuses and whether it recovers. Writes soak.json (every sample), soak.md, soak.png."""
+ten times that, and look what it refuses and whether it recovers. Writes soak.json, .md and .png."""
 ARTIFACTS = """Run two artifacts of one model in turn in one process on the encoder benchmark's workloads: what a newer
-version gained, or another way to compile. Writes artifacts.json (every sample) and artifacts.md."""
+version gained, or another way to compile. Writes artifacts.json and .md."""
 SEARCHES = """Compare kernels as several directories of tuning logs have them, such as a shipped one, one of another
-seed and one of a random search: each timed in turn with the first. Writes searches.json (every sample), searches.md and
-searches.png, how the searches went."""
+seed and one of a random search: each timed in turn with the first. Writes searches.json, .md
+and .png, how the searches went."""
 LOGS = """Write README.md beside the tuning logs of every target: where and how they were made, and what each kernel
 gains."""
 COMMANDS = (
@@ -127,8 +127,8 @@ def parser() -> argparse.ArgumentParser:
         commands.add_parser("scheduler", help="what planning and simulating take", description=SCHEDULER)
     )
     _overhead_options(commands.add_parser("overhead", help="what run() costs above its kernels", description=OVERHEAD))
-    again = commands.add_parser("report", help="Markdown and plots from existing JSON", description="Measures nothing.")
-    again.add_argument("directory", type=Path, metavar="DIR", help="where the JSON files are")
+    again = commands.add_parser("report", help="pages and plots again from summaries", description="Measures nothing.")
+    again.add_argument("directory", type=Path, metavar="DIR", help="where the summaries are, folders below included")
     return made
 
 
@@ -151,14 +151,14 @@ def _encoder_options(encoder: argparse.ArgumentParser) -> None:
     add("--threads", type=_positive, help="for every contender (default: the physical cores)")
     add("--seed", type=int, default=0, help="of weights, lengths and token ids (default %(default)s)")
     add("--out", type=Path, default=Path("bench_results"), help="output directory (default %(default)s)")
-    add("--resume", action="store_true", help="skip what the JSON there holds of this machine and these versions")
+    add("--resume", action="store_true", help="skip what the raw file there holds of this machine and these versions")
 
 
 def _families_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--only", metavar="SUBSTRING", help="families whose name contains this")
     add("--threads", type=_positive, help="default: the physical cores")
-    add("--out", type=Path, default=Path("docs"), help="output directory (default %(default)s)")
+    add("--out", type=Path, default=Path("bench_results"), help="output directory (default %(default)s)")
 
 
 def _memory_options(memory: argparse.ArgumentParser) -> None:
@@ -195,7 +195,7 @@ def _serving_options(parser: argparse.ArgumentParser) -> None:
     add("--threads", type=_positive, help="default: the physical cores")
     add("--seed", type=int, default=0, help="of weights, arrivals and token ids (default %(default)s)")
     add("--out", type=Path, default=Path("bench_results"), help="output directory (default %(default)s)")
-    add("--resume", action="store_true", help="keep the loads that serving.json holds of this machine and version")
+    add("--resume", action="store_true", help="keep the loads that serving.raw.json holds of this machine and version")
 
 
 def _server_options(parser: argparse.ArgumentParser) -> None:
@@ -323,8 +323,7 @@ def main(argv: list[str]) -> int:
     args = arguments(argv)
     console = Console(soft_wrap=True, highlight=False)
     if args.command == "report":
-        served = serving_report.render(args.directory, console)
-        if render_directory(args.directory, console) or served:
+        if render_directory(args.directory, console):
             return 0
         print(f"error: there are no results in {args.directory}", file=sys.stderr)
         return 1
@@ -334,7 +333,8 @@ def main(argv: list[str]) -> int:
         if args.command == "overhead":
             from turbo_tvm import config
 
-            overhead.run(args.rounds, config.num_threads(args.threads), args.seed, args.out, console)
+            command = shlex.join(["scripts/bench", *argv])
+            overhead.run(args.rounds, config.num_threads(args.threads), args.seed, args.out, command, console)
         elif args.command == "models":
             from turbo_tvm import config
 

@@ -8,8 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from . import in_turn, machine
-from .results import write_json
+from . import in_turn, machine, pages
 from .workloads import all_workloads, select
 
 
@@ -28,7 +27,7 @@ class Settings:
 
 
 def run(settings: Settings, console: Console) -> None:
-    """Measure and write `artifacts.json`, with every sample, and `artifacts.md`."""
+    """Measure, keep every workload as soon as it is measured, and write the page."""
     import turbo_tvm
 
     models = {
@@ -45,21 +44,25 @@ def run(settings: Settings, console: Console) -> None:
     for workload in select(all_workloads(settings.seed), settings.only, quick=False):
         found = in_turn.time_in_turn(models, workload, settings.seed, settings.seconds)
         report["workloads"].append(found)
-        console.print(f"{workload.label}: {in_turn.ratio(found):.3f}x")
-        write_json(settings.out / "artifacts.json", report)
-    (settings.out / "artifacts.md").write_text(markdown(report))
-    console.print(f"{settings.out}/: artifacts.json, artifacts.md")
+        console.print(f"{workload.label}: {in_turn.gain(in_turn.summarized(found)):.3f}x")
+        pages.keep(PAGE, report, settings.out / "artifacts.json")
+    pages.publish(PAGE, report, settings.out / "artifacts.json", console)
 
 
 def _check(first: Any, second: Any) -> None:
     """SystemExit for models that cannot be compared: their answers would differ, not only their speed."""
-    for what in ("inputs", "outputs", "bounds"):
+    for what in ("inputs", "outputs", "request_limits"):
         if getattr(first, what) != getattr(second, what):
             raise SystemExit(f"error: the artifacts differ in their {what}: compare two of the same model")
 
 
-def markdown(report: dict[str, Any]) -> str:
-    """The page of a report."""
+def summarized(report: dict[str, Any]) -> dict[str, Any]:
+    """Return medians and gains in place of samples."""
+    return {**report, "workloads": [in_turn.summarized(one) for one in report["workloads"]]}
+
+
+def markdown(report: dict[str, Any], name: str = "artifacts") -> str:
+    """The page of a summary."""
     lines = [
         *in_turn.head(f"Two artifacts: {report['model']}", report),
         "Both run in turn in one process. Times are medians; a gain (x) is the median of the round-by-round ratios of",
@@ -70,3 +73,6 @@ def markdown(report: dict[str, Any]) -> str:
         *in_turn.table(report["workloads"]),
     ]
     return "\n".join(lines) + "\n"
+
+
+PAGE = pages.Page("artifacts", summarized, markdown)

@@ -15,10 +15,10 @@ from rich.progress import TimeRemainingColumn as TimeLeft
 
 from turbo_tvm.profiling.machine_limits import machine_limits
 
-from . import contenders, figures, machine, models, render
+from . import contenders, figures, machine, models, pages, report
+from .encoder_results import Results
 from .measure import Limits, measure
 from .report import DISTURBED_CPUS
-from .results import Results
 from .workloads import Workload, all_workloads, select
 
 PRECISIONS = ("fp32", "bf16")
@@ -61,7 +61,7 @@ def run(settings: Settings, console: Console) -> None:
         for model in settings.models:
             _measure_model(settings, [p for p in plans if p.model == model and p.workloads], progress, task)
     for plan in plans:
-        render.render(plan.results.path, console)
+        pages.publish(report.PAGE, plan.results.data, plan.results.path, console)
 
 
 def _plan(settings: Settings, model: str, precision: str, console: Console) -> Plan:
@@ -136,11 +136,12 @@ def _measure(settings: Settings, plan: Plan, field: contenders.Field, workload: 
         "cpus_used_by_others": others,
         "entries": [entry.record() for entry in entries],
     }
-    rate, peak = figures.gflops(record), figures.peak(plan.results.data, plan.precision)
+    rate, peak = figures.gflops(figures.summarized_workload(record)), figures.peak(plan.results.data, plan.precision)
     return record | {"fraction_of_peak": rate / peak if rate and peak else None}
 
 
-def _line(record: dict[str, Any]) -> str:
+def _line(raw: dict[str, Any]) -> str:
+    record = figures.summarized_workload(raw)
     mine, best, rate = figures.ours(record), figures.best_rival(record), figures.gflops(record)
     parts = [record["label"], f"{record['rounds']} rounds"]
     if mine is not None:

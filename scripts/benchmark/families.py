@@ -1,4 +1,4 @@
-"""Which families of models compile, by which route, and how they do: `docs/models.md`, measured.
+"""Which families of models compile, by which route, and how they do: the page `models.md`, measured.
 
 Every family is built with random weights at a common width, compiled from PyTorch and from its ONNX file, compared with
 PyTorch on sequences of every length up to 64 and some longer ones in mixed batches, and timed on ragged requests beside
@@ -8,7 +8,6 @@ PyTorch and ONNX Runtime.
 from __future__ import annotations
 
 import gc
-import json
 import tempfile
 import time
 import warnings
@@ -21,8 +20,8 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from . import machine, strategies
-from .families_report import OURS, Result, markdown
+from . import families_report, machine, pages, strategies
+from .families_report import OURS, PAGE, Result
 from .measure import Entry, Limits, measure
 
 REQUESTS = 16
@@ -144,8 +143,7 @@ FAMILIES = (
 
 
 def run(threads: int, out: Path, only: str | None, command: str, console: Console) -> None:
-    """Measure every family by both routes; write models.json after each, and models.md."""
-    out.mkdir(parents=True, exist_ok=True)
+    """Measure every family by both routes, and write the page after each."""
     results: list[Result] = []
     chosen = [f for f in FAMILIES if only is None or only.lower() in f.name.lower()]
     for number, family in enumerate(chosen, 1):
@@ -159,8 +157,8 @@ def run(threads: int, out: Path, only: str | None, command: str, console: Consol
                 described = machine.describe(threads) | {"revision": machine.revision()}
                 asked = {"command": command, "requests": REQUESTS, "longest": LONGEST}
                 record = {**asked, "machine": described, "results": [asdict(r) for r in results]}
-                (out / "models.json").write_text(json.dumps(record, indent=1) + "\n")
-        (out / "models.md").write_text(markdown(record))
+                pages.keep(PAGE, record, out / "models.json")
+        pages.publish(PAGE, record, out / "models.json", console)
         del model
         gc.collect()
 
@@ -339,6 +337,7 @@ def _all(call: Callable[..., Any], rectangles: list[strategies.Rectangle]) -> li
 def _line(result: Result) -> str:
     if result.failed:
         return f"failed: {result.failed}"
-    best = result.best_rival
-    speed = f", {1e3 * (result.ours_s or 0):.1f} ms; {best[0]} {best[1]:.2f}x" if best else ""
+    (summary,) = families_report.summarized({"results": [asdict(result)]})["results"]
+    best, ours_s = families_report.best_rival(summary), families_report.ours_s(summary)
+    speed = f", {1e3 * (ours_s or 0):.1f} ms; {best[0]} {best[1]:.2f}x" if best else ""
     return f"{result.layout}, off by {result.largest_difference:.1e}{speed}"

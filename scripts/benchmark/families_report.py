@@ -1,53 +1,80 @@
-"""What was measured of each family, and the page that says it: `docs/models.md` from `docs/models.json`."""
+"""What was measured of each family of models, and the page that says it."""
 
 from __future__ import annotations
 
-import statistics
 from dataclasses import dataclass, field
 from typing import Any
+
+from .pages import Page
+from .results import described, pairwise
 
 OURS = "turbo_tvm"
 
 
 @dataclass
 class Result:
-    """A family by one route. samples_s: of ours and of every rival with every strategy, in round order."""
+    """A family by one route, as it was measured."""
 
     family: str
+    # "PyTorch" or "ONNX".
     route: str
+    # Why it does not compile or run, or None.
     failed: str | None = None
     layout: str = ""
+    # Why parts of it were not fused.
     declined: list[str] = field(default_factory=list)
+    # Calls by kernel.
     kernels: dict[str, int] = field(default_factory=dict)
     compile_s: float = 0.0
+    # The largest absolute difference to PyTorch.
     largest_difference: float | None = None
+    # Of ours and of every rival with every strategy, in round order.
     samples_s: dict[str, list[float]] = field(default_factory=dict)
 
-    @property
-    def ours_s(self) -> float | None:
-        times = self.samples_s.get(OURS)
-        return statistics.median(times) if times else None
 
-    @property
-    def best_rival(self) -> tuple[str, float] | None:
-        """The fastest rival and the median of the ratios, round by round, of its times to ours."""
-        ours = self.samples_s.get(OURS, [])
-        others = {name: times for name, times in self.samples_s.items() if name != OURS and times}
-        if not ours or not others:
-            return None
-        best = min(others, key=lambda name: statistics.median(others[name]))
-        return best, statistics.median(b / a for a, b in zip(ours, others[best], strict=False))
+def summarized(record: dict[str, Any]) -> dict[str, Any]:
+    """Return medians and ratios to ours in place of samples."""
+    return {**record, "results": [_summarized(one) for one in record["results"]]}
 
 
-def markdown(record: dict[str, Any]) -> str:
-    """`models.md` from what was measured. A `note` in the record is printed above the table."""
-    known = Result.__dataclass_fields__
-    results = [Result(**{k: v for k, v in r.items() if k in known}) for r in record["results"]]
+def _summarized(one: dict[str, Any]) -> dict[str, Any]:
+    samples = {name: times for name, times in one["samples_s"].items() if times}
+    ours = samples.get(OURS)
+    made = {key: value for key, value in one.items() if key != "samples_s"}
+    made["times"] = [{"contender": name, "seconds": described(times)} for name, times in samples.items()]
+    for timed in made["times"] if ours else []:
+        timed["ratio"] = _ratio(samples[timed["contender"]], ours)
+    return made
+
+
+def _ratio(theirs: list[float], ours: list[float]) -> float:
+    """The median of the rounds' ratios, over the rounds that both ran."""
+    both = min(len(theirs), len(ours))
+    return pairwise(theirs[:both], ours[:both])["median"]
+
+
+def ours_s(result: dict[str, Any]) -> float | None:
+    """Our median time, of a summarised result."""
+    return next((t["seconds"]["median"] for t in result["times"] if t["contender"] == OURS), None)
+
+
+def best_rival(result: dict[str, Any]) -> tuple[str, float] | None:
+    """The fastest rival of a summarised result, and the median of the ratios, round by round, of its times to ours."""
+    rivals = [t for t in result["times"] if t["contender"] != OURS and "ratio" in t]
+    if not rivals:
+        return None
+    best = min(rivals, key=lambda t: t["seconds"]["median"])
+    return best["contender"], best["ratio"]
+
+
+def markdown(record: dict[str, Any], name: str = "models") -> str:
+    """The page of a summary. A `note` in the record is printed above the table."""
+    results = record["results"]
     m = record["machine"]
     lines = [
         "# Families of models",
         "",
-        f"Written by `{record['command']}`; samples in [models.json](models.json). {m['cpu']}, {m['threads']} threads, "
+        f"Written by `{record['command']}`; summary in [{name}.json]({name}.json). {m['cpu']}, {m['threads']} threads, "
         f"PyTorch {m['packages']['torch']}, ONNX Runtime {m['packages']['onnxruntime']}, revision {m['revision']}.",
         "",
         "Four layers of width 384, random weights, fp32. Difference: the largest absolute one to PyTorch, each request "
@@ -62,25 +89,33 @@ def markdown(record: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     lines += [_row(r) for r in results]
-    why = [f"- {r.family}, {r.route}: {reason}" for r in results for reason in r.declined]
-    failed = [f"- {r.family}, {r.route}: {r.failed}" for r in results if r.failed]
+    why = [f"- {_which(r)}: {reason}" for r in results for reason in r["declined"]]
+    failed = [f"- {_which(r)}: {r['failed']}" for r in results if r.get("failed")]
     lines += ["", "## What a packed model is made of", ""]
-    lines += [f"- {r.family}, {r.route}: {_kernel_list(r)}" for r in results if r.layout == "packed"]
+    lines += [f"- {_which(r)}: {_kernel_list(r)}" for r in results if r["layout"] == "packed"]
     lines += ["", "## Padded", "", *why] if why else []
     lines += ["", "## Not compiled", "", *failed] if failed else []
     return "\n".join(lines) + "\n"
 
 
-def _row(r: Result) -> str:
-    if r.failed:
-        return f"| {r.family} | {r.route} | failed | | | | | |"
-    best = r.best_rival
+def _which(r: dict[str, Any]) -> str:
+    return f"{r['family']}, {r['route']}"
+
+
+def _row(r: dict[str, Any]) -> str:
+    head = f"| {r['family']} | {r['route']}"
+    if r.get("failed"):
+        return f"{head} | failed | | | | | |"
+    best, time_s, difference = best_rival(r), ours_s(r), r.get("largest_difference")
     rival = f"{best[0]}: {best[1]:.2f}x" if best else ""
-    calls = f"{len(r.kernels)} ({sum(r.kernels.values())})"
-    ours = f"{1e3 * r.ours_s:.1f} ms" if r.ours_s else ""
-    difference = "" if r.largest_difference is None else f"{r.largest_difference:.1e}"
-    return f"| {r.family} | {r.route} | {r.layout} | {calls} | {difference} | {r.compile_s:.0f} s | {ours} | {rival} |"
+    calls = f"{len(r['kernels'])} ({sum(r['kernels'].values())})"
+    ours = f"{1e3 * time_s:.1f} ms" if time_s else ""
+    off = "" if difference is None else f"{difference:.1e}"
+    return f"{head} | {r['layout']} | {calls} | {off} | {r['compile_s']:.0f} s | {ours} | {rival} |"
 
 
-def _kernel_list(r: Result) -> str:
-    return ", ".join(f"`{name}`" + (f" x {calls}" if calls > 1 else "") for name, calls in r.kernels.items())
+def _kernel_list(r: dict[str, Any]) -> str:
+    return ", ".join(f"`{name}`" + (f" x {calls}" if calls > 1 else "") for name, calls in r["kernels"].items())
+
+
+PAGE = Page("families", summarized, markdown)

@@ -1,20 +1,18 @@
-"""Figures from raw samples: ratios round by round, the best rival of a workload, means over the grid.
+"""Figures of the encoder benchmark: ratios round by round, the best rival of a workload, means over the grid.
 
-Works on the dictionaries of the JSON, so that a report can be made again without measuring.
+`summarized` makes a summary of raw samples; everything else works on the dictionaries of a summary, so that a page can
+be made again without measuring.
 """
 
 from __future__ import annotations
 
 import math
-import statistics
 from dataclasses import dataclass
-from typing import Any
 
 from .contenders import OURS
+from .results import Record, described, pairwise
 from .strategies import PADDED
 from .workloads import GRID
-
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -38,6 +36,34 @@ class Mean:
     points: int
 
 
+def summarized(raw: Record) -> Record:
+    """Return the summary of a model's raw samples."""
+    made = {**raw, "workloads": [summarized_workload(w) for w in raw["workloads"]]}
+    overall = grid_mean(made)
+    each = {name: grid_mean(made, name) for name in contenders(made)}
+    made["summary"] = {
+        "grid_best_rival": vars(overall) if overall else None,
+        "grid_per_rival": {name: vars(mean) for name, mean in each.items() if mean},
+    }
+    return made
+
+
+def summarized_workload(workload: Record) -> Record:
+    """Return a workload with a median, quartiles and the ratio to ours in place of every entry's samples."""
+    mine = ours(workload)
+    return {**workload, "entries": [_summarized_entry(e, mine) for e in workload["entries"]]}
+
+
+def _summarized_entry(entry: Record, mine: Record | None) -> Record:
+    if "failed" in entry:
+        return entry
+    made = {key: value for key, value in entry.items() if key not in ("samples_s", "first_s")}
+    made["seconds"] = described(entry["samples_s"] or [entry["first_s"]])
+    if mine is None or entry is mine:
+        return made
+    return made | {"ratio": ratio(entry, mine)}
+
+
 def ours(workload: Record) -> Record | None:
     return next((e for e in ran(workload) if e["contender"] == OURS), None)
 
@@ -52,14 +78,14 @@ def rivals(workload: Record) -> list[Record]:
 
 def seconds(entry: Record) -> float:
     """The median sample; the first measurement of an entry that was not repeated."""
-    return statistics.median(entry["samples_s"] or [entry["first_s"]])
+    return entry["seconds"]["median"]
 
 
-def ratio(theirs: Record, mine: Record) -> float:
-    """The median over rounds of their time / ours; of the first measurements if one of them was not repeated."""
+def ratio(theirs: Record, mine: Record) -> Record:
+    """Of raw entries, the rounds' ratios of their time to ours; of the first calls if one was not repeated."""
     if not (theirs["samples_s"] and mine["samples_s"]):
-        return theirs["first_s"] / mine["first_s"]
-    return statistics.median(a / b for a, b in zip(theirs["samples_s"], mine["samples_s"], strict=True))
+        return described([theirs["first_s"] / mine["first_s"]])
+    return pairwise(theirs["samples_s"], mine["samples_s"])
 
 
 def best_rival(workload: Record, contender: str | None = None, strategy: str | None = None) -> Best | None:
@@ -67,9 +93,9 @@ def best_rival(workload: Record, contender: str | None = None, strategy: str | N
     among = [e for e in rivals(workload) if contender in (None, e["contender"]) and strategy in (None, e["strategy"])]
     if not among:
         return None
-    entry, mine = min(among, key=seconds), ours(workload)
-    times = None if mine is None else ratio(entry, mine)
-    return Best(entry["contender"], entry["strategy"], seconds(entry), times, bool(entry["samples_s"]))
+    entry = min(among, key=seconds)
+    times = entry["ratio"]["median"] if "ratio" in entry else None
+    return Best(entry["contender"], entry["strategy"], seconds(entry), times, "not_repeated" not in entry)
 
 
 def geometric_mean(values: list[float]) -> float:
@@ -107,24 +133,3 @@ def peak(result: Record, precision: str) -> float | None:
     limits = result.get("limits") or {}
     flops = limits.get("bf16_flops" if precision == "bf16" else "fp32_flops")
     return flops * 1e-9 if flops else None
-
-
-def summary(result: Record) -> Record:
-    """The figures that the JSON carries beside the raw samples."""
-    overall = grid_mean(result)
-    each = {name: grid_mean(result, name) for name in contenders(result)}
-    return {
-        "grid_best_rival": vars(overall) if overall else None,
-        "grid_per_rival": {name: vars(mean) for name, mean in each.items() if mean},
-        "workloads": {w["name"]: _of_workload(w) for w in result["workloads"]},
-    }
-
-
-def _of_workload(workload: Record) -> Record:
-    mine, padded, best = ours(workload), best_rival(workload, strategy=PADDED), best_rival(workload)
-    return {
-        "ours_s": mine and seconds(mine),
-        "gflops": gflops(workload),
-        "best_padded": padded and vars(padded),
-        "best_of_all": best and vars(best),
-    }

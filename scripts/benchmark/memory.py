@@ -13,23 +13,32 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
-from . import machine, models
+from . import machine, models, pages
 from .memory_child import ENGINES
+from .memory_report import (
+    MEASURED_COLUMNS,
+    PAGE,
+    PLANNED_COLUMNS,
+    TIME_COLUMNS,
+    all_rows,
+    measured_rows,
+    planned_rows,
+    summarized_growth,
+    summarized_times,
+    table,
+    time_rows,
+)
 from .onnx_files import OnnxFiles
-from .report import markdown_row
-from .results import write_json
 from .traces import traces
 
-MB = 1e6
 DEEP = {"hidden_size": 64, "num_hidden_layers": 48, "num_attention_heads": 4, "intermediate_size": 256}
 SHAPES = 200  # distinct ones, for the time of planning
 
@@ -48,7 +57,7 @@ class Settings:
 
 
 def run(settings: Settings, console: Console) -> None:
-    """Plan and measure all traces, and write `memory.json`, `memory.md` and `memory.png`."""
+    """Plan and measure all traces, and write the page."""
     import turbo_tvm
 
     streams, threads = traces(settings.seed), settings.threads
@@ -61,13 +70,13 @@ def run(settings: Settings, console: Console) -> None:
         times = {m.manifest.name: planning_times(m.manifest) for m in (compiled, deep)}
         planned = {name: planned_trace(compiled.manifest, lengths, console, name) for name, lengths in streams.items()}
         console.print(table(PLANNED_COLUMNS, all_rows(planned, planned_rows)))
-        console.print(table(TIME_COLUMNS, time_rows(times)))
+        console.print(table(TIME_COLUMNS, time_rows(summarized_times(times))))
         measured = {}
         if settings.measured:
             OnnxFiles(model, Path(directory)).exported("sdpa")
             model.save_pretrained(Path(directory) / "model")
             measured = measure_all(streams, settings.measured, Path(directory), threads, console)
-            console.print(table(MEASURED_COLUMNS, all_rows(measured, measured_rows)))
+            console.print(table(MEASURED_COLUMNS, all_rows(summarized_growth(measured), measured_rows)))
     report = {
         "model": settings.model,
         "seed": settings.seed,
@@ -77,7 +86,7 @@ def run(settings: Settings, console: Console) -> None:
         "times": times,
         "measured": measured,
     }
-    write(report, settings.out, console)
+    pages.publish(PAGE, report, settings.out / "memory.json", console)
 
 
 def planned_trace(manifest: Any, lengths: Sequence[int], console: Console, name: str) -> dict[str, Any]:
@@ -100,7 +109,7 @@ def planned_strategy(manifest: Any, lengths: Sequence[int], strategy: str) -> di
     from turbo_tvm.runtime.memory.table import MemoryTable
 
     table = MemoryTable(manifest.buffers, strategy in COMPACT)
-    largest = symbols(manifest.layout, manifest.row_tile, (manifest.bounds.max_length,))
+    largest = symbols(manifest.layout, manifest.row_tile, (manifest.request_limits.max_length,))
     arena: Arena[int] = Arena(table, lambda size: size, strategy=strategy, largest=largest)
     held: list[int] = []
     ratios: list[float] = []
@@ -150,17 +159,6 @@ def planning_times(manifest: Any) -> dict[str, Any]:
     return {"tensors": len(manifest.buffers), "new_s": new, "known_s": known}
 
 
-TIME_COLUMNS = ("model", "tensors", "new shape, us: median", "worst", "known shape, us: median", "worst")
-
-
-def time_rows(times: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    rows = []
-    for name, found in times.items():
-        figures = [f"{1e6 * f(found[key]):.1f}" for key in ("new_s", "known_s") for f in (median, max)]
-        rows.append((name, str(found["tensors"]), *figures))
-    return rows
-
-
 def measure_all(
     streams: Mapping[str, Sequence[int]], requests: int, directory: Path, threads: int, console: Console
 ) -> dict[str, dict[str, Any]]:
@@ -185,107 +183,3 @@ def measured_trace(engine: str, lengths: Sequence[int], directory: Path, threads
         lines = [line for line in child.stderr.splitlines() if line.strip()]
         return {"absent": lines[-1] if lines else f"exit status {child.returncode}"}
     return json.loads(child.stdout.splitlines()[-1])
-
-
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    made = Table(*columns)
-    for row in rows:
-        made.add_row(*row)
-    return made
-
-
-PLANNED_COLUMNS = (
-    "trace",
-    "strategy",
-    "peak held, MB",
-    "mean held, MB",
-    "allocated + freed per request, kB",
-    "allocations",
-    "peak / lower bound, worst",
-    "mean",
-    "new plan, us",
-    "known, us",
-)
-
-
-def planned_rows(trace: str, by_strategy: dict[str, Any]) -> list[tuple[str, ...]]:
-    return [
-        (
-            trace,
-            strategy,
-            f"{f['peak_held'] / MB:.2f}",
-            f"{f['mean_held'] / MB:.2f}",
-            f"{f['bytes_per_request'] / 1e3:,.1f}",
-            f"{f['allocations']:,}",
-            f"{f['worst_ratio']:.3f}",
-            f"{f['mean_ratio']:.3f}",
-            "" if f["new_plan_s"] is None else f"{1e6 * f['new_plan_s']:.0f}",
-            "" if f["known_plan_s"] is None else f"{1e6 * f['known_plan_s']:.1f}",
-        )
-        for strategy, f in by_strategy.items()
-    ]
-
-
-MEASURED_COLUMNS = ("trace", "engine", "requests", "after loading, MB", "growth at the end, MB", "largest growth, MB")
-
-
-def measured_rows(trace: str, by_engine: dict[str, Any]) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = []
-    for engine, f in by_engine.items():
-        if "absent" in f:
-            rows.append((trace, engine, f"absent: {f['absent']}", "", "", ""))
-            continue
-        base = f["after_first"]
-        growth = [r - base for r in f["resident"]]
-        numbers = (f"{len(growth):,}", f"{base / MB:,.0f}", f"{growth[-1] / MB:.1f}", f"{(f['most'] - base) / MB:.1f}")
-        rows.append((trace, engine, *numbers))
-    return rows
-
-
-def all_rows(by_trace: Mapping[str, Any], rows: Callable[[str, Any], list[tuple[str, ...]]]) -> list[tuple[str, ...]]:
-    return [row for trace, found in by_trace.items() for row in rows(trace, found)]
-
-
-def write(report: dict[str, Any], out: Path, console: Console) -> None:
-    """JSON with every sample, Markdown, and a picture if matplotlib is there."""
-    from . import memory_plot
-    from .plots import PlotsAbsent
-
-    write_json(out / "memory.json", report)
-    (out / "memory.md").write_text(markdown(report))
-    written = ["memory.json", "memory.md"]
-    try:
-        memory_plot.draw(report, out / "memory.png")
-        written.append("memory.png")
-    except PlotsAbsent as absent:
-        console.print(str(absent))
-    console.print(f"{out}/: {', '.join(written)}")
-
-
-def markdown(report: dict[str, Any]) -> str:
-    planned, measured = all_rows(report["planned"], planned_rows), all_rows(report["measured"], measured_rows)
-    parts = [
-        f"# Memory between kernels: {report['model']}\n",
-        f"{report['machine']['cpu']}, {report['machine']['threads']} threads\n",
-        f"    {report['command']}    # {report['started']}, revision {report['revision']}\n",
-        "## Planned\n",
-        f"{len(next(iter(report['traces'].values()))):,} requests of one sequence each, handled by the arena that "
-        "serves models. Held: chunks, after each request. The lower bound is the most bytes alive in any step, of the "
-        "strategy's own tensors: `compact` and `static` write over inputs that die, the others do not. Over it stands "
-        "the peak of a plan, or what is held (`pooled`, `static`).\n",
-        _markdown_table(PLANNED_COLUMNS, planned),
-        "From a batch's shape to its tensors, `deep` being an encoder of 48 layers:\n",
-        _markdown_table(TIME_COLUMNS, time_rows(report["times"])),
-    ]
-    if measured:
-        parts += [
-            "## Measured\n",
-            "Resident memory of a process of its own, beyond what it had after a first request of one token.\n",
-            _markdown_table(MEASURED_COLUMNS, measured),
-        ]
-    return "\n".join(parts)
-
-
-def _markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join(markdown_row(line) for line in lines) + "\n"

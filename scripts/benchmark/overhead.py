@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,14 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from . import machine, models
-from .results import write_json
+from . import machine, models, pages
+from .report import markdown_row
 
 TOY = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 256}
 EVICTED_BYTES = 128 << 20
 WARM_UPS = 20
 HOT_SHARE = 10  # hot rounds per cold one
+COLUMNS = ("workload", "part", "median us", "quartiles us")
 
 
 def workloads(seed: int) -> dict[str, tuple[int, ...]]:
@@ -30,8 +30,8 @@ def workloads(seed: int) -> dict[str, tuple[int, ...]]:
     return {"1x8": (8,), "1x16": (16,), "ragged-2-100": tuple(ragged.tolist())}
 
 
-def run(rounds: int, threads: int, seed: int, out: Path, console: Console) -> None:
-    """Measure, print a table and write `overhead.json` with every sample."""
+def run(rounds: int, threads: int, seed: int, out: Path, command: str, console: Console) -> None:
+    """Measure, print a table and write the page."""
     import turbo_tvm
 
     console.print("compiling a one-layer model of hidden size 64")
@@ -42,15 +42,10 @@ def run(rounds: int, threads: int, seed: int, out: Path, console: Console) -> No
     report = {
         "sizes": TOY,
         "seed": seed,
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "revision": machine.revision(),
-        "machine": machine.describe(threads),
-        "workloads": {
-            name: {"lengths": workloads(seed)[name], "quartiles_us": quartiles_us(parts), "samples_s": parts}
-            for name, parts in found.items()
-        },
+        **machine.measured_by(command, threads),
+        "workloads": {name: {"lengths": workloads(seed)[name], "samples_s": parts} for name, parts in found.items()},
     }
-    write_json(out / "overhead.json", report, indent=1)
+    pages.publish(PAGE, report, out / "overhead.json", console)
 
 
 def measure(model: Any, lengths: tuple[int, ...], rounds: int, seed: int) -> dict[str, list[float]]:
@@ -75,7 +70,7 @@ def python_part(
     """Seconds of `run` less those of the VM's call in it."""
     from turbo_tvm.runtime.random_requests import random_sequences
 
-    executor, sequences = model._executor, random_sequences(lengths, model.manifest.bounds, seed)
+    executor, sequences = model._executor, random_sequences(lengths, model.manifest.request_limits, seed)
     function, inside, samples = executor.function, [0.0], []
 
     def timed(*args: Any) -> Any:
@@ -111,9 +106,44 @@ def quartiles_us(parts: dict[str, list[float]]) -> dict[str, list[float]]:
 
 def table(found: dict[str, dict[str, list[float]]]) -> Table:
     """Median and quartiles per workload and part."""
-    made = Table("workload", "part", "median us", "quartiles us")
+    made = Table(*COLUMNS)
     for name, parts in found.items():
         for part, (low, middle, high) in quartiles_us(parts).items():
             made.add_row(name, part, f"{middle:.1f}", f"{low:.1f} .. {high:.1f}")
         made.add_section()
     return made
+
+
+def summarized(report: dict[str, Any]) -> dict[str, Any]:
+    """Return quartiles of every part in place of its samples."""
+    made = {
+        name: {
+            "lengths": found["lengths"],
+            "counts": {part: len(samples) for part, samples in found["samples_s"].items()},
+            "quartiles_us": quartiles_us(found["samples_s"]),
+        }
+        for name, found in report["workloads"].items()
+    }
+    return {**report, "workloads": made}
+
+
+def markdown(report: dict[str, Any], name: str = "overhead") -> str:
+    """The page of a summary."""
+    here = report["machine"]
+    lines = [
+        "# What `run` costs above its kernels",
+        "",
+        f"{here['cpu']}, {here['threads']} threads, a one-layer toy model.",
+        "",
+        f"    {report['command']}    # {report['started']}, revision {report['revision']}",
+        "",
+        markdown_row(COLUMNS),
+        markdown_row(["---"] * len(COLUMNS)),
+    ]
+    for workload, found in report["workloads"].items():
+        for part, (low, middle, high) in found["quartiles_us"].items():
+            lines.append(markdown_row([workload, part, f"{middle:.1f}", f"{low:.1f} .. {high:.1f}"]))
+    return "\n".join(lines) + "\n"
+
+
+PAGE = pages.Page("overhead", summarized, markdown)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from turbo_tvm.runtime import batch as packing
+from turbo_tvm.runtime import validation
 from turbo_tvm.runtime.batch import Batch
 from turbo_tvm.runtime.model import CompiledModel
 
@@ -26,6 +26,6 @@ class Padded(CompiledModel):
         lengths = batch.lengths.tolist()
         whole = np.zeros((len(lengths), max(lengths)), np.int32)
         whole[np.arange(max(lengths)) < batch.lengths[:, None]] = batch.token_ids
-        filled = packing.from_sequences(list(whole), None, self.manifest.bounds, self.manifest.positions)
+        filled = validation.from_sequences(list(whole), None, self.manifest.request_limits, self.manifest.positions)
         answers = super()._answers(filled, name)
         return [a[:n] if len(a) == max(lengths) else a for a, n in zip(answers, lengths, strict=True)]

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import io
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
 
 from . import figures
 from .contenders import OURS, RIVALS
@@ -16,6 +14,8 @@ from .workloads import LENGTHS, RAGGED
 HINT = "no plots: matplotlib is not installed; it is in the extra: pip install -e '.[bench]'"
 COLOURS = dict(zip(RIVALS, ("tab:red", "tab:orange", "tab:blue", "tab:cyan", "tab:purple"), strict=True))
 OUR_COLOUR = "tab:green"
+DPI, MOST_PIXELS, COLOURS_IN_PNG = 66, 1300, 24
+MOST_BYTES = 56_000  # a PNG in the repository is smaller than 60 KB
 MARKERS = dict(zip(RIVALS, "sDo^v", strict=True))
 
 
@@ -32,24 +32,40 @@ def new_figure(width: float, height: float) -> Any:
     return matplotlib.figure.Figure(figsize=(width, height), layout="constrained")
 
 
-def write_plot(draw: Callable[[Any, Path], None], report: Any, path: Path, console: Console) -> None:
-    """Draw a report, or say why there is no picture."""
-    try:
-        draw(report, path)
-    except PlotsAbsent as absent:
-        console.print(str(absent), markup=False)
+def save(figure: Any, path: Path) -> None:
+    """Write a figure as a PNG of few colours, as large as the limit on files in the repository allows."""
+    dpi = min(DPI, MOST_PIXELS / figure.get_size_inches().max())
+    picture = _png(figure, dpi)
+    while len(picture) > MOST_BYTES:
+        dpi *= 0.9
+        picture = _png(figure, dpi)
+    path.write_bytes(picture)
+
+
+def _png(figure: Any, dpi: float) -> bytes:
+    from PIL import Image
+
+    drawn, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, dpi=dpi, format="png")
+    image = (
+        Image.open(drawn).convert("RGB").quantize(COLOURS_IN_PNG, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    )
+    image.save(small, format="png", optimize=True)
+    return small.getvalue()
 
 
 def draw(result: dict[str, Any], path: Path, title: str) -> None:
     """Write the PNG. Raises PlotsAbsent without matplotlib."""
-    figure = new_figure(15, 10)
     batches = sorted({len(w["lengths"]) for w in figures.grid(result)})
-    above, below = figure.subfigures(2, 1, squeeze=False)[:, 0]
+    sets = [w for w in result["workloads"] if w["kind"] == RAGGED]
+    rows = max(1, bool(batches) + bool(sets))
+    figure = new_figure(15, 5 * rows)
+    parts = figure.subfigures(rows, 1, squeeze=False)[:, 0]
     machine = result["machine"]
     figure.suptitle(f"{title}: {machine['cpu']}, {machine['threads']} threads")
-    _grid(above, result, batches)
-    _ragged(below, [w for w in result["workloads"] if w["kind"] == RAGGED])
-    figure.savefig(path, dpi=110)
+    _grid(parts[0], result, batches)
+    _ragged(parts[-1], sets)
+    save(figure, path)
 
 
 def _grid(figure: Any, result: dict[str, Any], batches: list[int]) -> None:

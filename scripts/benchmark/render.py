@@ -1,4 +1,4 @@
-"""Markdown and PNG beside a JSON of results."""
+"""Pages and pictures from the summaries in a directory, without measuring."""
 
 from __future__ import annotations
 
@@ -6,41 +6,52 @@ from pathlib import Path
 
 from rich.console import Console
 
-from . import figures, plots, report
-from .results import read
+from . import (
+    artifacts,
+    families,
+    memory_report,
+    overhead,
+    pages,
+    report,
+    scheduling,
+    searches,
+    server_report,
+    serving_report,
+    soak,
+    tuning,
+)
+from .results import raw_path, read_summary
 
-OTHERS = ("serving", "scheduling")  # which have pages of their own
+PAGES = {
+    made.kind: made
+    for made in (
+        *(
+            report.PAGE,
+            families.PAGE,
+            memory_report.PAGE,
+            serving_report.PAGE,
+            scheduling.PAGE,
+            server_report.PAGE,
+            soak.PAGE,
+        ),
+        *(tuning.PAGE, artifacts.PAGE, searches.PAGE, overhead.PAGE),
+    )
+}
 
 
 def render(path: Path, console: Console) -> bool:
-    """Write both; False, and a line that says why, if the file holds no results."""
-    result = read(path)
-    if result is None:
-        console.print(f"{path}: no results of this benchmark; left alone")
+    """Write the page of a summary; False, and a line that says why, if the file holds none."""
+    summary = read_summary(path)
+    page = None if summary is None else PAGES.get(str(summary.get("page")))
+    if summary is None or page is None:
+        console.print(f"{path}: no results of a benchmark; left alone")
         return False
-    path.with_suffix(".md").write_text(report.markdown(result, path.stem))
-    title = f"{report.TITLES.get(result['model'], result['model'])}, {result['precision']}"
-    written = [path.name, path.with_suffix(".md").name]
-    try:
-        plots.draw(result, path.with_suffix(".png"), title)
-        written.append(path.with_suffix(".png").name)
-    except plots.PlotsAbsent as absent:
-        console.print(str(absent), markup=False)
-    console.print(f"{title}: {_headline(result)}; {path.parent}/: {', '.join(written)}")
+    pages.show(page, summary, path, console)
     return True
 
 
 def render_directory(directory: Path, console: Console) -> int:
-    """Render every JSON of results in a directory; returns how many there were."""
-    paths = (path for path in sorted(directory.glob("*.json")) if path.stem not in OTHERS)
-    return sum([render(path, console) for path in paths])
-
-
-def _headline(result: dict) -> str:
-    mean = figures.grid_mean(result)
-    if mean is None:
-        return "no ratios over the grid"
-    return (
-        f"best rival / ours over {mean.points} points of the grid: geometric mean {mean.mean:.2f}, "
-        f"least {mean.least:.2f} at {mean.point}"
-    )
+    """Render every summary below a directory; returns how many there were."""
+    paths = sorted(directory.rglob("*.json"))
+    raw = {raw_path(path) for path in paths}
+    return sum([render(path, console) for path in paths if path not in raw])

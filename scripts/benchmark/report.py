@@ -1,13 +1,15 @@
-"""The Markdown of a result; pure text from the dictionary of the JSON."""
+"""The Markdown of the encoder benchmark; pure text from the dictionary of a summary."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from . import figures
+from . import figures, plots
 from .contenders import OURS
 from .figures import Best
+from .pages import Page
 from .strategies import PADDED, STRATEGIES
 from .workloads import RAGGED
 
@@ -22,7 +24,7 @@ GFLOP/s counts the work that turbo_tvm's answer needs, without padding; in brack
 
 
 def markdown(result: dict[str, Any], name: str) -> str:
-    """The whole page; `name` is that of the JSON and PNG beside it."""
+    """The whole page; `name` is that of the summary and the PNG beside it."""
     parts = [
         f"# {TITLES.get(result['model'], result['model'])}, {result['precision']}, random weights",
         _machine(result),
@@ -61,9 +63,8 @@ def _machine(result: dict[str, Any]) -> str:
 
 def _commands(result: dict[str, Any], name: str) -> str:
     lines = [f"    {r['command']}    # {r['started']}, revision {r['revision']}" for r in result["runs"]]
-    return (
-        f"Made by the following; raw samples in [{name}.json]({name}.json), plots in [{name}.png]({name}.png).\n\n"
-        + ("\n".join(lines))
+    return f"Made by the following; summary in [{name}.json]({name}.json), plots in [{name}.png]({name}.png).\n\n" + (
+        "\n".join(lines)
     )
 
 
@@ -182,3 +183,26 @@ def _ms(seconds: float) -> str:
 def markdown_row(cells: Sequence[str]) -> str:
     """A line of a Markdown table."""
     return "| " + " | ".join(cells) + " |"
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Draw the PNG. Raises PlotsAbsent without matplotlib."""
+    plots.draw(result, path, _title(result))
+
+
+def headline(result: dict[str, Any]) -> str:
+    """The result over the grid, in a line."""
+    mean = figures.grid_mean(result)
+    if mean is None:
+        return f"{_title(result)}: no ratios over the grid"
+    return (
+        f"{_title(result)}: best rival / ours over {mean.points} points of the grid: geometric mean {mean.mean:.2f}, "
+        f"least {mean.least:.2f} at {mean.point}"
+    )
+
+
+def _title(result: dict[str, Any]) -> str:
+    return f"{TITLES.get(result['model'], result['model'])}, {result['precision']}"
+
+
+PAGE = Page("encoder", figures.summarized, markdown, draw, headline)

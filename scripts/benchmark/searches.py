@@ -12,10 +12,9 @@ from typing import Any
 
 from rich.console import Console
 
-from . import machine
-from .plots import new_figure, write_plot
+from . import machine, pages
+from .plots import new_figure, save
 from .report import markdown_row
-from .results import write_json
 
 SECONDS = 0.7  # per kernel, bucket and directory
 
@@ -33,7 +32,7 @@ class Settings:
 
 
 def run(settings: Settings, console: Console) -> None:
-    """Measure every kernel that all of the logs have, and write `searches.json`, `.md` and `.png`."""
+    """Measure every kernel that all of the logs have, and write the page."""
     report: dict[str, Any] = {
         **machine.measured_by(settings.command, settings.threads),
         "reference": str(settings.logs[0]),
@@ -42,10 +41,7 @@ def run(settings: Settings, console: Console) -> None:
     }
     for path in settings.artifacts:
         _measure(path, settings, report, console)
-    write_json(settings.out / "searches.json", report)
-    (settings.out / "searches.md").write_text(markdown(report))
-    write_plot(draw, report, settings.out / "searches.png", console)
-    console.print(f"{settings.out}/: searches.json, searches.md")
+    pages.publish(PAGE, report, settings.out / "searches.json", console)
 
 
 def _measure(path: Path, settings: Settings, report: dict[str, Any], console: Console) -> None:
@@ -82,7 +78,7 @@ def _measure(path: Path, settings: Settings, report: dict[str, Any], console: Co
 
 
 def speed(one: Mapping[str, Any]) -> float:
-    """Of a kernel, as a part of the reference's: the geometric mean over the buckets by their weights."""
+    """Return a kernel's speed as a part of the reference's: the geometric mean over the buckets by their weights."""
     from turbo_tvm.tuning.candidate import gains
 
     found = gains({int(rows): pairs for rows, pairs in one["seconds"].items()})
@@ -90,8 +86,18 @@ def speed(one: Mapping[str, Any]) -> float:
     return math.exp(sum(w * math.log(found[rows]) for rows, w in weights.items()) / sum(weights.values()))
 
 
-def markdown(report: Mapping[str, Any]) -> str:
-    """The page of a report."""
+def summarized(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a speed for every kernel in place of the samples."""
+    kernels = []
+    for one in report["kernels"]:
+        made = {key: value for key, value in one.items() if key != "seconds"}
+        kernels.append({**made, "pairs": {rows: len(pairs) for rows, pairs in one["seconds"].items()}})
+        kernels[-1]["speed"] = speed(one)
+    return {**report, "kernels": kernels}
+
+
+def markdown(report: Mapping[str, Any], name: str = "searches") -> str:
+    """The page of a summary."""
     here = report["machine"]
     names = list(dict.fromkeys(one["logs"] for one in report["kernels"]))
     lines = [
@@ -111,11 +117,11 @@ def markdown(report: Mapping[str, Any]) -> str:
     heads = [f"{name}: {_how(next(one for one in report['kernels'] if one['logs'] == name))}" for name in names]
     lines += [markdown_row(["kernel", *heads]), markdown_row(["---"] * (1 + len(names)))]
     for kernel in kernels:
-        cells = [f"{speed(found[kernel, name]):.3f}" if (kernel, name) in found else "" for name in names]
+        cells = [f"{found[kernel, name]['speed']:.3f}" if (kernel, name) in found else "" for name in names]
         lines.append(markdown_row([f"`{kernel}`", *cells]))
     if kernels:
-        means = [geometric_mean(speed(one) for one in report["kernels"] if one["logs"] == name) for name in names]
-        least = [min(speed(one) for one in report["kernels"] if one["logs"] == name) for name in names]
+        means = [geometric_mean(one["speed"] for one in report["kernels"] if one["logs"] == name) for name in names]
+        least = [min(one["speed"] for one in report["kernels"] if one["logs"] == name) for name in names]
         lines.append(markdown_row(["**geometric mean**", *(f"**{mean:.3f}**" for mean in means)]))
         lines.append(markdown_row(["least", *(f"{value:.3f}" for value in least)]))
     return "\n".join(lines) + "\n"
@@ -142,10 +148,13 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
     axes.set(xlabel="trials", ylabel="best so far / default", title="Searches, as their trials saw them")
     axes.grid(True, alpha=0.2)
     axes.legend(loc="lower right")
-    figure.savefig(path, dpi=110)
+    save(figure, path)
 
 
 def _columns(rows: Sequence[Sequence[float]]) -> list[tuple[float, ...]]:
     """Trial by trial; a search that ended early, for it had tried everything, keeps its last."""
     longest = max(map(len, rows))
     return list(zip(*([*row, *[row[-1]] * (longest - len(row))] for row in rows), strict=True))
+
+
+PAGE = pages.Page("searches", summarized, markdown, draw)

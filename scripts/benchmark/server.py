@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import IO, Any
 
 import numpy as np
@@ -30,16 +29,12 @@ import turbo_tvm
 from turbo_tvm.cli.numbers import batch_cost
 from turbo_tvm.profiling.machine_limits import machine_limits
 
-from . import machine
+from . import machine, pages
 from .http_load import Answers, closed_loop, open_loop
-from .plots import new_figure, write_plot
-from .report import markdown_row
-from .results import write_json
+from .server_report import OURS, PAGE, RIVAL, answers_per_s
 
-RIVAL, OURS = "infinity-emb", "turbo_tvm "
 CLIENTS = (32, 64)
 MEAN_WORDS, SIGMA, MOST_WORDS = 29, 0.7, 180  # of the log-normal lengths; 180 words are within 256 tokens
-BEARS_S = 2.0  # a rate is borne if p99 stays below this and nothing is refused
 OWN_FRACTIONS = (0.25, 0.5, 0.7, 0.8, 0.9)
 RIVAL_FRACTIONS = (0.25, 0.5, 0.8)
 DISTINCT = 20_000
@@ -79,7 +74,7 @@ class Contender:
 
 
 def run(settings: Settings, console: Console) -> None:
-    """Measure and write `server.json`, with every latency, `server.md` and `server.png`."""
+    """Measure and write the page."""
     texts = sentences(settings.texts, settings.seed)
     report: dict[str, Any] = {
         **machine.measured_by(settings.command, settings.threads),
@@ -104,10 +99,7 @@ def run(settings: Settings, console: Console) -> None:
         stream = sentences(DISTINCT, settings.seed + 1)  # our engine computes equal ones that wait together once
         _open_loops(report, contenders, stream, settings, console)
     report["overhead"] = _overhead(settings.artifacts[0], texts, settings.threads)
-    write_json(settings.out / "server.json", report)
-    (settings.out / "server.md").write_text(markdown(report))
-    write_plot(draw, report, settings.out / "server.png", console)
-    console.print(f"{settings.out}/: server.json, server.md")
+    pages.publish(PAGE, report, settings.out / "server.json", console)
 
 
 def sentences(count: int, seed: int) -> list[str]:
@@ -218,17 +210,7 @@ def _record(contender: Contender, answers: Answers, **how: Any) -> dict[str, Any
 
 def _most(report: dict[str, Any], name: str) -> float:
     """Requests per second in the best closed loop."""
-    return max(rate(one) for one in report["closed"] if one["server"] == name)
-
-
-def rate(one: dict[str, Any]) -> float:
-    """Answers per second."""
-    return len(one["latency_s"]) / one["seconds"]
-
-
-def borne(one: dict[str, Any]) -> bool:
-    """Whether a trial's rate was borne."""
-    return set(one["statuses"]) == {"200"} and float(np.percentile(one["latency_s"], 99)) < BEARS_S
+    return max(answers_per_s(one) for one in report["closed"] if one["server"] == name)
 
 
 @contextmanager
@@ -306,94 +288,3 @@ def _free_port() -> int:
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         return one.getsockname()[1]
-
-
-def markdown(report: dict[str, Any]) -> str:
-    """The page of a report."""
-    here, words = report["machine"], report["words"]
-    lines = [
-        "# The server under load",
-        "",
-        f"{here['cpu']}, {here['threads']} threads, TVM {here['packages']['apache-tvm']}. MiniLM-L6, real weights; "
-        f"{len(words)} texts of log-normal length, {np.mean(words):.0f} words on average; one text per request, "
-        "`/v1/embeddings`. The client runs on the same cores.",
-        "",
-        f"    {report['command']}    # {report['started']}, revision {report['revision']}",
-        "",
-        "## Closed loop",
-        "",
-        "Medians over the rounds; x: the median over the rounds of our rate to the rival's.",
-        "",
-    ]
-    names = list(dict.fromkeys(one["server"] for one in report["closed"]))
-    lines += [markdown_row(["clients", *names]), markdown_row(["---"] * (1 + len(names)))]
-    for clients in sorted({one["clients"] for one in report["closed"]}):
-        lines.append(markdown_row([str(clients), *(_closed_cell(report, name, clients) for name in names)]))
-    limits = [report["limit"].get(name.removeprefix(OURS)) for name in names]
-    lines.append(markdown_row(["at the peak", *("" if limit is None else f"{limit:.0f}/s" for limit in limits)]))
-    overhead = report["overhead"]
-    spent = [one["cpu_s"] * 1e6 for one in overhead["trials"]]
-    inside = {name: median(cpu_s) * 1e6 for name, cpu_s in overhead["inside"].items()}
-    lines += [
-        "",
-        "At the peak: if the machine did nothing but the multiplications of the model, as fast as it was measured to "
-        f"do them at most ({_peaks(report['limits'])}).",
-        "",
-        f"Beside the model a request costs {median(spent):.0f} µs of CPU ({min(spent):.0f} to {max(spent):.0f} in "
-        f"{len(spent)} trials of {overhead['requests']:,}): one client asks for an answer, to {overhead['words']} "
-        f"words, that is kept. Called by themselves the tokenizer takes {inside['tokenizer']:.0f} µs of it and the "
-        f"engine {inside['engine']:.0f} µs; HTTP and the turns of threads take the rest, "
-        f"{median(spent) - sum(inside.values()):.0f} µs.",
-    ]
-    lines += [
-        "",
-        "## Poisson arrivals",
-        "",
-        "p50 / p95 / p99 in ms; – where the rate is beyond what the server bears.",
-        "",
-    ]
-    lines += [markdown_row(["requests/s", *names]), markdown_row(["---"] * (1 + len(names)))]
-    for each in sorted({one["rate"] for one in report["open"]}):
-        lines.append(markdown_row([f"{each:g}", *(_open_cell(report, name, each) for name in names)]))
-    lines += [f"\n{name} is absent: {why}" for name, why in report["absent"].items()]
-    return "\n".join(lines) + "\n"
-
-
-def _peaks(limits: Mapping[str, Any]) -> str:
-    found = {"fp32": limits["fp32_flops"], "bf16": limits["bf16_flops"]}
-    return ", ".join(f"{name} {flops * 1e-9:,.0f} GFLOP/s" for name, flops in found.items() if flops)
-
-
-def _closed_cell(report: dict[str, Any], name: str, clients: int) -> str:
-    rates = {
-        one: [rate(r) for r in report["closed"] if r["server"] == one and r["clients"] == clients]
-        for one in (name, RIVAL)
-    }
-    text = f"{median(rates[name]):.1f}/s"
-    if name == RIVAL or not rates[RIVAL]:
-        return text
-    return f"{text} ({median(a / b for a, b in zip(rates[name], rates[RIVAL], strict=True)):.1f}x)"
-
-
-def _open_cell(report: dict[str, Any], name: str, each: float) -> str:
-    for one in report["open"]:
-        if one["server"] == name and one["rate"] == each and one["latency_s"]:
-            text = " / ".join(f"{1e3 * np.percentile(one['latency_s'], p):.1f}" for p in (50, 95, 99))
-            return text if borne(one) else f"({text})"
-    return "–"
-
-
-def draw(report: Mapping[str, Any], path: Path) -> None:
-    """Rate against p50 and p99. Raises PlotsAbsent."""
-    figure = new_figure(8, 5)
-    axes = figure.add_subplot()
-    for number, name in enumerate(dict.fromkeys(one["server"] for one in report["open"])):
-        mine = sorted((one for one in report["open"] if one["server"] == name), key=lambda one: one["rate"])
-        for percent, style in ((50, "-"), (99, "--")):
-            values = [1e3 * float(np.percentile(one["latency_s"], percent)) for one in mine]
-            label = f"{name}, p{percent}"
-            axes.plot([one["rate"] for one in mine], values, style, marker="o", color=f"C{number}", label=label)
-    axes.set(xlabel="requests per second, Poisson", ylabel="latency in ms", xscale="log", yscale="log")
-    axes.grid(True, alpha=0.2, which="both")
-    axes.legend()
-    figure.savefig(path, dpi=110)

@@ -12,7 +12,6 @@ them. Their answers mean nothing; what they cost does.
 from __future__ import annotations
 
 import gc
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -24,8 +23,9 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from . import machine, models
+from . import machine, models, pages
 from .measure import rotated
+from .results import raw_path, read_json
 
 RANGES = {"2..100": (2, 100), "5..500": (5, 500)}
 LAYOUTS = ("packed", "padded")
@@ -87,7 +87,7 @@ def plan(settings: Settings) -> list[Load]:
 
 
 def run(settings: Settings, console: Console) -> None:
-    """Measure everything, writing `serving.json`, `.md` and `.png` after every load."""
+    """Measure everything, and write the page after every load."""
     from . import serving_report
 
     report = _begin(settings, console)
@@ -101,8 +101,8 @@ def run(settings: Settings, console: Console) -> None:
             compiled = {key: _compile(settings, *key, console)}  # one at a time: memory
             report["idle"][" ".join(key)] = idle_overhead(compiled[key], settings.seed)
         report["loads"][load.name] = measure_load(settings, load, compiled[key], report, console)
-        serving_report.write(report, settings.out, console)
-    console.print(serving_report.overview(report))
+        pages.publish(serving_report.PAGE, report, settings.out / "serving.json", console)
+    console.print(serving_report.overview(serving_report.summarized(report)))
 
 
 def _begin(settings: Settings, console: Console) -> dict[str, Any]:
@@ -115,9 +115,9 @@ def _begin(settings: Settings, console: Console) -> dict[str, Any]:
         "idle": {},
         "loads": {},
     }
-    path = settings.out / "serving.json"
-    if settings.resume and path.exists():
-        old = json.loads(path.read_text())
+    path = raw_path(settings.out / "serving.json")
+    old = read_json(path) if settings.resume else None
+    if old is not None:
         if all(old.get(key) == made[key] for key in ("format", "seed", "machine")):
             made = old
         else:
@@ -186,7 +186,7 @@ def saturation(model: Any, load: Load, count: int, seed: int) -> dict[str, list[
     from turbo_tvm.runtime.scheduling.arrivals import poisson, uniform
 
     lengths = poisson(1.0, count, uniform(*RANGES[load.lengths]), seed).lengths.tolist()
-    requests = random_ids(lengths, model.manifest.bounds.vocab_size, seed)
+    requests = random_ids(lengths, model.manifest.request_limits.vocab_size, seed)
     rates: dict[str, list[float]] = {policy: [] for policy in load.policies}
     for number in range(SATURATION_ROUNDS):
         for policy in rotated(list(load.policies), number):
@@ -208,7 +208,7 @@ def trial(
 
     seconds = min(settings.longest, max(settings.seconds, LEAST_REQUESTS / rate))
     trace = poisson(rate, max(20, int(rate * seconds)), uniform(*RANGES[load.lengths]), seed)
-    requests = random_ids(trace.lengths.tolist(), model.manifest.bounds.vocab_size, seed)
+    requests = random_ids(trace.lengths.tolist(), model.manifest.request_limits.vocab_size, seed)
     with engine(model, policy) as serving:
         batches = watch(serving.cost)
         latency = answer_trace(serving, trace.arrival_s, requests)
@@ -282,7 +282,7 @@ def idle_overhead(model: Any, seed: int) -> list[float]:
         return function(*args)
 
     samples = []
-    requests = random_ids([16] * IDLE_REQUESTS, model.manifest.bounds.vocab_size, seed)
+    requests = random_ids([16] * IDLE_REQUESTS, model.manifest.request_limits.vocab_size, seed)
     if model.cost is None:
         model.measure_cost()
     with engine(model, "dp") as serving:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
-from .plots import new_figure, write_plot
+from . import pages
+from .plots import new_figure, save
 from .report import markdown_row
-from .results import write_json
+from .results import Record, described, pairwise, percentiles
 
 BASE = "nobatch"
+LEFT_OUT = (  # of a trial's fields, in a summary
+    *("latency_s", "batch_tokens", "batch_s", "predicted_s"),
+    *("answered_per_s", "simulated_mean_batch"),
+)
 COLOURS = {
     **{"nobatch": "tab:gray", "naive": "tab:red", "token_budget": "tab:orange"},
     **{"dp": "tab:green", "dp_latency": "tab:blue", "deadline": "tab:purple"},
@@ -40,11 +42,29 @@ trial's own arrivals, with the cost refined by all of the trial's batches, and t
 """
 
 
-def write(report: dict[str, Any], out: Path, console: Console) -> None:
-    """`serving.json` with every latency, `serving.md`, and `serving.png` if matplotlib is there."""
-    write_json(out / "serving.json", report)
-    (out / "serving.md").write_text(markdown(report))
-    write_plot(draw, report, out / "serving.png", console)
+def summarized(report: Record) -> Record:
+    """Return percentiles in place of latencies, and rates in short; a trial's batches become their number."""
+    idle = {name: percentiles(samples) for name, samples in report["idle"].items()}
+    return {**report, "idle": idle, "loads": {name: _load(load) for name, load in report["loads"].items()}}
+
+
+def _load(load: Record) -> Record:
+    base = load["saturation"].get(BASE)
+    saturation = [
+        {"policy": policy, **described(rates), **({"over_nobatch": pairwise(rates, base)["median"]} if base else {})}
+        for policy, rates in load["saturation"].items()
+    ]
+    trials = [{"policy": policy, **_trial(t)} for policy, trials in load["trials"].items() for t in trials]
+    kept = {key: value for key, value in load.items() if key not in ("policies", "cost")}
+    cost = {key: load["cost"][key] for key in ("kind", "points", "error")}
+    return {**kept, "cost": cost, "saturation": saturation, "trials": trials}
+
+
+def _trial(t: Record) -> Record:
+    """A trial without its samples; latencies in milliseconds."""
+    kept = {key: value for key, value in t.items() if key not in LEFT_OUT}
+    latency = {key: value for key, value in percentiles([1e3 * s for s in t["latency_s"]]).items() if key != "count"}
+    return {**kept, "batches": len(t["batch_s"]), "latency_ms": latency}
 
 
 def critical(trials: Sequence[dict[str, Any]]) -> tuple[float, float | None]:
@@ -53,31 +73,25 @@ def critical(trials: Sequence[dict[str, Any]]) -> tuple[float, float | None]:
     return borne, min((t["rate"] for t in trials if t["rate"] > borne), default=None)
 
 
-def render(out: Path, console: Console) -> bool:
-    """Markdown and picture again from `serving.json`; False if there is none."""
-    path = out / "serving.json"
-    if not path.exists():
-        return False
-    write(json.loads(path.read_text()), out, console)
-    console.print(f"{out}/: serving.md, serving.png")
-    return True
+def trials_of(load: Record, policy: str) -> list[Record]:
+    """The trials of a policy, in a summary."""
+    return [t for t in load["trials"] if t["policy"] == policy]
 
 
 def overview_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
     """A row per load and policy."""
     rows: list[tuple[str, ...]] = []
     for name, load in report["loads"].items():
-        base = load["saturation"].get(BASE)
-        for policy, rates in load["saturation"].items():
-            ratio = median(a / b for a, b in zip(rates, base, strict=True)) if base else None
-            trials = load["trials"][policy]
+        for rates in load["saturation"]:
+            policy, ratio = rates["policy"], rates.get("over_nobatch")
+            trials = trials_of(load, policy)
             borne, too_much = critical(trials)
-            ratios = [t["simulated_mean_s"] / np.mean(t["latency_s"]) for t in trials if t["bounded"]]
+            ratios = [1e3 * t["simulated_mean_s"] / t["latency_ms"]["mean"] for t in trials if t["bounded"]]
             rows.append(
                 (
                     name,
                     policy,
-                    f"{median(rates):.1f}",
+                    f"{rates['median']:.1f}",
                     "" if ratio is None else f"{ratio:.2f}x",
                     f"{borne:.1f} .. " + ("" if too_much is None else f"{too_much:.1f}"),
                     f"{np.mean([t['padding_waste'] for t in trials]):.0%}",
@@ -97,31 +111,26 @@ def overview(report: dict[str, Any]) -> Table:
 
 def trial_rows(load: dict[str, Any]) -> list[tuple[str, ...]]:
     """A row per policy and rate."""
-    rows: list[tuple[str, ...]] = []
-    for policy, trials in load["trials"].items():
-        for t in trials:
-            latency = 1e3 * np.array(t["latency_s"])
-            percentiles = [f"{np.percentile(latency, p):.0f}" for p in (50, 95, 99)]
-            simulated = 1e3 * t["simulated_mean_s"]
-            rows.append(
-                (
-                    policy,
-                    f"{t['rate']:.1f}",
-                    f"{t['fraction']:.2f}",
-                    "yes" if t["bounded"] else "no",
-                    f"{latency.mean():.0f}",
-                    *percentiles,
-                    f"{t['mean_batch']:.1f}",
-                    f"{simulated:.0f}",
-                    f"{1e3 * t['simulated_p99_s']:.0f}",
-                    f"{simulated / latency.mean():.2f}",
-                )
-            )
-    return rows
+    return [_trial_row(t) for t in load["trials"]]
 
 
-def markdown(report: dict[str, Any]) -> str:
-    """The whole report."""
+def _trial_row(t: Record) -> tuple[str, ...]:
+    latency, simulated = t["latency_ms"], 1e3 * t["simulated_mean_s"]
+    return (
+        t["policy"],
+        f"{t['rate']:.1f}",
+        f"{t['fraction']:.2f}",
+        "yes" if t["bounded"] else "no",
+        *(f"{latency[key]:.0f}" for key in ("mean", "p50", "p95", "p99")),
+        f"{t['mean_batch']:.1f}",
+        f"{simulated:.0f}",
+        f"{1e3 * t['simulated_p99_s']:.0f}",
+        f"{simulated / latency['mean']:.2f}",
+    )
+
+
+def markdown(report: dict[str, Any], name: str = "serving") -> str:
+    """The page of a summary."""
     m = report["machine"]
     parts = [
         "# The engine under load\n",
@@ -131,16 +140,15 @@ def markdown(report: dict[str, Any]) -> str:
         _table(OVERVIEW, overview_rows(report)),
         "Idle engine, from `submit` to the first kernel, one request at a time: "
         + "; ".join(
-            f"{name} p50 {1e6 * median(s):.0f} us, p99 {1e6 * np.percentile(s, 99):.0f} us"
-            for name, s in report["idle"].items()
+            f"{model} p50 {1e6 * s['p50']:.0f} us, p99 {1e6 * s['p99']:.0f} us" for model, s in report["idle"].items()
         )
         + "\n",
-        "![latency against rate](serving.png)\n",
+        f"![latency against rate]({name}.png)\n",
     ]
-    for name, load in report["loads"].items():
+    for title, load in report["loads"].items():
         error = load["cost"]["error"]
         parts += [
-            f"## {name}\n",
+            f"## {title}\n",
             f"Cost model: {load['cost']['kind']}, {load['cost']['points']} measured batches, off by {error:.1%} on "
             "average on those held out.\n",
             _table(TRIALS, trial_rows(load)),
@@ -151,24 +159,39 @@ def markdown(report: dict[str, Any]) -> str:
 def draw(report: dict[str, Any], path: Path) -> None:
     """Mean and p99 latency against rate, a panel per load: measured with solid lines, simulated with dashed ones."""
     loads = report["loads"]
-    columns = min(3, len(loads))
+    columns = min(4, len(loads))
     lines = -(-len(loads) // columns)
-    figure = new_figure(6 * columns, 4.4 * lines)
+    figure = new_figure(max(6.0, 3.3 * columns), 0.8 + 2.4 * lines)
     axes = figure.subplots(lines, columns, squeeze=False).flatten()
     for axis, (name, load) in zip(axes, loads.items(), strict=False):
-        for policy, trials in load["trials"].items():
-            colour, rates = COLOURS.get(policy), [t["rate"] for t in trials]
-            axis.plot(rates, [1e3 * np.mean(t["latency_s"]) for t in trials], "o-", color=colour, label=policy)
-            axis.plot(rates, [1e3 * np.percentile(t["latency_s"], 99) for t in trials], "^:", color=colour, alpha=0.6)
-            axis.plot(rates, [1e3 * t["simulated_mean_s"] for t in trials], "x--", color=colour)
-        axis.set(title=name, xlabel="requests/s", ylabel="latency, ms", yscale="log")
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+        _panel(axis, load)
+        axis.set_title(name, fontsize=9)
     for axis in axes[len(loads) :]:
         axis.set_visible(False)
-    figure.suptitle(f"{report['machine']['cpu']}: mean (o), p99 (^), simulated mean (x, dashed)")
-    figure.savefig(path, dpi=100)
+    figure.suptitle(
+        f"{report['machine']['cpu']}: latency in ms over requests/s; mean (o), p99 (^), simulated mean (x, dashed)",
+        fontsize=10,
+    )
+    handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6, fontsize=9)
+    save(figure, path)
+
+
+def _panel(axis: Any, load: Record) -> None:
+    for policy in dict.fromkeys(t["policy"] for t in load["trials"]):
+        trials = trials_of(load, policy)
+        colour, rates = COLOURS.get(policy), [t["rate"] for t in trials]
+        style = {"color": colour, "markersize": 4, "linewidth": 1}
+        axis.plot(rates, [t["latency_ms"]["mean"] for t in trials], "o-", label=policy, **style)
+        axis.plot(rates, [t["latency_ms"]["p99"] for t in trials], "^:", **style)
+        axis.plot(rates, [1e3 * t["simulated_mean_s"] for t in trials], "x--", **style)
+    axis.set(yscale="log")
+    axis.tick_params(labelsize=8)
+    axis.grid(alpha=0.3)
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(markdown_row(line) for line in [columns, ["---"] * len(columns), *rows]) + "\n"
+
+
+PAGE = pages.Page("serving", summarized, markdown, draw)

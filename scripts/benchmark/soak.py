@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from . import machine
-from .plots import new_figure, write_plot
-from .results import write_json
+from . import machine, pages
+from .plots import new_figure, save
+from .results import percentiles, thinned
 from .server import Contender, ask_closed, ask_open, ours, sentences
 
 FRACTION, BURST = 0.8, 10.0  # of the critical rate
@@ -22,6 +22,7 @@ BURST_S = 5.0
 MAX_QUEUE = 1024  # what `turbo-tvm serve` takes by default
 WARM_S = 60.0  # after which memory must stay
 SAMPLE_S = 1.0
+CURVE_POINTS = 120  # of resident memory that a summary keeps
 LOOPS, LOOP = 3, 600  # requests of each
 DISTINCT = 20_000
 
@@ -39,7 +40,7 @@ class Settings:
 
 
 def run(settings: Settings, console: Console) -> None:
-    """Measure and write `soak.json`, `soak.md` and `soak.png`."""
+    """Measure and write the page."""
     texts = sentences(DISTINCT, settings.seed)  # the engine computes equal ones that wait together once
     report = machine.measured_by(settings.command, settings.threads)
     with ours(settings.artifact, settings.threads, MAX_QUEUE) as server, _Memory(server.pid) as memory:
@@ -52,10 +53,9 @@ def run(settings: Settings, console: Console) -> None:
         report["rss"] = memory.samples()
         report["burst"] = _load(server, texts, BURST * critical, BURST_S, settings.seed + 1)
         report["after"] = _load(server, texts, 0.5 * critical, 10.0, settings.seed + 2)
-    write_json(settings.out / "soak.json", report)
-    (settings.out / "soak.md").write_text(markdown(report))
-    write_plot(draw, report, settings.out / "soak.png", console)
-    console.print(markdown(report))
+    summary = pages.keep(PAGE, report, settings.out / "soak.json")
+    pages.show(PAGE, summary, settings.out / "soak.json", console)
+    console.print(markdown(summary))
 
 
 def _load(server: Contender, texts: list[str], rate: float, seconds: float, seed: int) -> dict[str, Any]:
@@ -107,8 +107,20 @@ def drift(samples: list[tuple[float, int]]) -> float:
     return float(np.median(late[-share:]) / np.median(late[:share]) - 1)
 
 
-def markdown(report: dict[str, Any]) -> str:
-    """The page of a report."""
+def summarized(report: dict[str, Any]) -> dict[str, Any]:
+    """Return percentiles in place of latencies, and a thinner curve of resident memory."""
+    loads = {name: _summarized(report[name]) for name in ("soak", "burst", "after")}
+    memory = {"rss": thinned(report["rss"], CURVE_POINTS), "rss_samples": len(report["rss"])}
+    return {**report, **loads, **memory, "drift": drift(report["rss"])}
+
+
+def _summarized(load: dict[str, Any]) -> dict[str, Any]:
+    made = {key: value for key, value in load.items() if key != "latency_s"}
+    return made | {"latency": percentiles(load["latency_s"])}
+
+
+def markdown(report: dict[str, Any], name: str = "soak") -> str:
+    """The page of a summary."""
     here, soak, burst, after = report["machine"], report["soak"], report["burst"], report["after"]
     latest = report["rss"][-1][1] if report["rss"] else 0
     return "\n".join(
@@ -122,7 +134,7 @@ def markdown(report: dict[str, Any]) -> str:
             "",
             f"- critical rate, the least of {LOOPS} closed loops of 32: {report['critical']:.1f} requests/s",
             f"- {soak['seconds']:.0f} s at {FRACTION:g} of it: {_statuses(soak)}; {_times(soak)}",
-            f"- resident memory: {latest / 2**20:.0f} MiB at the end, {100 * drift(report['rss']):+.2f} % since the "
+            f"- resident memory: {latest / 2**20:.0f} MiB at the end, {100 * report['drift']:+.2f} % since the "
             "first minute",
             f"- {BURST_S:.0f} s at {BURST:g} times it: {_statuses(burst)}; {_times(burst)}",
             f"- then half of it: {_statuses(after)}; {_times(after)}",
@@ -136,9 +148,9 @@ def _statuses(one: dict[str, Any]) -> str:
 
 
 def _times(one: dict[str, Any]) -> str:
-    if not one["latency_s"]:
+    if not one["latency"]["count"]:
         return "none answered"
-    p50, p99 = (1e3 * float(np.percentile(one["latency_s"], p)) for p in (50, 99))
+    p50, p99 = (1e3 * one["latency"][p] for p in ("p50", "p99"))
     return f"p50 {p50:.1f} ms, p99 {p99:.1f} ms"
 
 
@@ -149,4 +161,7 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
     axes.plot([at for at, _ in report["rss"]], [size / 2**20 for _, size in report["rss"]])
     axes.set(xlabel="seconds", ylabel="resident memory in MiB", ylim=(0, None))
     axes.grid(True, alpha=0.2)
-    figure.savefig(path, dpi=110)
+    save(figure, path)
+
+
+PAGE = pages.Page("soak", summarized, markdown, draw)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from rich.console import Console
 
-from . import machine, models
-from .in_turn import head, over_the_grid, ratio, table, time_in_turn
-from .results import write_json
+from . import in_turn, machine, models, pages
+from .in_turn import head, over_the_grid, table, time_in_turn
+from .results import described
 from .workloads import all_workloads, select
 
 COMPILES = 3
@@ -34,7 +33,7 @@ class Settings:
 
 
 def run(settings: Settings, console: Console) -> None:
-    """Measure every model and write `tuned.json`, with every sample, and `tuned.md`."""
+    """Measure every model and write its page as soon as it is measured."""
     report: dict[str, Any] = {
         **machine.measured_by(settings.command, settings.threads),
         "models": {},
@@ -44,9 +43,7 @@ def run(settings: Settings, console: Console) -> None:
         for precision in settings.precisions:
             title = f"{name} {precision}"
             report["models"][title] = _measure(title, module, precision, settings, console)
-            write_json(settings.out / "tuned.json", report)
-            (settings.out / "tuned.md").write_text(markdown(report))
-    console.print(f"{settings.out}/: tuned.json, tuned.md")
+            pages.publish(PAGE, report, settings.out / "tuned.json", console)
 
 
 def _measure(title: str, module: Any, precision: str, settings: Settings, console: Console) -> dict[str, Any]:
@@ -62,7 +59,7 @@ def _measure(title: str, module: Any, precision: str, settings: Settings, consol
     measured = []
     for workload in select(all_workloads(settings.seed), settings.only, quick=False):
         measured.append(time_in_turn(built, workload, settings.seed, settings.seconds))
-        console.print(f"{title}: {workload.label}: {ratio(measured[-1]):.3f}x")
+        console.print(f"{title}: {workload.label}: {in_turn.gain(in_turn.summarized(measured[-1])):.3f}x")
     return {"compile_s": compile_s, "variants": tuned, "workloads": measured}
 
 
@@ -72,8 +69,18 @@ def _compile(module: Any, precision: str, logs: Path | bool, threads: int) -> An
     return turbo_tvm.compile(module, precision=precision, logs=logs, threads=threads, progress=False)
 
 
-def markdown(report: dict[str, Any]) -> str:
-    """The page of a report."""
+def summarized(report: dict[str, Any]) -> dict[str, Any]:
+    """Return medians and gains in place of samples."""
+    return {**report, "models": {title: _summarized(found) for title, found in report["models"].items()}}
+
+
+def _summarized(found: dict[str, Any]) -> dict[str, Any]:
+    compile_s = {way: described(samples) for way, samples in found["compile_s"].items()}
+    return {**found, "compile_s": compile_s, "workloads": [in_turn.summarized(one) for one in found["workloads"]]}
+
+
+def markdown(report: dict[str, Any], name: str = "tuned") -> str:
+    """The page of a summary."""
     lines = [
         *head("Default and tuned", report),
         "The same model compiled twice, without logs and with them, run in turn in one process. Times are medians; a",
@@ -85,10 +92,13 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def _summary(found: dict[str, Any]) -> list[str]:
-    compiles = {way: median(samples) for way, samples in found["compile_s"].items()}
+    compiles = {way: took["median"] for way, took in found["compile_s"].items()}
     more = compiles["tuned"] - compiles["default"]
     return [
         *over_the_grid(found["workloads"]),
         f"- compile: {compiles['default']:.1f} s, with logs {compiles['tuned']:.1f} s ({more:+.1f} s)",
         f"- tuned kernels, and their variants: {found['variants'] or 'none'}",
     ]
+
+
+PAGE = pages.Page("tuning", summarized, markdown)

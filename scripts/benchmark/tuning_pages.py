@@ -55,7 +55,7 @@ def _text(target: str, kernels: dict[str, dict[str, Any]]) -> str:
         + " and ".join(f"`{one}`" for one in searches),
         "",
         "Gain: the default's time over the tuned kernel's, timed in turn after the trials, by tokens in the batch;",
-        "1.000 is the default itself. Every sample is in the logs.",
+        "1.000 is the default itself. The logs have every setting that was tried, and what it gained.",
         "",
         markdown_row(["kernel", "trials", "failed", "settings", *(f"{rows:,} tokens" for rows in buckets)]),
         markdown_row(["---"] * (4 + len(buckets))),

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 import turbo_tvm
+from turbo_tvm.ops import sized
+from turbo_tvm.ops.operand import Operand
 from turbo_tvm.runtime import batch
-from turbo_tvm.schedules.cpu.rows import RowFormat
 from turbo_tvm.schedules.cuda import attention, linear, normalization, softmax
 from turbo_tvm.schedules.cuda.tiles import CUDA_TILES
 
@@ -96,11 +97,11 @@ def reductions(gpu: Gpu, rounds: int, sizes: Sequence[tuple[int, int]] = REDUCTI
     results = []
     for dtype in DTYPES.values():
         for rows, n in sizes:
-            formats = dict.fromkeys(("x", "out"), RowFormat(n, dtype))
-            extra = RowFormat(n, dtype)
+            row = Operand.rows(n, dtype)
+            norm = sized.norm(CUDA_TILES, n, residual=row, vectors=dtype, x=row, out=row)
             kernels = {
-                "softmax": softmax.softmax(n=n, **formats),
-                "norm": normalization.norm(n=n, eps=1e-12, residual=True, vectors=dtype, extra=extra, **formats),
+                "softmax": softmax.softmax(sized.softmax(CUDA_TILES, n, x=row, out=row), CUDA_TILES),
+                "norm": normalization.norm(norm, CUDA_TILES),
             }
             module = build(kernels, gpu)
             x, residual = (np.random.default_rng(i).normal(size=(rows, 1, n)).astype(dtype) for i in range(2))
@@ -134,10 +135,9 @@ def products(gpu: Gpu, rounds: int, sizes: Sequence[tuple[int, int, int]] = PROD
     results = []
     for dtype in DTYPES.values():
         for m, k, n in sizes:
-            kernel = linear.linear(
-                CUDA_TILES, k=k, n=n, activation="gelu", x=RowFormat(k, dtype), out=RowFormat(n, dtype)
-            )
-            module = build({"linear": kernel}, gpu)
+            rows = {"x": Operand.rows(k, dtype), "out": Operand.rows(n, dtype)}
+            operator = sized.linear(CUDA_TILES, k, n, activation="gelu", **rows)
+            module = build({"linear": linear.linear(operator, CUDA_TILES)}, gpu)
             rng = np.random.default_rng(0)
             x, weight = rng.normal(size=(m, 1, k)).astype(dtype), (rng.normal(size=(k, n)) / math.sqrt(k)).astype(dtype)
             panels = CUDA_TILES.panels(n)
@@ -172,20 +172,13 @@ def attentions(
     inner = heads * head_dim
     for dtype in DTYPES.values():
         for count, length in sizes:
-            places = dict(zip("qkv", [(3 * inner, i * inner) for i in range(3)], strict=True))
-            kernel = attention.attention(
-                CUDA_TILES,
-                heads=heads,
-                head_dim=head_dim,
-                scale=head_dim**-0.5,
-                max_length=length,
-                x=RowFormat(3 * inner, dtype),
-                out=RowFormat(inner, dtype),
-                **places,
+            columns = [(3 * inner, i * inner) for i in range(3)]  # of q, k and v, side by side
+            operator = sized.attention(
+                CUDA_TILES, heads, head_dim, length, columns=columns, dtype=dtype, out=Operand.rows(inner, dtype)
             )
-            module = build({"attention": kernel}, gpu)
+            module = build({"attention": attention.attention(operator, CUDA_TILES)}, gpu)
             x = np.random.default_rng(0).normal(size=(count * length, 1, 3 * inner)).astype(dtype)
-            tiles = batch.query_tiles(batch.boundaries([length] * count), CUDA_TILES.query_tile, longest_first=True)
+            tiles = batch.query_tiles(batch.cu_seqlens_of([length] * count), CUDA_TILES.query_tile, longest_first=True)
             (rows,) = upload(x)
             arguments = [rows] * 3 + upload(tiles, np.zeros((count * length, 1, inner), dtype))
             samples = {"ours": time_kernel(module, "attention", arguments, rounds)}

@@ -23,10 +23,10 @@ from turbo_tvm.artifact import sealed_zip
 from turbo_tvm.artifact.file import read, write
 from turbo_tvm.artifact.manifest import (
     FORMAT_VERSION,
-    Bounds,
     Manifest,
     OutputSpec,
     ParameterSpec,
+    RequestLimits,
     TargetSpec,
     TensorSpec,
 )
@@ -54,10 +54,11 @@ def _manifest(weights):
         tvm_version="0.27.0",
         name="tiny",
         model_type="bert",
+        entry="encode",
         target=TargetSpec("cpu", "x86_64", "znver4"),
         inputs=(TensorSpec("ids", "int32", "token_ids"),),
         outputs=(OutputSpec("hidden", "token", 96),),
-        bounds=Bounds(max_length=512, vocab_size=1003),
+        request_limits=RequestLimits(max_length=512, vocab_size=1003),
         parameters=tuple(ParameterSpec(n, w.shape, w.dtype.name) for n, w in weights.items()),
     )
 

@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 
 from turbo_tvm.artifact.manifest import (
     FORMAT_VERSION,
-    Bounds,
     BufferSpec,
     CostSpec,
-    ImageBounds,
+    ImageSpec,
     KernelSpec,
     Manifest,
     MemberSpec,
@@ -22,6 +21,7 @@ from turbo_tvm.artifact.manifest import (
     ParameterSpec,
     PooledToken,
     PositionRule,
+    RequestLimits,
     TargetSpec,
     TensorSpec,
 )
@@ -34,10 +34,11 @@ SMALL = Manifest(
     tvm_version="0.27.0",
     name="tiny",
     model_type="bert",
+    entry="encode",
     target=TargetSpec("cpu", "x86_64", "znver4"),
     inputs=(TensorSpec("ids", "int32", "token_ids"),),
     outputs=(OutputSpec("last_hidden_state", "token", 96),),
-    bounds=Bounds(max_length=512, vocab_size=1003),
+    request_limits=RequestLimits(max_length=512, vocab_size=1003),
 )
 FULL = replace(
     SMALL,
@@ -48,7 +49,7 @@ FULL = replace(
     inputs=(TensorSpec("ids", "int32", "token_ids"), TensorSpec("cu", "int32", "cu_seqlens")),
     outputs=(OutputSpec("hidden", "token", 96), OutputSpec("score", "sequence", 1, squeeze=True)),
     primary="hidden",
-    bounds=Bounds(512, 1003, 2),
+    request_limits=RequestLimits(512, 1003, 2),
     positions=PositionRule("count_non_pad", 1, 1),
     buffers=(
         BufferSpec("qkv", ("row_tiles", "4", "2*batch*length"), "float32", 0, 1),
@@ -100,11 +101,15 @@ WRONG = [
     (["outputs", 1, "squeeze"], 1, r"field outputs\[1\].squeeze must be true or false"),
     (["outputs", 0, "dtype"], "float8", r"field outputs\[0\].dtype must be one of"),
     (["inputs", 1, "name"], "ids", "field inputs has the name 'ids' 2 times"),
-    (["bounds", "vocab_size"], 0, "field bounds.vocab_size must be at least 1"),
-    (["bounds", "vocab_size"], -1, "field bounds.vocab_size must be at least 0"),
-    (["bounds", "image"], 224, "field bounds.image must be an object"),
-    (["bounds", "image"], IMAGE | {"patch_width": 231}, "field bounds.image must be an image of at least one patch"),
-    (["bounds", "image"], IMAGE, "field bounds.max_length must be 197, an image's tokens, is 512"),
+    (["request_limits", "vocab_size"], 0, "field request_limits.vocab_size must be at least 1"),
+    (["request_limits", "vocab_size"], -1, "field request_limits.vocab_size must be at least 0"),
+    (["request_limits", "image"], 224, "field request_limits.image must be an object"),
+    (
+        ["request_limits", "image"],
+        IMAGE | {"patch_width": 231},
+        "field request_limits.image must be an image of at least one patch",
+    ),
+    (["request_limits", "image"], IMAGE, "field request_limits.max_length must be 197, an image's tokens, is 512"),
     (["positions", "pad_id"], -1, "field positions.pad_id must be at least 0"),
     (["parameters", 0, "shape", 1], 0, r"field parameters\[0\].shape\[1\] must be at least 1"),
     (["kernels", 0, "flops_per_token"], "9", r"field kernels\[0\].flops_per_token must be a finite number"),
@@ -256,7 +261,7 @@ def test_a_buffer_that_cannot_be_planned_is_refused(buffers, message):
 
 
 def test_an_image_and_its_tokens():
-    image = ImageBounds(**IMAGE)
+    image = ImageSpec(**IMAGE)
     assert (image.shape, image.grid, image.tokens, image.columns) == ((3, 224, 230), (14, 14), 197, 768)
-    made = replace(SMALL, bounds=Bounds(197, 0, image=image), pooled=PooledToken("first_of", 7))
+    made = replace(SMALL, request_limits=RequestLimits(197, 0, image=image), pooled=PooledToken("first_of", 7))
     assert Manifest.from_json(made.to_json()) == made

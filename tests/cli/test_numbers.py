@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from turbo_tvm.artifact.manifest import Bounds, BufferSpec, KernelSpec, Manifest, TargetSpec
+from turbo_tvm.artifact.manifest import BufferSpec, KernelSpec, Manifest, RequestLimits, TargetSpec
 from turbo_tvm.cli import numbers
 
 KERNELS = (
@@ -24,12 +24,13 @@ def manifest(layout: str = "packed", declined: tuple[str, ...] = ()) -> Manifest
         tvm_version="0",
         name="m",
         model_type="bert",
+        entry="encode",
         target=TargetSpec("cpu", "x86_64", "x86-64-v3"),
         layout=layout,  # type: ignore[arg-type]
         row_tile=6,
         inputs=(),
         outputs=(),
-        bounds=Bounds(40, 50),
+        request_limits=RequestLimits(40, 50),
         kernels=KERNELS,
         buffers=BUFFERS if layout == "packed" else (),
         steps=("x", "y", "z"),

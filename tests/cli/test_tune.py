@@ -11,10 +11,10 @@ from cli_runner import fail, invoke, succeed
 from turbo_tvm.artifact import file as artifact
 from turbo_tvm.cli import tune_report
 from turbo_tvm.cli.tune import duration, status_line
-from turbo_tvm.compiler.tuning_log import ResultRecord
+from turbo_tvm.compiler.tuning_log import ResultRecord, TrialRecord, TuningLog, read_records
 from turbo_tvm.profiling import machine_limits
 from turbo_tvm.profiling.roofline import MachineLimits
-from turbo_tvm.tuning import report, tuner
+from turbo_tvm.tuning import bench, report, tuner
 from turbo_tvm.tuning.report import Curve
 from turbo_tvm.tuning.tune import job
 from turbo_tvm.tuning.tuner import Progress, task_record
@@ -29,7 +29,7 @@ OPTIONS = ("--kernel", KERNEL, "--lengths", "8,16", "--threads", "1")
 def quick(monkeypatch):
     limits = MachineLimits("a CPU", 1, "0", 1e12, 2e12, 1e10, 2e10, 1e11, 1 << 25)
     monkeypatch.setattr(machine_limits, "machine_limits", lambda *_, **__: limits)
-    for module, name in ((tuner, "FINAL_SECONDS"), (tuner, "TRIAL_SECONDS"), (report, "SECONDS")):
+    for module, name in ((bench, "FINAL_SECONDS"), (bench, "TRIAL_SECONDS"), (report, "SECONDS")):
         monkeypatch.setattr(module, name, 0.01)
     monkeypatch.setattr(tuner, "ROUND", 4)
 
@@ -107,6 +107,18 @@ def test_a_damaged_log_is_an_error_and_can_be_repaired(tiny_folder: Path, tiny_a
     succeed("compile", tiny_folder, "-o", tmp_path / "x.turbo", "--logs", logs)
 
 
+def test_logs_can_be_compacted(tiny_artifact: Path, tmp_path: Path):
+    keep(tiny_artifact, tmp_path, {"near": 4})
+    (file,) = tmp_path.glob("*/*.jsonl")
+    task, *_ = read_records(file)
+    trial = TrialRecord({"near": 4}, "xgb", 0, {"16": [[1e-5, 8e-6], [1.2e-5, 9e-6]]})
+    TuningLog(tmp_path, file.parent.name).append(task, [trial])
+    before = file.stat().st_size
+    text = succeed("tune", "--compact", "--logs", tmp_path)
+    assert f"{file}: {before - file.stat().st_size:,} bytes smaller" in text and file.stat().st_size < before
+    assert "nothing to shrink" in succeed("tune", "--compact", "--logs", tmp_path)
+
+
 @pytest.mark.parametrize(
     ("args", "code", "message"),
     [
@@ -114,6 +126,7 @@ def test_a_damaged_log_is_an_error_and_can_be_repaired(tiny_folder: Path, tiny_a
         (("tune", "nothing.turbo"), 1, "there is no model at nothing.turbo"),
         (("tune", "x.turbo", "--plot", "x.gif"), 2, "must end in .png or .svg"),
         (("tune", "--repair", "--logs", "nowhere"), 1, "no directory of tuning logs at nowhere"),
+        (("tune", "--compact", "--logs", "nowhere"), 1, "no directory of tuning logs at nowhere"),
         (("tune-server", "--tracker", "box", "--key", "k"), 1, "is not 'host:port'"),
         (("compile", "m", "-o", "x.turbo", "--logs", "a", "--no-logs"), 2, "exclude each other"),
     ],

@@ -8,13 +8,12 @@ import platform
 import pytest
 import torch
 import transformers
+import tvm
 
 import turbo_tvm
 from turbo_tvm.compiler import compile as compiler
 from turbo_tvm.errors import CompileError, TargetError, TurboError, UnsupportedModelError
 from turbo_tvm.frontends.torch.operators import CONVERTERS
-
-pytestmark = pytest.mark.xdist_group("served")
 
 TINY = {"vocab_size": 101, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 
@@ -34,9 +33,13 @@ class TestManifest:
         pair = served("bert")
         manifest = pair.compiled.manifest
         assert (manifest.name, manifest.model_type, manifest.precision) == ("BertModel", "bert", "fp32")
-        assert (manifest.turbo_version, manifest.tvm_version) == (turbo_tvm.__version__, compiler.tvm.__version__)
+        assert (manifest.turbo_version, manifest.tvm_version) == (turbo_tvm.__version__, tvm.__version__)
         assert manifest.layout == "packed" and not manifest.declined
-        assert (manifest.bounds.max_length, manifest.bounds.vocab_size, manifest.bounds.type_vocab_size) == (64, 101, 2)
+        assert (
+            manifest.request_limits.max_length,
+            manifest.request_limits.vocab_size,
+            manifest.request_limits.type_vocab_size,
+        ) == (64, 101, 2)
         assert manifest.source_parameters == sum(p.numel() for p in pair.module.parameters())
         assert manifest.target.features and manifest.kernels and manifest.parameters and manifest.buffers
         assert repr(pair.compiled).startswith("<CompiledModel BertModel fp32 for cpu (")
@@ -169,7 +172,7 @@ class TestModelsThatAreRefused:
 
 class TestOptionsThatAreRefused:
     def test_before_any_work(self, monkeypatch, bert, tmp_path):
-        monkeypatch.setattr(compiler, "_import", lambda *_: pytest.fail("it began"))
+        monkeypatch.setattr(compiler, "import_model", lambda *_: pytest.fail("it began"))
         refuse(TargetError, "precision 'int8' is not supported; use one of fp32, bf16", bert, precision="int8")
         refuse(TargetError, "precision None is not supported", bert, precision=None)
         refuse(TargetError, "unknown target 'gpu'", bert, target="gpu")
@@ -177,7 +180,7 @@ class TestOptionsThatAreRefused:
 
     @pytest.mark.skipif(platform.machine() != "x86_64", reason="names of x86-64 CPUs")
     def test_a_precision_that_the_target_has_not(self, monkeypatch, bert):
-        monkeypatch.setattr(compiler, "_import", lambda *_: pytest.fail("it began"))
+        monkeypatch.setattr(compiler, "import_model", lambda *_: pytest.fail("it began"))
         message = "precision 'bf16' needs a CPU with AVX512-BF16, which x86-64-v4 lacks: compile with precision='fp32'"
         refuse(TargetError, message, bert, precision="bf16", target="cpu:x86-64-v4")
 
@@ -186,11 +189,12 @@ class TestOptionsThatAreRefused:
         monkeypatch.delenv("CXX", raising=False)
         for name, value in found.items():
             monkeypatch.setenv(name, value)
-        monkeypatch.setattr(compiler, "_import", lambda *_: pytest.fail("it began"))
+        monkeypatch.setattr(compiler, "import_model", lambda *_: pytest.fail("it began"))
         refuse(CompileError, r"no C\+\+ compiler was found to link the code: install g\+\+ or clang", bert)
 
-    def test_a_compiler_that_fails(self, monkeypatch, bert):
+    def test_a_compiler_that_fails(self, monkeypatch, served, bert):
         monkeypatch.setenv("CXX", "false")
+        monkeypatch.setattr(compiler, "import_model", lambda *_: served("bert").imported())
         refuse(CompileError, "linking the code failed", bert)
 
     @pytest.mark.parametrize("text", [None, b"\xff\xfe\x00", b"{}", b"[", b""])

@@ -7,7 +7,9 @@ import json
 import pkgutil
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tvm_ffi
@@ -16,70 +18,86 @@ from hypothesis import strategies as st
 
 from turbo_tvm import schedules
 from turbo_tvm.compiler.kernel_recipe import KernelRecipe
-from turbo_tvm.schedules.common import weights
+from turbo_tvm.ops import Attention, Linear, Operator, formats, sized
+from turbo_tvm.ops.operand import Operand
 from turbo_tvm.schedules.common.space import Space, Variant
-from turbo_tvm.schedules.cpu import attention, gate, linear, rows, tiles
-from turbo_tvm.schedules.cpu.rows import RowFormat
-from turbo_tvm.schedules.cuda import rows as cuda_rows
+from turbo_tvm.schedules.cpu import linear, tiles
 from turbo_tvm.schedules.cuda.tiles import CUDA_TILES
+from turbo_tvm.schedules.registry import FAMILIES, Tiles
 
-BF16 = "uint16"
+BF16, FP16 = formats.BF16.storage, formats.FP16.storage
 GOLDEN = Path(__file__).with_name("kernels_with_a_version.json")
-HEADS = {"heads": 4, "head_dim": 64, "scale": 0.125, "max_length": 512, "q": (768, 0), "k": (768, 256), "v": (768, 512)}
 
-formats = st.builds(RowFormat, width=st.integers(1, 1 << 20), dtype=st.sampled_from(["float32", BF16, "float16"]))
-plain = st.one_of(
-    st.none(),
-    st.booleans(),
-    st.integers(),
-    st.floats(allow_nan=False),
-    st.text(),
-    formats,
-    st.tuples(st.integers(), formats),
-)
-# `linear` takes any value for these: only building it looks at them
-names = ["activation", "residual", "norm_eps", "x", "extra", "out"]
-options = st.fixed_dictionaries({"k": st.integers(), "n": st.integers()}, optional=dict.fromkeys(names, plain))
+
+def heads(geometry: Tiles, **more: Any) -> Attention:
+    """An attention of 4 heads whose operands lie side by side."""
+    return sized.attention(geometry, 4, 64, 512, columns=[(768, 0), (768, 256), (768, 512)], scale=0.125, **more)
+
+
+def small(geometry: Tiles = tiles.AVX2, **more: Any) -> Linear:
+    """A product of 8 by 8."""
+    return sized.linear(geometry, 8, 8, **more)
+
+
+@st.composite
+def products(draw: st.DrawFn, geometry: Tiles) -> Linear:
+    """A product of any sizes; its activation may be any text: only building looks at that."""
+
+    def rows(dtypes):
+        return st.builds(Operand.rows, st.integers(1, 1 << 20), st.sampled_from(dtypes), st.just(geometry.row_tile))
+
+    every = [known.storage for known in formats.FORMATS]
+    names = {"activation": st.none() | st.text(), "norm_eps": st.none() | st.floats(allow_nan=False)}
+    names |= {"residual": st.booleans() | rows(every), "x": rows(every), "out": rows(every)}
+    sizes = st.integers(1, 1 << 20).map(lambda half: 2 * half), st.integers(1, 1 << 20)
+    return sized.linear(geometry, *map(draw, sizes), **draw(st.fixed_dictionaries({}, optional=names)))
+
+
 geometries = st.sampled_from([tiles.AVX512, tiles.AMX, tiles.AVX2, tiles.NEON, tiles.BASELINE])
 
 
-@settings(max_examples=200, deadline=None)
-@given(geometries, options)
-def test_to_text_and_back(geometry, given_options):
-    recipe = KernelRecipe.of(linear.linear, geometry, given_options)
+@settings(max_examples=200)
+@given(geometries.flatmap(lambda geometry: st.tuples(st.just(geometry), products(geometry))))
+def test_to_text_and_back(case):
+    geometry, operator = case
+    recipe = KernelRecipe.of(operator, geometry)
     text = recipe.to_json()
     back = KernelRecipe.from_json(text)
     assert back == recipe and hash(back) == hash(recipe) and back.to_json() == text
-    types = [(name, type(value)) for name, value in back.options]
-    assert types == [(name, type(value)) for name, value in recipe.options], "True is not 1, nor 1.0"
+    assert types_of(back.operator) == types_of(operator), "True is not 1, nor 1.0"
 
 
-def test_the_order_of_options_does_not_matter():
-    a, b = ({"k": 8, "n": 4}, {"n": 4, "k": 8})
-    texts = {KernelRecipe.of(linear.linear, tiles.AVX2, options).to_json() for options in (a, b)}
-    assert len(texts) == 1
+def types_of(operator: Operator) -> dict[str, type]:
+    return {field.name: type(getattr(operator, field.name)) for field in fields(operator)}
+
+
+def test_the_order_of_fields_does_not_matter():
+    recipe = KernelRecipe.of(small(activation="gelu"), tiles.AVX2)
+    text = json.dumps(dict(reversed(json.loads(recipe.to_json()).items())))
+    assert text != recipe.to_json()
+    assert KernelRecipe.from_json(text) == recipe and KernelRecipe.from_json(text).to_json() == recipe.to_json()
 
 
 @pytest.mark.parametrize(
-    "factory,geometry,given_options,device",
+    "operator,geometry,device",
     [
-        (attention.attention, tiles.AVX512, HEADS, "cpu"),
-        (rows.tile_rows, tiles.NEON, {"columns": 8}, "cpu"),
-        (weights.pack_weight, tiles.AVX2, {"k": 8, "n": 8, "pairs": True}, "cpu"),
-        (weights.pack_weight, CUDA_TILES, {"k": 8, "n": 8, "dtype": "float16"}, "cpu"),
-        (cuda_rows.cast_rows, None, {"columns": 8, "out": RowFormat(8, "float16")}, "cuda"),
+        (heads(tiles.AVX512), tiles.AVX512, "cpu"),
+        (sized.tile_rows(tiles.NEON, 8), tiles.NEON, "cpu"),
+        (sized.pack_weight(tiles.AVX2, 8, 8, BF16), tiles.AVX2, "cpu"),
+        (sized.pack_weight(CUDA_TILES, 8, 8, FP16), CUDA_TILES, "cpu"),
+        (sized.cast_rows(CUDA_TILES, 8, sized.rows(CUDA_TILES, 8, FP16)), CUDA_TILES, "cuda"),
     ],
-    ids=["attention", "rows", "weights", "weights for a GPU", "without tiles"],
+    ids=["attention", "rows", "weights", "weights for a GPU", "rows on a GPU"],
 )
-def test_recipes_of_all_kinds(factory, geometry, given_options, device):
-    recipe = KernelRecipe.of(factory, geometry, given_options)
+def test_recipes_of_all_kinds(operator, geometry, device):
+    recipe = KernelRecipe.of(operator, geometry)
     assert KernelRecipe.from_json(recipe.to_json()) == recipe
     assert recipe.device == device
     assert recipe.build().params
 
 
 def test_a_kernel_is_built_once_with_its_variants():
-    recipe = KernelRecipe.of(linear.linear, tiles.AVX2, {"k": 8, "n": 8})
+    recipe = KernelRecipe.of(small(), tiles.AVX2)
     variants = (Variant((("group", 2),)),)
     assert recipe.build((), variants).same_as(KernelRecipe.from_json(recipe.to_json()).build((), variants))
     assert not tvm_ffi.structural_equal(recipe.build(), recipe.build((), variants))
@@ -88,50 +106,65 @@ def test_a_kernel_is_built_once_with_its_variants():
 
 
 def test_what_can_be_tuned():
-    recipe = KernelRecipe.of(linear.linear, tiles.AVX2, {"k": 8, "n": 8})
+    recipe = KernelRecipe.of(small(), tiles.AVX2)
     assert recipe.version == linear.VERSION > 0
-    assert recipe.space == linear.space(tiles.AVX2) and recipe.space.most > 1
+    assert recipe.space == linear.space(small(), tiles.AVX2) and recipe.space.most > 1
 
 
 def test_kernels_without_a_version_have_nothing_to_tune():
-    recipe = KernelRecipe.of(gate.gate, tiles.AVX2, {"columns": 8, "activation": "gelu"})
+    recipe = KernelRecipe.of(sized.gate(tiles.AVX2, 8, "gelu"), tiles.AVX2)
     assert recipe.version == 0 and recipe.space == Space()
 
 
-GOOD = json.loads(KernelRecipe.of(linear.linear, tiles.AVX2, {"k": 8, "n": 8, "x": RowFormat(8)}).to_json())
+GOOD = json.loads(KernelRecipe.of(small(residual=True, norm_eps=1e-5), tiles.AVX2).to_json())
 
 
 def changed(**parts):
     return json.dumps({**GOOD, **parts})
 
 
+def without(name):
+    return json.dumps({key: value for key, value in GOOD.items() if key != name})
+
+
+def spelt(name, value):
+    """A field with a value that JSON's writer does not write."""
+    return changed(**{name: "HERE"}).replace('"HERE"', value)
+
+
+DEEP = "[" * 100_000 + "]" * 100_000
 HOSTILE = {
     "nothing": "",
-    "no JSON": "linear.linear",
+    "no JSON": "cpu.linear.linear",
     "a number": "1",
     "null": "null",
     "a list": "[]",
     "an empty object": "{}",
     "deep": "[" * 100_000,
-    "a deep option": changed(options={}).replace("{}", '{"x":' + "[" * 100_000 + "]" * 100_000 + "}"),
-    "a long number": changed(options={}).replace("{}", '{"k":' + "1" * 10_000 + "}"),
-    "surrogates": changed(schedule="\ud800.linear"),
+    "a deep family": spelt("family", DEEP),
+    "deep tiles": spelt("tiles", DEEP),
+    "a deep operator": spelt("operator", DEEP),
+    "a deep operand": spelt("x", DEEP),
+    "a deep dimension": spelt("x", f'[[{DEEP}],"float32"]'),
+    "a deep option": spelt("activation", DEEP),
+    "a deep key": changed().replace("{", '{"other":' + DEEP + ",", 1),
+    "a long number": spelt("columns", "1" * 10_000),
+    "a long dimension": spelt("bias", "[[" + "1" * 10_000 + '],"float32"]'),
+    "surrogates": changed(family="\ud800.linear"),
+    "a recipe of another turbo_tvm": '{"options":{"k":8,"n":8},"schedule":"linear.linear","tiles":null}',
+    **{f"without {name}": without(name) for name in GOOD if name not in ("residual", "gamma", "beta", "norm_eps")},
     **{
-        f"schedule {name!r}": changed(schedule=name)
+        f"family {name!r}": changed(family=name)
         for name in (
-            *(
-                "os.system",
-                "linear.tvm.os.system",
-                "..os.system",
-                "tuning.search.propose",
-                "builtins.eval",
-                "linear.eval",
-            ),
-            *("", ".", "linear", "linear.", ".linear", "linear.linear.linear", "linear.other", "linear.LINEAR"),
-            *("linear.__init__", "linear.__doc__", "linear.__loader__", "linear.__class__", "__init__.linear"),
-            *("linear.__builtins__", "linear.by_rows", "linear.space", "linear.Product", "linear._fp32_step"),
-            *("linear.VERSION", "linear.T", "linear_amx.Operands", "attention.fits", "linear/../linear.linear"),
-            *(1, None, True, ["linear.linear"], {"linear": 1}),
+            *("os.system", "cpu.linear.tvm.os.system", "..os.system", "tuning.search.propose", "builtins.eval"),
+            *("", ".", "cpu", "cpu.linear", "cpu.linear.", ".linear.linear", "linear.linear", "cpu.linear.eval"),
+            *("cpu.linear.linear.linear", "cpu.linear.other", "cpu.linear.LINEAR", "CPU.linear.linear"),
+            *("cpu.linear.__init__", "cpu.linear.__doc__", "cpu.linear.__loader__", "cpu.linear.__class__"),
+            *("cpu.__init__.linear", "cpu.linear.__builtins__", "cpu.linear.by_rows", "cpu.linear.space"),
+            *("cpu.linear.Product", "cpu.linear._multiply_macro", "cpu.linear.VERSION", "cpu.linear.T"),
+            *("cpu.linear_amx.Run", "cpu.attention_amx.refuses", "cpu/linear/../linear.linear"),
+            *("cpu.gate.gate", "cuda.linear.linear", "common.weights.pack_weight"),
+            *(1, None, True, ["cpu.linear.linear"], {"cpu.linear.linear": 1}),
         )
     },
     **{
@@ -140,19 +173,36 @@ HOSTILE = {
             *(1, "AVX2", [], {}, {"lanes": 8}, {**GOOD["tiles"], "lanes": "8"}, {**GOOD["tiles"], "lanes": 8.0}),
             *({**GOOD["tiles"], "amx": 1}, {**GOOD["tiles"], "row_tile": None}, {**GOOD["tiles"], "other": 1}, None),
             {"row_tile": "1", "col_tile": 128, "query_tile": 64},
+            {"row_tile": 1, "col_tile": 128, "query_tile": 64},  # a GPU's
         )
     },
     **{
-        f"options {value!r}"[:60]: changed(options=value)
+        f"operator {value!r}"[:60]: changed(operator=value)
+        for value in (*(1, None, True, [], {}, "", "Linear", "norm", "turbo.linear", "eval"), ["linear"])
+    },
+    **{
+        f"{name} {value!r}"[:60]: changed(**{name: value})
+        for name in ("x", "out", "residual")
         for value in (
-            *(1, None, [], "k", {}, {"k": 8}, {"k": 8, "n": 8, "other": 1}, {"k": 8, "n": 8, "tiles": 1}),
-            *({"k": 8, "n": 8, "x": {"width": 8}}, {"k": 8, "n": 8, "x": {"width": "8", "dtype": "float32"}}),
-            *(
-                {"k": 8, "n": 8, "x": {"width": 8, "dtype": 1}},
-                {"k": 8, "n": 8, "x": {"width": 8, "dtype": None, "a": 1}},
-            ),
-            *({"k": 8, "n": 8, "x": [{"a": 1}]}, {"k": 8, "n": 8, "x": {}}),
+            *(1, None, "k", [], {}, [[8]], [[8], "float32", 1], ["float32", [8]], [8, "float32"], [[8], 1]),
+            *([["8"], "float32"], [[8.0], "float32"], [[True], "float32"], [[0], "float32"], [[-8], "float32"]),
+            *([[[8]], "float32"], [[8], None], [{"a": 1}, "float32"], {"shape": [8], "dtype": "float32"}),
+            [[[8], "float32"]],
         )
+    },
+    **{
+        f"{name} {value!r}"[:60]: changed(**{name: value})
+        for name, values in {
+            "activation": (1, True, 1.0, [], {}, ["gelu"]),
+            "norm_eps": ("1e-5", 1, True, [1e-5], {}),
+            "columns": (8.0, "8", True, [8], {}),
+            "other": (1, None),
+            "k": (8,),
+            "NAME": ("linear",),
+            "__class__": (1,),
+            "tensors": (["x"],),
+        }.items()
+        for value in values
     },
 }
 
@@ -163,48 +213,52 @@ def test_other_texts_are_refused(text):
         KernelRecipe.from_json(text)
 
 
-@settings(max_examples=300, deadline=None)
-@given(
-    st.recursive(
-        plain.filter(lambda v: not isinstance(v, tuple | RowFormat)),
-        lambda x: st.lists(x) | st.dictionaries(st.text(), x),
-    )
-)
+@pytest.mark.parametrize("geometry", [tiles.AVX2, CUDA_TILES], ids=["cpu", "gpu"])
+def test_an_operator_without_a_kernel_has_no_recipe(geometry):
+    operator = {tiles.AVX2: sized.softmax, CUDA_TILES: sized.tile_rows}[geometry](geometry, 8)
+    with pytest.raises(LookupError, match=f"no kernel for {operator.NAME}: {operator.NAME}, which the target has no"):
+        KernelRecipe.of(operator, geometry)
+
+
+plain = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), st.text())
+
+
+@settings(max_examples=300)
+@given(st.recursive(plain, lambda x: st.lists(x) | st.dictionaries(st.text(), x)))
 def test_any_other_text_is_refused(value):
-    for text in (json.dumps(value), changed(schedule=value), changed(tiles=value)):
+    for text in (json.dumps(value), changed(family=value), changed(tiles=value), changed(operator=value)):
         with pytest.raises(ValueError, match="no kernel of this turbo_tvm: "):
             KernelRecipe.from_json(text)
 
 
 def with_a_version() -> dict[str, KernelRecipe]:
     """A kernel of each family that can be tuned."""
-    row, narrow = RowFormat(768, BF16), RowFormat(256, BF16)
-    product = {"k": 768, "n": 3000, "activation": "gelu", "residual": True}
-    norm = {"n": 768, "eps": 1e-5, "residual": True}
-    embedding = {"hidden": 768, "tables": 3, "norm_eps": 1e-5}
+    product = {"activation": "gelu", "residual": True}
+    norm, vectors = {"eps": 1e-5, "residual": True}, {"norm_eps": 1e-5}
+    wide, amx, gpu = tiles.AVX512, tiles.AMX, CUDA_TILES
+    narrow = {"dtype": BF16, "out": sized.rows(amx, 256, BF16)}
+    in_bf16 = {"x": sized.rows(amx, 768, BF16), "out": sized.rows(amx, 3008, BF16)}
     made = {
-        "linear.linear": (tiles.AVX512, {**product, "norm_eps": 1e-5}),
-        "linear_amx.linear": (tiles.AMX, {**product, "norm_eps": 1e-5, "x": row, "out": RowFormat(3008, BF16)}),
-        "attention.attention": (tiles.AVX512, {**HEADS, "position_bias": True}),
-        "attention_amx.attention": (tiles.AMX, {**HEADS, "x": row, "out": narrow}),
-        "normalization.norm": (tiles.AVX512, norm),
-        "normalization.l2_normalize": (tiles.AVX512, {"n": 768}),
-        "embedding.embedding": (tiles.AVX512, embedding),
-        "pooling.pool": (tiles.AVX512, {"hidden": 768, "mode": "mean"}),
-        "cuda.linear.linear": (CUDA_TILES, {**product, "x": RowFormat(768, "float16")}),
-        "cuda.attention.attention": (CUDA_TILES, {**HEADS, "position_bias": True}),
-        "cuda.normalization.norm": (None, norm),
-        "cuda.embedding.embedding": (None, embedding),
-        "cuda.softmax.softmax": (None, {"n": 768}),
-        "cuda.pooling.pool": (None, {"hidden": 768, "mode": "mean"}),
-        "cuda.gate.gate": (None, {"columns": 768, "activation": "gelu"}),
-        "cuda.rows.cast_rows": (None, {"columns": 768, "out": RowFormat(768, "float16")}),
-        "cuda.rotary.rotary": (
-            None,
-            {"columns": 768, "head_dim": 64, "dims": 64, "positions": 512, "spans": ((0, 12),)},
-        ),
+        "cpu.linear.linear": (wide, sized.linear(wide, 768, 3000, **product, **vectors)),
+        "cpu.linear_amx.linear": (amx, sized.linear(amx, 768, 3000, **product, **vectors, **in_bf16)),
+        "cpu.attention.attention": (wide, heads(wide, position_bias=True)),
+        "cpu.attention_amx.attention": (amx, heads(amx, **narrow)),
+        "cpu.normalization.norm": (wide, sized.norm(wide, 768, **norm)),
+        "cpu.normalization.l2_normalize": (wide, sized.l2_normalize(wide, 768)),
+        "cpu.embedding.embedding": (wide, sized.embedding(wide, 768, 3, **vectors)),
+        "cpu.pooling.pool": (wide, sized.pool(wide, 768, "mean")),
+        "cuda.linear.linear": (gpu, sized.linear(gpu, 768, 3000, x=sized.rows(gpu, 768, FP16), **product)),
+        "cuda.attention.attention": (gpu, heads(gpu, position_bias=True)),
+        "cuda.normalization.norm": (gpu, sized.norm(gpu, 768, **norm)),
+        "cuda.normalization.l2_normalize": (gpu, sized.l2_normalize(gpu, 768)),
+        "cuda.embedding.embedding": (gpu, sized.embedding(gpu, 768, 3, **vectors)),
+        "cuda.softmax.softmax": (gpu, sized.softmax(gpu, 768)),
+        "cuda.pooling.pool": (gpu, sized.pool(gpu, 768, "mean")),
+        "cuda.gate.gate": (gpu, sized.gate(gpu, 768, "gelu")),
+        "cuda.rows.cast_rows": (gpu, sized.cast_rows(gpu, 768, sized.rows(gpu, 768, FP16))),
+        "cuda.rotary.rotary": (gpu, sized.rotary(gpu, 768, ((0, 12),), head_dim=64, dims=64, positions=512)),
     }
-    return {name: KernelRecipe(name, kind, tuple(sorted(chosen.items()))) for name, (kind, chosen) in made.items()}
+    return {name: KernelRecipe.of(operator, geometry) for name, (geometry, operator) in made.items()}
 
 
 def fingerprint(recipe: KernelRecipe) -> dict[str, object]:
@@ -237,14 +291,18 @@ def test_a_kernel_that_changed_has_another_version(name, now):
 
 
 def test_every_family_that_can_be_tuned_is_kept():
+    """Those of the registry; and no module declares what the registry does not know."""
+    tuned = {family.name for family in FAMILIES if family.version}
+    assert tuned == {recipe.family.name for recipe in with_a_version().values()} == set(with_a_version())
+    assert tuned == {family.name for family in FAMILIES if family.space is not None}, "a space has a version"
+    assert set(json.loads(GOLDEN.read_text())) == tuned
+
     found = pkgutil.walk_packages(schedules.__path__, "turbo_tvm.schedules.")
     modules = [importlib.import_module(item.name) for item in found if not item.ispkg]
-    names = {m: m.__name__.removeprefix("turbo_tvm.schedules.").removeprefix("cpu.") for m in modules}
-    tuned = {names[m] for m in modules if hasattr(m, "VERSION")}
-    spaces = {names[m] for m in modules if hasattr(m, "space")}
-    assert tuned == {name.rpartition(".")[0] for name in with_a_version()}
-    assert spaces == tuned, "a space has a version"
-    assert set(json.loads(GOLDEN.read_text())) == set(with_a_version())
+    names = {module: module.__name__.removeprefix("turbo_tvm.schedules.") for module in modules}
+    for declared in ("VERSION", "space"):
+        declaring = {names[module] for module in modules if hasattr(module, declared)}
+        assert declaring == {name.rpartition(".")[0] for name in tuned}
 
 
 if __name__ == "__main__":

@@ -1,20 +1,23 @@
-"""The order of passes holds: a whole model becomes few composites, or the padded graph with a reason."""
+"""The order of passes holds: a whole model becomes few operators, or the padded graph with a reason."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import tvm
+from operators import names_of, operators_of, others_of
 from transformers import BertConfig, BertModel
 from tvm import relax
 
-from turbo_tvm.compiler import pipeline
+from turbo_tvm.compiler import lowering, pipeline
 from turbo_tvm.frontends.imported import Imported
 from turbo_tvm.frontends.torch.module import import_module
 from turbo_tvm.frontends.torch.sentence import SentenceEncoder
-from turbo_tvm.passes import composite
-from turbo_tvm.passes.hoist_weights import TRANSFORM
+from turbo_tvm.ops.entry import ENCODE, TRANSFORM_WEIGHTS
+from turbo_tvm.ops.inputs import Inputs, num_input
 from turbo_tvm.passes.rewriter import Rewriter, is_call
 from turbo_tvm.schedules.cpu.tiles import AVX512, CpuTiles
 
@@ -38,7 +41,7 @@ def bert(layers: int = LAYERS, attention: str = "sdpa", **options) -> BertModel:
 
 
 class SumOverTokens(torch.nn.Module):
-    """Mixes tokens in a way that no composite covers."""
+    """Mixes tokens in a way that no operator covers."""
 
     def __init__(self, encoder: torch.nn.Module):
         super().__init__()
@@ -49,8 +52,8 @@ class SumOverTokens(torch.nn.Module):
 
 
 @pytest.fixture(scope="module")
-def imported() -> Imported:
-    return import_module(bert())
+def imported(shared) -> Imported:
+    return shared.imported("bert of test_pipeline", bert)
 
 
 @pytest.fixture(scope="module")
@@ -59,27 +62,24 @@ def optimized(imported: Imported) -> pipeline.Optimized:
 
 
 @pytest.fixture(scope="module")
-def padded() -> Imported:
-    return import_module(SumOverTokens(bert(layers=1)))
+def padded(shared) -> Imported:
+    return shared.imported("sum of test_pipeline", lambda: SumOverTokens(bert(layers=1)))
 
 
-def values(mod: tvm.IRModule, name: str = "main") -> list[relax.Expr]:
-    return [b.value for block in mod[name].body.blocks for b in block.bindings]
+def names(mod: tvm.IRModule, name: str = ENCODE) -> list[str]:
+    """Our operators that a function calls, in order."""
+    return names_of(mod, name)
 
 
-def composites(mod: tvm.IRModule, name: str = "main") -> list[str]:
-    return [f.name for v in values(mod, name) if (f := composite.match(v)) is not None]
+def left_to_tvm(mod: tvm.IRModule, name: str = ENCODE) -> list[str]:
+    """Relax operators that a function calls."""
+    return others_of(mod, name)
 
 
-def operators(mod: tvm.IRModule, name: str = "main") -> list[str]:
-    calls = [v for v in values(mod, name) if isinstance(v, relax.Call) and composite.match(v) is None]
-    return [call.op.name.removeprefix("relax.").removeprefix("nn.") for call in calls]
-
-
-def test_a_layer_is_five_composites_and_nothing_else(optimized):
+def test_a_layer_is_five_operators_and_nothing_else(optimized):
     layer = ["linear", "attention", "linear", "linear", "linear"]
-    assert composites(optimized.mod) == ["embedding", *layer * LAYERS]
-    assert operators(optimized.mod) == []
+    assert names(optimized.mod) == ["embedding", *layer * LAYERS]
+    assert left_to_tvm(optimized.mod) == []
     assert (optimized.layout, optimized.declined) == ("packed", ())
 
 
@@ -88,29 +88,29 @@ def test_no_mask_arithmetic_and_no_mask_is_left(attention, optimized):
     mod = optimized.mod
     if attention == "eager":
         mod = pipeline.optimize(import_module(bert(1, "eager")).mod, TILES, MAX_LENGTH).mod
-    assert not set(operators(mod)) & set(GONE)
-    assert "attention_mask" not in [p.name for p in mod["main"].params]
-    assert len(composites(mod)) <= 1 + 6 * LAYERS
+    assert not {name.split(".")[-1] for name in left_to_tvm(mod)} & set(GONE)
+    assert Inputs.of(mod[ENCODE]).attention_mask is None
+    assert len(names(mod)) <= 1 + 6 * LAYERS
 
 
 def test_inputs_are_packed_and_prepared_weights_follow(optimized):
-    main = optimized.mod["main"]
-    names = [p.name for p in main.params]
+    function = optimized.function
+    parameters = [p.name for p in function.params]
     inputs = ["input_ids", "token_type_ids", "position_ids", "cu_seqlens", "query_tiles"]
-    assert names[: int(main.attrs["num_input"])] == inputs
-    assert len(set(names)) == len(names)
+    assert parameters[: num_input(function)] == inputs
+    assert len(set(parameters)) == len(parameters)
 
 
-def test_weights_are_prepared_outside_of_main(imported, optimized):
-    assert set(composites(optimized.mod, TRANSFORM)) == {"pack_weight", "pack_bias"}
-    assert len(optimized.mod[TRANSFORM].params) == len(imported.weights)
-    assert not set(composites(optimized.mod)) & {"pack_weight", "pack_bias"}
+def test_weights_are_prepared_outside_of_the_function(imported, optimized):
+    assert set(names(optimized.mod, TRANSFORM_WEIGHTS)) == {"pack_weight", "pack_bias"}
+    assert len(optimized.mod[TRANSFORM_WEIGHTS].params) == len(imported.weights)
+    assert not set(names(optimized.mod)) & {"pack_weight", "pack_bias"}
 
 
 def test_pooling_and_normalisation_are_packed_too():
     mod = pipeline.optimize(import_module(SentenceEncoder(bert(1), "mean", True)).mod, TILES, MAX_LENGTH).mod
-    assert composites(mod)[-2:] == ["pool", "normalize"]
-    assert operators(mod) == []
+    assert names(mod)[-2:] == ["pool", "normalize"]
+    assert left_to_tvm(mod) == []
 
 
 def test_rows_between_products_are_widened():
@@ -122,17 +122,16 @@ def test_rows_between_products_are_widened():
     assert {"linear_16x1024_gelu_to1040", "linear_1024x16_norm_eps1e_12_residual_from1040"} <= {k.name for k in kernels}
 
 
-def dtypes(mod: tvm.IRModule, name: str = "main") -> list[tuple[str, str]]:
-    found = [(composite.match(v), v) for v in values(mod, name)]
-    return [(fused.name, str(value.ty_args[0].dtype)) for fused, value in found if fused is not None]
+def dtypes(mod: tvm.IRModule, name: str = ENCODE) -> list[tuple[str, str]]:
+    return [(operator.NAME, str(operator.out.dtype)) for operator in operators_of(mod, name=name)]
 
 
-def test_bf16_is_stored_between_composites_and_never_returned(imported, optimized):
+def test_bf16_is_stored_between_operators_and_never_returned(imported, optimized):
     mod = pipeline.optimize(imported.mod, TILES, MAX_LENGTH, "bf16").mod
-    assert composites(mod) == composites(optimized.mod)
+    assert names(mod) == names(optimized.mod)
     *inner, last = dtypes(mod)
     assert {dtype for _, dtype in inner} == {"uint16"} and last == ("linear", "float32")
-    prepared = set(dtypes(mod, TRANSFORM))
+    prepared = set(dtypes(mod, TRANSFORM_WEIGHTS))
     assert prepared == {("pack_weight", "int32"), ("pack_bias", "float32"), ("cast_weight", "uint16")}
     assert all("bf16" in k.name for k in pipeline.optimize(imported.mod, TILES, MAX_LENGTH, "bf16").kernels)
 
@@ -150,11 +149,11 @@ def test_a_model_that_is_declined_stays_padded_with_the_reason(padded):
     assert optimized.layout == "padded"
     (reason,) = optimized.declined
     assert reason.startswith("padding was not removed: ") and "relax.sum" in reason
-    names = composites(optimized.mod)
-    assert names.count("linear") == 6 and "attention" not in names
-    assert names.count("tile_rows") >= names.count("untile_rows") == 7
-    assert "attention_mask" in [p.name for p in optimized.mod["main"].params]
-    assert operators(optimized.mod).count("sum") == 1
+    called = names(optimized.mod)
+    assert called.count("linear") == 6 and "attention" not in called
+    assert called.count("tile_rows") >= called.count("untile_rows") == 7
+    assert Inputs.of(optimized.mod[ENCODE]).attention_mask is not None
+    assert left_to_tvm(optimized.mod).count("relax.sum") == 1
 
 
 def test_the_imported_module_is_not_changed(padded):
@@ -190,47 +189,52 @@ def _deepen(mod: tvm.IRModule, times: int) -> tvm.IRModule:
                 x = self.emit(relax.op.negative(x))
             return x
 
-    return Deepen(mod).run()
+    return Deepen(mod, ENCODE).run()
 
 
 PACKED = [
-    "00_normalize",
-    "01_compose_operators",
-    "02_fuse_attention",
-    "03_fuse_pooling",
-    "04_drop_mask",
-    "05_remove_padding",
-    "06_fuse_linear",
-    "07_fuse_gate",
-    "08_merge_qkv",
-    "09_fuse_norm",
-    "10_fuse_embedding",
-    "11_widen_rows",
-    "12_pack_weights",
-    "13_hoist_weights",
+    "canonicalize",
+    "compose_operators",
+    "fuse_attention",
+    "fuse_pooling",
+    "drop_mask",
+    "remove_padding",
+    "fuse_linear",
+    "fuse_gate",
+    "merge_qkv",
+    "fuse_norm",
+    "fuse_embedding",
+    "widen_rows",
+    "pack_weights",
+    "lift_transform_params",
+    "check_kernels",
+    "packed",  # all of them together
 ]
+
+
+def dumps(directory: Path) -> dict[str, str]:
+    """What every pass of the packed phase made, by its name, in the order in which they ran."""
+    files = sorted((directory / "packed").iterdir())
+    return {file.stem.split("_", 1)[1]: file.read_text() for file in files}
 
 
 def test_every_pass_writes_what_it_made(imported, tmp_path, monkeypatch):
     directory = tmp_path / "not yet there"
     monkeypatch.setenv("TURBO_TVM_DUMP_IR", str(directory))
     optimized = pipeline.optimize(imported.mod, TILES, MAX_LENGTH)
-    assert sorted(p.stem for p in (directory / "packed").iterdir()) == PACKED
-    assert "R.nn.attention" in (directory / "packed" / "00_normalize.py").read_text()
-    assert "R.nn.attention" not in (directory / "packed" / "02_fuse_attention.py").read_text()
-    assert (directory / "packed" / "13_hoist_weights.py").read_text() == optimized.mod.script(show_meta=False)
+    written = dumps(directory)
+    assert list(written) == PACKED
+    assert "R.nn.attention" in written["canonicalize"]
+    assert "R.nn.attention" not in written["fuse_attention"]
+    assert written["packed"].endswith(optimized.mod.script(show_meta=False))
 
 
 def test_bf16_is_a_pass_of_its_own(imported, tmp_path, monkeypatch):
     monkeypatch.setenv("TURBO_TVM_DUMP_IR", str(tmp_path))
     pipeline.optimize(imported.mod, TILES, MAX_LENGTH, "bf16")
-    names = [p.stem[3:] for p in sorted((tmp_path / "packed").iterdir())]
-    assert names[names.index("fuse_embedding") + 1 :] == [
-        "lower_precision",
-        "widen_rows",
-        "pack_weights",
-        "hoist_weights",
-    ]
+    passes = list(dumps(tmp_path))
+    before = PACKED.index("widen_rows")
+    assert passes == [*PACKED[:before], "lower_precision", *PACKED[before:]]
 
 
 def test_nothing_is_written_unless_asked(imported, tmp_path, monkeypatch):
@@ -240,21 +244,21 @@ def test_nothing_is_written_unless_asked(imported, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_built_parameters_and_buffers_are_those_that_main_takes(imported):
+def test_built_parameters_and_buffers_are_those_that_the_function_takes(imported):
     from turbo_tvm.compiler import targets
     from turbo_tvm.schedules.cpu.tiles import cpu_tiles
 
     machine = targets.resolve("cpu")
     tiles = cpu_tiles(machine)
     optimized = pipeline.optimize(imported.mod, tiles, MAX_LENGTH)
-    built = pipeline.build(optimized, imported.weights, machine, machine, tiles)
-    main = optimized.mod["main"]
-    assert list(built.parameters) == [p.name for p in main.params[int(main.attrs["num_input"]) :]]
+    built = lowering.build(optimized, imported.weights, machine)
+    function = optimized.function
+    assert list(built.parameters) == [p.name for p in function.params[num_input(function) :]]
     assert all(a.dtype == np.float32 for a in built.parameters.values())
     assert {b.shape[0] for b in built.memory.buffers} == {"token_tiles"}
     assert len(built.memory.steps) == sum(k.calls for k in optimized.kernels)
     assert [int(d) for d in built.outputs[0].shape.values[1:]] == [tiles.row_tile, 16]
 
 
-def test_every_tile_geometry_gives_the_same_composites(imported, optimized):
-    assert composites(pipeline.optimize(imported.mod, AVX512, MAX_LENGTH).mod) == composites(optimized.mod)
+def test_every_tile_geometry_gives_the_same_names(imported, optimized):
+    assert names(pipeline.optimize(imported.mod, AVX512, MAX_LENGTH).mod) == names(optimized.mod)

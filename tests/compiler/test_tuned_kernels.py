@@ -13,10 +13,11 @@ from turbo_tvm.compiler.kernel_recipe import KernelRecipe
 from turbo_tvm.compiler.tuned_kernels import SHIPPED, Applied, applied
 from turbo_tvm.compiler.tuning_log import ResultRecord, TaskRecord, TrialRecord, TuningLog, read_records
 from turbo_tvm.errors import TuningLogError
+from turbo_tvm.ops import sized
 from turbo_tvm.schedules.common.space import Variant
 from turbo_tvm.schedules.cpu import linear, tiles
 
-RECIPE = KernelRecipe.of(linear.linear, tiles.AVX2, {"k": 8, "n": 8}).to_json()
+RECIPE = KernelRecipe.of(sized.linear(tiles.AVX2, 8, 8), tiles.AVX2).to_json()
 SPEC = KernelSpec("linear_8_8", "linear", 1, recipe=RECIPE)
 TARGET = targets.log_name("cpu")
 TASK = TaskRecord("linear_8_8", RECIPE, linear.VERSION, TARGET, tvm.__version__)

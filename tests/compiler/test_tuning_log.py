@@ -20,12 +20,12 @@ from turbo_tvm.compiler.tuning_log import KernelLog, ResultRecord, TaskRecord, T
 from turbo_tvm.errors import TuningLogError
 from turbo_tvm.schedules.common.space import Variant
 
-TASK = TaskRecord("linear_8_8", '{"schedule":"linear.linear"}', 1, "znver4", "0.27.0")
+TASK = TaskRecord("linear_8_8", '{"family":"cpu.linear.linear"}', 1, "znver4", "0.27.0")
 OTHERS = [
     replace(TASK, tvm="0.28.0"),
     replace(TASK, kernel_version=2),
     replace(TASK, target="znver5"),
-    replace(TASK, recipe='{"schedule":"linear_amx.linear"}'),
+    replace(TASK, recipe='{"family":"cpu.linear_amx.linear"}'),
     replace(TASK, format=2),
 ]
 
@@ -108,6 +108,12 @@ def test_any_record_is_a_line_and_comes_back(record):
     line = logs.encode(record)
     assert line.endswith(b"\n") and line.count(b"\n") == 1
     assert logs.decode(line[:-1]) == record
+
+
+def test_a_line_leaves_out_what_says_nothing():
+    written = json.loads(logs.encode(TrialRecord({"a": 0}, "xgb", 0)))
+    assert set(written) == {"kind", "setting", "search", "seed", "crc"}
+    assert set(json.loads(logs.encode(replace(TASK, kernel_version=0)))) >= {"kernel_version", "format"}
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

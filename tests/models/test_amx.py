@@ -24,27 +24,27 @@ pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="x86-64's
 TDPBF16PS = re.compile(rb"\xc4\xe2[\x42\x4a\x52\x5a\x62\x6a\x72\x7a]\x5c[\xc0-\xff]")
 
 
-@pytest.fixture(scope="module")
-def compiled():
+@pytest.fixture
+def compiled(shared):
     """`compiled(target, precision)`: a tiny BERT for that target, with heads of 32 columns, which fit AMX."""
-    made = {}
 
     def get(target: str, precision: str = "bf16") -> turbo_tvm.CompiledModel:
-        if (target, precision) not in made:
-            config = transformers.BertConfig(
-                vocab_size=50,
-                hidden_size=64,
-                num_hidden_layers=1,
-                num_attention_heads=2,
-                intermediate_size=64,
-                max_position_embeddings=24,
-            )
-            torch.manual_seed(0)
-            model = transformers.BertModel(config).eval()
-            made[target, precision] = turbo_tvm.compile(model, target=target, precision=precision, progress=False)
-        return made[target, precision]
+        return shared.compiled("bert for amx", bert, target=target, precision=precision)
 
     return get
+
+
+def bert() -> torch.nn.Module:
+    config = transformers.BertConfig(
+        vocab_size=50,
+        hidden_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=24,
+    )
+    torch.manual_seed(0)
+    return transformers.BertModel(config).eval()
 
 
 def kernels(model: turbo_tvm.CompiledModel, family: str) -> list[str]:

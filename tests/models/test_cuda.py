@@ -8,6 +8,7 @@ import subprocess
 import sys
 from ctypes.util import find_library
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -43,6 +44,27 @@ def simulated():
         yield device
 
 
+@pytest.fixture(scope="session")
+def file_of(shared, module_of):
+    """`file_of(name, precision)`: one of the shared models, compiled for the executor once per run."""
+
+    def get(name, precision="fp32"):
+        def make(folder):
+            imported = shared.imported(f"served {name}", lambda: module_of(name))
+            with simulated_gpu.compiler(), mock.patch.object(compiler, "import_model", lambda *_: imported):
+                turbo_tvm.compile(imported.name, target="cuda:sm_80", precision=precision).save(folder / "m.turbo")
+
+        return shared.made(f"{name} for the executor, {precision}", make) / "m.turbo"
+
+    return get
+
+
+@pytest.fixture
+def on_gpu(simulated, file_of):
+    """`on_gpu(name, precision)`: the same, loaded anew, so that no test knows the batches of another."""
+    return lambda name, precision="fp32": turbo_tvm.load(file_of(name, precision))
+
+
 def requests(lengths=LENGTHS, seed=0):
     rng = np.random.default_rng(seed)
     return [rng.integers(0, 101, n) for n in lengths]
@@ -73,51 +95,49 @@ class TestModels:
             ("clip_text", "fp16"),
         ],
     )
-    def test_agree_with_pytorch(self, simulated, served, name, precision):
-        module = served(name).module
-        compiled = turbo_tvm.compile(module, target="cuda:sm_80", precision=precision)
+    def test_agree_with_pytorch(self, simulated, on_gpu, module_of, name, precision):
+        module, compiled = module_of(name), on_gpu(name, precision)
         assert compiled.manifest.layout == "packed" and compiled.manifest.target.device == "cuda"
         agree(module, compiled, TOLERANCES[precision])
         counts = simulated.counts()
         assert (counts.mma > 0) == (precision != "fp32")
 
-    def test_images(self, simulated, served):
-        module = served("vit").module
-        compiled = turbo_tvm.compile(module, target="cuda:sm_80", precision="fp16")
+    def test_images(self, on_gpu, module_of):
+        module, compiled = module_of("vit"), on_gpu("vit", "fp16")
         pixels = torch.randn(3, 3, 32, 48, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             wanted = module(pixel_values=pixels)
         for name, got in compiled(pixel_values=pixels).items():
             assert (got - wanted[name]).abs().max() < TOLERANCES["fp16"] * max(1, wanted[name].abs().max())
 
-    def test_what_no_pass_recognises_is_padded(self, simulated, served):
-        module = served("padded").module
-        compiled = turbo_tvm.compile(module, target="cuda:sm_80")
+    def test_what_no_pass_recognises_is_padded(self, on_gpu, module_of):
+        compiled = on_gpu("padded")
         assert compiled.manifest.layout == "padded"
-        agree(module, compiled, 1e-5)
+        agree(module_of("padded"), compiled, 1e-5)
 
-    def test_saved_and_loaded(self, simulated, served, tmp_path):
-        compiled = turbo_tvm.compile(served("bert").module, target="cuda:sm_80,sm_90", precision="fp16")
+    def test_saved_and_loaded(self, simulated, module_of, tmp_path):
+        compiled = turbo_tvm.compile(module_of("bert"), target="cuda:sm_80,sm_90", precision="fp16")
+        agree(module_of("bert"), compiled, TOLERANCES["fp16"])
         compiled.save(tmp_path / "m.turbo")
         loaded = turbo_tvm.load(tmp_path / "m.turbo")
         assert loaded.manifest.target.architectures == ("sm_80", "sm_90")
         for a, b in zip(compiled.run(requests()), loaded.run(requests()), strict=True):
             np.testing.assert_array_equal(a, b)
 
-    def test_the_profiler_times_every_kernel(self, simulated, served):
-        compiled = turbo_tvm.compile(served("bert").module, target="cuda:sm_80", precision="fp16")
+    def test_the_profiler_times_every_kernel(self, on_gpu):
+        compiled = on_gpu("bert", "fp16")
         report = compiled.profile([3, 20], rounds=2)
         assert {k.name for k in report.kernels} >= {k.name for k in compiled.manifest.kernels}
 
-    def test_the_command_that_profiles(self, simulated, served, tmp_path):
-        turbo_tvm.compile(served("bert").module, target="cuda:sm_80", precision="fp16").save(tmp_path / "m.turbo")
-        out = succeed("profile", tmp_path / "m.turbo", "--lengths", "3,9", "--rounds", "2")
+    def test_the_command_that_profiles(self, simulated, file_of, tmp_path):
+        path = file_of("bert", "fp16")
+        out = succeed("profile", path, "--lengths", "3,9", "--rounds", "2")
         assert "attention" in out and "linear" in out
-        line = ("profile", tmp_path / "m.turbo", "--lengths", "3", "--plot", tmp_path / "roof.png")
+        line = ("profile", path, "--lengths", "3", "--plot", tmp_path / "roof.png")
         assert "limits, which are measured of CPUs only" in fail(*line)
 
-    def test_a_budget_of_memory(self, simulated, served):
-        compiled = turbo_tvm.compile(served("bert").module, target="cuda:sm_80")
+    def test_a_budget_of_memory(self, on_gpu):
+        compiled = on_gpu("bert")
         whole = compiled.run(requests())
         compiled.memory_budget = compiled.peak_bytes([64]) + 64
         for a, b in zip(whole, compiled.run(requests()), strict=True):
@@ -128,8 +148,8 @@ class TestGraphs:
     """TVM's rewrite lifts the kernels; what a graph is here also checks that nothing has moved since it was made."""
 
     @pytest.fixture
-    def compiled(self, simulated, served):
-        return turbo_tvm.compile(served("bert").module, target="cuda:sm_80", precision="fp16")
+    def compiled(self, on_gpu):
+        return on_gpu("bert", "fp16")
 
     def test_a_shape_that_repeats_is_replayed(self, simulated, compiled):
         first = compiled.run(requests())
@@ -158,20 +178,20 @@ class TestGraphs:
                 np.testing.assert_array_equal(a, b)
         assert simulated.graphs.replays > 10
 
-    def test_they_can_be_switched_off(self, simulated, served, monkeypatch):
+    def test_they_can_be_switched_off(self, simulated, on_gpu, monkeypatch):
         monkeypatch.setenv("TURBO_TVM_CUDA_GRAPHS", "0")
-        compiled = turbo_tvm.compile(served("bert").module, target="cuda:sm_80")
+        compiled = on_gpu("bert")
         for _ in range(3):
             compiled.run(requests())
         assert simulated.graphs.captures == 0
 
 
 @pytest.fixture(scope="module")
-def path(served, tmp_path_factory):
+def path(module_of, tmp_path_factory):
     """A model for two architectures; its machine code is for the executor."""
     folder = tmp_path_factory.mktemp("cuda")
     with simulated_gpu.compiler():
-        compiled = turbo_tvm.compile(served("bert").module, target="cuda:sm_75,sm_86", precision="fp16")
+        compiled = turbo_tvm.compile(module_of("bert"), target="cuda:sm_75,sm_86", precision="fp16")
     with pytest.raises(TurboError, match=r"this machine has none.*can be saved here"):
         compiled.run(requests())
     compiled.save(folder / "m.turbo")
@@ -381,8 +401,8 @@ def test_code_that_the_disassembler_refuses_is_left_out(path, monkeypatch):
     assert "sm_75: nvdisasm cannot read the machine code" in out and "no kernel spills registers" in out
 
 
-def test_a_cost_is_kept_by_the_gpus_name(simulated, served):
-    compiled = turbo_tvm.compile(served("bert").module, target="cuda:sm_80", precision="fp16")
+def test_a_cost_is_kept_by_the_gpus_name(on_gpu):
+    compiled = on_gpu("bert", "fp16")
     compiled.measure_cost(budget_s=0.2)
     assert list(compiled.manifest.costs) == ["SIMT executor"] and compiled.cost([3, 4]) > 0
 

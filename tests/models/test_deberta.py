@@ -10,11 +10,10 @@ import transformers
 import turbo_tvm
 from turbo_tvm.compiler import pipeline, targets
 from turbo_tvm.errors import TargetError
+from turbo_tvm.frontends.options import ImportOptions
 from turbo_tvm.frontends.torch.module import import_module
 from turbo_tvm.schedules.cpu.tiles import AVX2
 from turbo_tvm.schedules.cuda.tiles import CUDA_TILES
-
-pytestmark = pytest.mark.xdist_group("deberta")
 
 LONGEST = 64
 LENGTHS = (1, 2, 7, 33, 64, 16, 17, 5)
@@ -92,5 +91,5 @@ def test_bf16_points_where_pytorch_does():
 )
 def test_what_is_padded(tiles, changes, reason):
     model = build(transformers.DebertaV2Model, **changes)
-    optimized = pipeline.optimize(import_module(model, max_length=9).mod, tiles, 9)
+    optimized = pipeline.optimize(import_module(model, ImportOptions(max_length=9)).mod, tiles, 9)
     assert optimized.layout == "padded" and reason in optimized.declined[0]

@@ -15,8 +15,6 @@ import turbo_tvm
 from turbo_tvm.compiler import targets
 from turbo_tvm.errors import InputError, TargetError
 
-pytestmark = pytest.mark.xdist_group("served")
-
 AGREEMENT = 1e-4
 SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
 SIZES |= {"image_size": 32, "patch_size": 16}
@@ -49,7 +47,7 @@ class TestViT:
     def test_batches_agree_with_pytorch_and_with_each_image_alone(self, served):
         module, compiled = (vit := served("vit")).module, vit.compiled
         assert compiled.manifest.layout == "packed" and not compiled.manifest.declined
-        assert compiled.manifest.bounds.image.tokens == compiled.manifest.bounds.max_length == 25
+        assert compiled.manifest.request_limits.image.tokens == compiled.manifest.request_limits.max_length == 25
         for count in (1, 2, 33):
             agree(module, compiled, noise(count))
         images = list(noise(9).numpy())
@@ -143,7 +141,7 @@ def test_another_size_with_two_tokens_that_are_pooled():
     config = transformers.DeiTConfig(**SIZES, num_labels=5)
     module = spread(transformers.DeiTForImageClassificationWithTeacher(config))
     compiled = turbo_tvm.compile(module, image_size=(48, 80))
-    assert compiled.manifest.layout == "packed" and compiled.manifest.bounds.image.prefix == 2
+    assert compiled.manifest.layout == "packed" and compiled.manifest.request_limits.image.prefix == 2
     agree(module, compiled, noise(3, 48, 80), interpolate_pos_encoding=True)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import re
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -49,7 +50,6 @@ def config(name: str, layers: int) -> transformers.PretrainedConfig:
 
 
 ARCHITECTURES = ("bert", "minilm", "roberta", "xlm-roberta", "distilbert", "albert", "electra", "mpnet")
-GROUPED = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in ARCHITECTURES]
 HEADS = {
     "ForSequenceClassification": ("logits",),
     "ForTokenClassification": ("logits",),
@@ -75,9 +75,14 @@ def model_of(name: str) -> torch.nn.Module:
     return _spread(transformers.AutoModel.from_config(config(name, layers=2)).eval())
 
 
-@cache
-def bare(name: str, precision: str = "fp32") -> tuple[torch.nn.Module, turbo_tvm.CompiledModel]:
-    return model_of(name), turbo_tvm.compile(model_of(name), precision=precision)
+@pytest.fixture
+def bare(shared) -> Callable[..., tuple[torch.nn.Module, turbo_tvm.CompiledModel]]:
+    """`bare(name, precision="fp32")`: one of ARCHITECTURES, and compiled."""
+
+    def get(name: str, precision: str = "fp32") -> tuple[torch.nn.Module, turbo_tvm.CompiledModel]:
+        return model_of(name), shared.compiled(f"bare {name}", lambda: model_of(name), precision=precision)
+
+    return get
 
 
 def _spread(model: torch.nn.Module) -> torch.nn.Module:
@@ -101,8 +106,8 @@ def reference(model: torch.nn.Module, sequence: np.ndarray) -> dict[str, np.ndar
     return {name: value[0].numpy() for name, value in out.items() if isinstance(value, torch.Tensor)}
 
 
-@pytest.mark.parametrize("name", GROUPED)
-def test_every_length_agrees_with_pytorch_in_one_batch(name):
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_length_agrees_with_pytorch_in_one_batch(bare, name):
     model, compiled = bare(name)
     requests = sequences(LENGTHS)
     assert compiled.manifest.layout == "packed" and not compiled.manifest.declined
@@ -113,8 +118,8 @@ def test_every_length_agrees_with_pytorch_in_one_batch(name):
             np.testing.assert_allclose(got, wanted, rtol=0, atol=AGREEMENT)
 
 
-@pytest.mark.parametrize("name", GROUPED)
-def test_batches_of_1_to_33_agree_with_pytorch_and_with_each_sequence_alone(name):
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_batches_of_1_to_33_agree_with_pytorch_and_with_each_sequence_alone(bare, name):
     model, compiled = bare(name)
     rng = np.random.default_rng(1)
     pool = sequences(rng.choice([*LENGTHS[:7], 40, 65, 96, 130, 200], 33), seed=2)
@@ -127,8 +132,8 @@ def test_batches_of_1_to_33_agree_with_pytorch_and_with_each_sequence_alone(name
             np.testing.assert_allclose(got, alone[index], rtol=0, atol=SAME)
 
 
-@pytest.mark.parametrize("name", GROUPED)
-def test_memory_is_planned_without_a_trace_in_the_answers(name):
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_memory_is_planned_without_a_trace_in_the_answers(bare, name):
     """The same bits where every tensor has memory of its own, and where all that is dead is NaN."""
     _, compiled = bare(name)
     requests = sequences((1, 13, 200, 31))
@@ -154,8 +159,8 @@ def cosine(got: np.ndarray, wanted: np.ndarray) -> float:
 
 @pytest.mark.slow
 @needs_bf16
-@pytest.mark.parametrize("name", [p for p in GROUPED if p.values[0] not in ("xlm-roberta", "electra")])
-def test_bf16_points_where_pytorch_does(name):
+@pytest.mark.parametrize("name", [n for n in ARCHITECTURES if n not in ("xlm-roberta", "electra")])
+def test_bf16_points_where_pytorch_does(bare, name):
     model, compiled = bare(name, "bf16")
     assert compiled.manifest.layout == "packed" and compiled.manifest.precision == "bf16"
     requests = sequences(LENGTHS)
@@ -166,8 +171,8 @@ def test_bf16_points_where_pytorch_does(name):
 
 
 @needs_bf16
-@pytest.mark.parametrize("name", [p for p in GROUPED if p.values[0] in ("bert", "minilm", "mpnet")])
-def test_bf16_alone_and_in_a_batch_give_the_same(name):
+@pytest.mark.parametrize("name", ["bert", "minilm", "mpnet"])
+def test_bf16_alone_and_in_a_batch_give_the_same(bare, name):
     """Nothing that a row is computed from depends on its batch, hence no rounding either."""
     _, compiled = bare(name, "bf16")
     pool = sequences(np.random.default_rng(1).choice([*LENGTHS[:7], 40, 65, 96, 130, 200], 17), seed=2)
@@ -176,8 +181,7 @@ def test_bf16_alone_and_in_a_batch_give_the_same(name):
 
 
 @needs_bf16
-@pytest.mark.xdist_group("bert")
-def test_bf16_survives_the_artifact(tmp_path):
+def test_bf16_survives_the_artifact(bare, tmp_path):
     _, compiled = bare("bert", "bf16")
     requests = sequences((1, 12, 13, 200))
     compiled.save(tmp_path / "bert.turbo")
@@ -188,18 +192,22 @@ def test_bf16_survives_the_artifact(tmp_path):
 
 
 @cache
-def large(precision: str) -> tuple[torch.nn.Module, turbo_tvm.CompiledModel]:
+def large_model() -> torch.nn.Module:
     """A layer as wide as BERT-large's: rows of whole pages, in fp32 and, between the products, in bf16."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 1024, "num_attention_heads": 16, "intermediate_size": 4096, "num_hidden_layers": 1}
-    model = transformers.BertModel(transformers.BertConfig(**SIZES | sizes)).eval()
-    return model, turbo_tvm.compile(model, precision=precision)
+    return transformers.BertModel(transformers.BertConfig(**SIZES | sizes)).eval()
+
+
+@pytest.fixture
+def large(shared) -> Callable[[str], turbo_tvm.CompiledModel]:
+    """`large(precision)`: `large_model`, compiled."""
+    return lambda precision: shared.compiled("large", large_model, precision=precision)
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("large")
-def test_the_widths_of_bert_large():
-    model, compiled = large("fp32")
+def test_the_widths_of_bert_large(large):
+    model, compiled = large_model(), large("fp32")
     requests = sequences(LENGTHS[:8])
     for sequence, got in zip(requests, compiled.run(requests), strict=True):
         np.testing.assert_allclose(got, reference(model, sequence)["last_hidden_state"], rtol=0, atol=AGREEMENT)
@@ -207,21 +215,20 @@ def test_the_widths_of_bert_large():
 
 @pytest.mark.slow
 @needs_bf16
-@pytest.mark.xdist_group("large")
-def test_the_widths_of_bert_large_in_bf16_take_half_the_space(tmp_path):
-    model, compiled = large("bf16")
+def test_the_widths_of_bert_large_in_bf16_take_half_the_space(large, tmp_path):
+    model, compiled = large_model(), large("bf16")
     requests = sequences(LENGTHS[:8])
     for sequence, got in zip(requests, compiled.run(requests), strict=True):
         assert cosine(got, reference(model, sequence)["last_hidden_state"]) >= COSINE
     sizes = []
     for precision in ("fp32", "bf16"):
-        large(precision)[1].save(tmp_path / precision)
+        large(precision).save(tmp_path / precision)
         sizes.append((tmp_path / precision).stat().st_size)
     assert 0.5 <= sizes[1] / sizes[0] <= 0.52
 
 
-@pytest.mark.parametrize("name", GROUPED)
-def test_a_layer_is_at_most_six_kernels_and_no_mask_arithmetic_is_left(name):
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_layer_is_at_most_six_kernels_and_no_mask_arithmetic_is_left(bare, name):
     _, compiled = bare(name)
     calls = sum(k.calls for k in compiled.manifest.kernels if k.family in ("linear", "attention", "norm"))
     outside = 2  # the pooler, and the projection of smaller embeddings
@@ -253,12 +260,17 @@ def test_heads_agree_with_pytorch(name, head):
             np.testing.assert_allclose(got, wanted, rtol=0, atol=AGREEMENT)
 
 
-@pytest.mark.xdist_group("bert")
-@pytest.mark.parametrize("pooling", ["mean", "cls"])
-@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize(
+    ("pooling", "normalize"),
+    [
+        ("mean", True),
+        ("cls", False),
+        pytest.param("mean", False, marks=pytest.mark.slow),
+        pytest.param("cls", True, marks=pytest.mark.slow),
+    ],
+)
 def test_sentence_embeddings_agree_with_pytorch(pooling, normalize):
-    encoder, _ = bare("bert")
-    model = SentenceEncoder(encoder, pooling, normalize).eval()
+    model = SentenceEncoder(model_of("bert"), pooling, normalize).eval()
     compiled = turbo_tvm.compile(model)
     assert compiled.manifest.layout == "packed"
     requests = sequences(LENGTHS)
@@ -304,10 +316,9 @@ DOCUMENTED = (
 
 
 @needs_bf16
-@pytest.mark.xdist_group("real minilm")
-def test_minilm_with_real_weights_in_bf16_embeds_200_sentences_as_pytorch_does(record_property):
+def test_minilm_with_real_weights_in_bf16_embeds_200_sentences_as_pytorch_does(shared, record_property):
     texts = real_sentences(200)
-    got = np.stack(turbo_tvm.compile(minilm_folder(), precision="bf16").encode(texts))
+    got = np.stack(shared.compiled("real minilm", minilm_folder, precision="bf16").encode(texts))
     tokenizer, model = minilm_reference()
     wanted = np.stack([reference(model, np.array(tokenizer(t)["input_ids"]))["sentence_embedding"] for t in texts])
     worst = cosine(got, wanted)
@@ -315,12 +326,9 @@ def test_minilm_with_real_weights_in_bf16_embeds_200_sentences_as_pytorch_does(r
     assert worst >= COSINE
 
 
-@pytest.mark.xdist_group("real minilm")
-def test_minilm_with_real_weights_embeds_text_as_pytorch_does():
-    folder = minilm_folder()
+def test_minilm_with_real_weights_embeds_text_as_pytorch_does(shared):
     texts = ["a word", "Ragged requests have very different lengths. " * 9, "the quick brown fox", "π ≈ 3.14159 😀", ""]
-    compiled = turbo_tvm.compile(folder)
-    got = np.stack(compiled.encode(texts))
+    got = np.stack(shared.compiled("real minilm", minilm_folder).encode(texts))
     tokenizer, model = minilm_reference()
     wanted = np.stack([reference(model, np.array(tokenizer(t)["input_ids"]))["sentence_embedding"] for t in texts])
     np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-5)
@@ -340,11 +348,20 @@ class SquareRootPooled(torch.nn.Module):
         return {"pooled": (hidden * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True).sqrt()}
 
 
-@pytest.mark.parametrize("name", [p for p in GROUPED if p.values[0] in ("bert", "mpnet")])
-def test_a_model_that_passes_decline_is_compiled_padded_and_still_right(name):
-    encoder, _ = bare(name)
-    model = SquareRootPooled(encoder).eval()
-    compiled = turbo_tvm.compile(model)
+@pytest.fixture
+def pooled(shared) -> Callable[..., tuple[torch.nn.Module, turbo_tvm.CompiledModel]]:
+    """`pooled(name, precision="fp32")`: one of ARCHITECTURES with that pooling, and compiled."""
+
+    def get(name: str, precision: str = "fp32") -> tuple[torch.nn.Module, turbo_tvm.CompiledModel]:
+        model = SquareRootPooled(model_of(name)).eval()
+        return model, shared.compiled(f"root pooled {name}", lambda: model, precision=precision)
+
+    return get
+
+
+@pytest.mark.parametrize("name", ["bert", "mpnet"])
+def test_a_model_that_passes_decline_is_compiled_padded_and_still_right(pooled, name):
+    model, compiled = pooled(name)
     assert compiled.manifest.layout == "padded"
     assert len(compiled.manifest.declined) == 1 and "relax.sum" in compiled.manifest.declined[0]
     requests = sequences((1, 5, 30, 13))
@@ -353,10 +370,8 @@ def test_a_model_that_passes_decline_is_compiled_padded_and_still_right(name):
 
 
 @needs_bf16
-@pytest.mark.xdist_group("bert")
-def test_a_padded_model_in_bf16():
-    model = SquareRootPooled(model_of("bert")).eval()
-    compiled = turbo_tvm.compile(model, precision="bf16")
+def test_a_padded_model_in_bf16(pooled):
+    model, compiled = pooled("bert", "bf16")
     assert compiled.manifest.layout == "padded" and compiled.manifest.precision == "bf16"
     assert any("bf16" in k.name for k in compiled.manifest.kernels if k.family == "linear")
     requests = sequences((1, 5, 30, 13))
@@ -390,7 +405,7 @@ def test_a_module_of_ones_own_is_packed_too():
     torch.manual_seed(0)
     model = OwnEncoder().eval()
     compiled = turbo_tvm.compile(model, max_length=300)
-    assert compiled.manifest.layout == "packed" and compiled.manifest.bounds.max_length == 300
+    assert compiled.manifest.layout == "packed" and compiled.manifest.request_limits.max_length == 300
     requests = sequences((1, 12, 13, 100, 300))
     with torch.inference_mode():
         for sequence, got in zip(requests, compiled.run(requests), strict=True):

@@ -6,6 +6,7 @@ Tiny random configurations, one compile each: fp32 over a ragged batch, bf16 for
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from functools import cache
 
 import numpy as np
@@ -17,6 +18,7 @@ import transformers
 import turbo_tvm
 from turbo_tvm.compiler import targets
 from turbo_tvm.errors import InputError, TargetError, UnsupportedModelError
+from turbo_tvm.frontends.options import ImportOptions
 from turbo_tvm.frontends.torch import wrapper as torch_wrapper
 
 VOCABULARY = 211
@@ -55,10 +57,7 @@ MODELS = {
     "modernbert": lambda: transformers.ModernBertModel(modernbert()),
 }
 SLOW = ("t5", "nomic")  # whose parts the others have too
-GROUPED = [
-    pytest.param(name, marks=[pytest.mark.xdist_group(name), *([pytest.mark.slow] if name in SLOW else [])])
-    for name in MODELS
-]
+NAMES = [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in MODELS]
 
 
 def _spread(model: torch.nn.Module) -> torch.nn.Module:
@@ -75,9 +74,15 @@ def model_of(name: str) -> torch.nn.Module:
     return _spread(MODELS[name]())
 
 
-@cache
-def compiled(name: str, precision: str = "fp32") -> turbo_tvm.CompiledModel:
-    return turbo_tvm.compile(model_of(name), precision=precision, max_length=120)
+@pytest.fixture
+def compiled(shared) -> Callable[..., turbo_tvm.CompiledModel]:
+    """`compiled(name, precision="fp32")`: one of MODELS for up to 120 tokens."""
+    options = ImportOptions(max_length=120)
+
+    def get(name: str, precision: str = "fp32") -> turbo_tvm.CompiledModel:
+        return shared.compiled(f"modern {name}", lambda: model_of(name), options, precision=precision)
+
+    return get
 
 
 def sequences(lengths, seed: int = 0) -> list[np.ndarray]:
@@ -96,18 +101,18 @@ def agree(model: torch.nn.Module, made: turbo_tvm.CompiledModel, requests, outpu
         np.testing.assert_allclose(got, reference(model, sequence, output), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", GROUPED)
-def test_every_length_agrees_with_pytorch_in_one_batch(name):
+@pytest.mark.parametrize("name", NAMES)
+def test_every_length_agrees_with_pytorch_in_one_batch(compiled, name):
     made = compiled(name)
     assert made.manifest.layout == "packed" and not made.manifest.declined
     agree(model_of(name), made, sequences(LENGTHS))
     agree(model_of(name), made, sequences((120,)))
 
 
-def families(name: str) -> dict[str, int]:
+def families(made: turbo_tvm.CompiledModel) -> dict[str, int]:
     """How often each family of kernels is called."""
     counts: dict[str, int] = {}
-    for kernel in compiled(name).manifest.kernels:
+    for kernel in made.manifest.kernels:
         counts[kernel.family] = counts.get(kernel.family, 0) + kernel.calls
     return counts
 
@@ -115,41 +120,36 @@ def families(name: str) -> dict[str, int]:
 @pytest.mark.parametrize(
     ("name", "per_layer", "others"),
     [
-        pytest.param(
+        (
             "t5-gated",
             {"norm": 2, "linear": 4, "attention": 1, "gate": 1},
             {"norm": 1},
-            marks=pytest.mark.xdist_group("t5-gated"),
         ),
-        pytest.param(
+        (
             "modernbert",
             {"linear": 4, "attention": 1, "rotary": 1, "gate": 1},
             {"norm": 3},  # the other norms are in products, and in the embedding
-            marks=pytest.mark.xdist_group("modernbert"),
         ),
-        pytest.param(
+        (
             "eurobert",
             {"norm": 2, "linear": 4, "attention": 1, "rotary": 1, "gate": 1},
             {"norm": 1},
-            marks=pytest.mark.xdist_group("eurobert"),
         ),
     ],
 )
-def test_nothing_is_left_but_our_kernels(name, per_layer, others):
+def test_nothing_is_left_but_our_kernels(compiled, name, per_layer, others):
     wanted = {family: 2 * per_layer.get(family, 0) + others.get(family, 0) for family in {*per_layer, *others}}
-    assert families(name) == wanted | {"embedding": 1}
+    assert families(compiled(name)) == wanted | {"embedding": 1}
     assert len(compiled(name).manifest.steps) == sum(wanted.values()) + 1
 
 
-@pytest.mark.xdist_group("modernbert")
-def test_a_window_counts_tokens_so_masks_with_holes_are_refused():
+def test_a_window_counts_tokens_so_masks_with_holes_are_refused(compiled):
     mask = np.array([[1, 1, 0, 1]])
     with pytest.raises(InputError, match="has holes"):
         compiled("modernbert")(np.full((1, 4), 7), attention_mask=mask)
 
 
-@pytest.mark.xdist_group("modernbert")
-def test_a_window_and_two_tables_of_angles():
+def test_a_window_and_two_tables_of_angles(compiled):
     names = [k.name for k in compiled("modernbert").manifest.kernels]
     assert [n for n in names if n.startswith("attention")] == [
         "attention_2x16_merged_max120",
@@ -170,12 +170,9 @@ def _lacks_bf16() -> bool:
 @pytest.mark.skipif(_lacks_bf16(), reason="needs a CPU with AVX512-BF16")
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param("modernbert", marks=pytest.mark.xdist_group("modernbert")),
-        pytest.param("eurobert", marks=[pytest.mark.xdist_group("eurobert"), pytest.mark.slow]),
-    ],
+    ["modernbert", pytest.param("eurobert", marks=pytest.mark.slow)],
 )
-def test_bf16_points_where_pytorch_does(name):
+def test_bf16_points_where_pytorch_does(compiled, name):
     made, requests = compiled(name, "bf16"), sequences(LENGTHS)
     assert all("bf16" in k.name for k in made.manifest.kernels)
     for sequence, got in zip(requests, made.run(requests), strict=True):
@@ -203,7 +200,7 @@ def test_8192_tokens_in_one_request():
     torch.manual_seed(0)
     model = _spread(transformers.ModernBertModel(modernbert(max_position_embeddings=8192)))
     made = turbo_tvm.compile(model)
-    assert made.manifest.layout == "packed" and made.manifest.bounds.max_length == 8192
+    assert made.manifest.layout == "packed" and made.manifest.request_limits.max_length == 8192
     agree(model, made, sequences((8192, 70)))
 
 

@@ -11,9 +11,7 @@ import tvm
 from tvm import relax
 
 import turbo_tvm
-from turbo_tvm.compiler import pipeline
-
-pytestmark = pytest.mark.xdist_group("served")
+from turbo_tvm.compiler import lowering, pipeline
 
 COMPILERS = [
     (tvm, "compile"),
@@ -22,7 +20,7 @@ COMPILERS = [
     (torch.export, "export"),
     (torch, "compile"),
     (pipeline, "optimize"),
-    (pipeline, "build"),
+    (lowering, "build"),
     (subprocess, "Popen"),
 ]
 
@@ -46,7 +44,7 @@ def test_the_count_sees_a_compile(served, compiler_calls):
     module = served("bert").module
     compiler_calls.clear()  # the fixture's own
     turbo_tvm.compile(module, progress=False)
-    once = ["torch.export.export", "turbo_tvm.compiler.pipeline.optimize", "turbo_tvm.compiler.pipeline.build"]
+    once = ["torch.export.export", "turbo_tvm.compiler.pipeline.optimize", "turbo_tvm.compiler.lowering.build"]
     assert [compiler_calls[name] for name in [*once, "VMExecutable.export_library"]] == [1, 1, 1, 1]
 
 

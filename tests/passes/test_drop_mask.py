@@ -49,15 +49,15 @@ def products(mod: tvm.IRModule) -> int:
 @pytest.mark.parametrize("factor", [as_floats, as_comparison])
 @pytest.mark.parametrize("mask_first", [False, True])
 def test_a_product_with_the_mask_is_dropped(factor, mask_first):
-    after = drop_mask(build(factor, mask_first=mask_first))
+    after = drop_mask(build(factor, mask_first=mask_first), "main")
     assert not products(after) and after["main"].body.body.same_as(after["main"].params[0])
 
 
 @pytest.mark.parametrize("factor", [halved, inverted])
 def test_any_other_factor_is_left_alone(factor):
     before = build(factor)
-    assert products(drop_mask(before)) == products(before)
+    assert products(drop_mask(before, "main")) == products(before)
 
 
 def test_without_a_mask_nothing_is():
-    assert products(drop_mask(build(as_floats, name="token_type_ids"))) == 1
+    assert products(drop_mask(build(as_floats, name="token_type_ids"), "main")) == 1

@@ -59,7 +59,7 @@ def test_counted_positions(graph, offset):
         row = graph.emit(op.add(graph.arange(), graph.number(offset)))
         return op.take(graph.table, graph.emit(op.expand_dims(row, 0)), axis=0)
 
-    mod, positions = extract_inputs(graph.module(body))
+    mod, positions = extract_inputs(graph.module(body), "main")
     assert positions == Positions("arange", offset, None, 16)
     assert positions.longest == 16 - offset
     assert inputs(mod) == ["input_ids", "attention_mask", "position_ids"]
@@ -73,7 +73,7 @@ def test_a_constant_that_is_cut_to_the_length(graph):
         ids = graph.emit(op.strided_slice(every, [1], [0], [graph.s], assume_inbound=True))
         return op.take(graph.table, ids, axis=0)
 
-    assert extract_inputs(graph.module(body))[1] == Positions("arange", 0, None, 16)
+    assert extract_inputs(graph.module(body), "main")[1] == Positions("arange", 0, None, 16)
 
 
 def test_a_table_that_is_cut_to_the_length(graph):
@@ -81,7 +81,7 @@ def test_a_table_that_is_cut_to_the_length(graph):
         rows = graph.emit(op.strided_slice(graph.table, [0], [3], [graph.s + 3], assume_inbound=True))
         return op.add(rows, graph.emit(op.astype(graph.emit(op.expand_dims(graph.ids, 2)), "float32")))
 
-    mod, positions = extract_inputs(graph.module(body))
+    mod, positions = extract_inputs(graph.module(body), "main")
     assert positions == Positions("arange", 3, None, 16)
     assert calls(mod, "take")[0].args[1].name == "position_ids"
 
@@ -93,7 +93,7 @@ def test_positions_that_count_what_is_no_padding(graph, pad):
         counted = graph.emit(op.multiply(graph.emit(op.cumsum(real, 1)), real))
         return op.take(graph.table, graph.emit(op.add(counted, graph.number(pad))), axis=0)
 
-    mod, positions = extract_inputs(graph.module(body))
+    mod, positions = extract_inputs(graph.module(body), "main")
     assert positions == Positions("count_non_pad", pad, pad, 16)
     assert positions.longest == 15 - pad
     assert not calls(mod, "cumsum")
@@ -104,7 +104,7 @@ def test_rows_of_a_table_that_are_more_than_a_term_are_left_alone(graph):
         rows = graph.emit(op.strided_slice(graph.table, [0], [0], [graph.s], assume_inbound=True))
         return op.expand_dims(rows, 0)
 
-    assert extract_inputs(graph.module(body))[1] is None
+    assert extract_inputs(graph.module(body), "main")[1] is None
 
 
 @pytest.mark.parametrize("rule", ["clipped", "again"])
@@ -114,7 +114,7 @@ def test_positions_that_are_counted_at_first_only_are_left_alone(graph, rule):
         ids = op.minimum(row, graph.number(9)) if rule == "clipped" else op.mod(row, graph.number(10))
         return op.take(graph.table, graph.emit(ids), axis=0)
 
-    mod, positions = extract_inputs(graph.module(body))
+    mod, positions = extract_inputs(graph.module(body), "main")
     assert positions is None
     assert inputs(mod) == ["input_ids", "attention_mask"]
 
@@ -127,21 +127,21 @@ def test_token_types_that_follow_from_separators_are_left_alone(graph):
         real = graph.emit(op.astype(graph.emit(op.not_equal(graph.ids, graph.number(0))), "int64"))
         return op.take(graph.table, graph.emit(op.multiply(graph.emit(op.cumsum(separators, 1)), real)), axis=0)
 
-    assert inputs(extract_inputs(graph.module(body))[0]) == ["input_ids", "attention_mask"]
+    assert inputs(extract_inputs(graph.module(body), "main")[0]) == ["input_ids", "attention_mask"]
 
 
 def test_token_types_that_are_always_0(graph):
     def body():
         return op.take(graph.table, graph.emit(op.zeros((graph.b, graph.s), "int64")), axis=0)
 
-    mod, positions = extract_inputs(graph.module(body))
+    mod, positions = extract_inputs(graph.module(body), "main")
     assert positions is None
     assert inputs(mod) == ["input_ids", "attention_mask", "token_type_ids"]
 
 
 def test_what_is_an_input_already_stays(graph):
     before = graph.module(lambda: op.take(graph.table, graph.ids, axis=0, mode="clip"))
-    mod, positions = extract_inputs(before)
+    mod, positions = extract_inputs(before, "main")
     assert positions is None
     ir.assert_structural_equal(mod, before)
 
@@ -159,7 +159,7 @@ def test_other_ids_are_left_alone(graph, rule):
         return op.take(graph.table, graph.emit(ids), axis=0)
 
     before = graph.module(body)
-    mod, positions = extract_inputs(before)
+    mod, positions = extract_inputs(before, "main")
     assert positions is None
     assert inputs(mod) == ["input_ids", "attention_mask"]
 
@@ -171,7 +171,7 @@ def test_two_rules_in_one_graph_leave_the_second_alone(graph):
         second = graph.emit(op.take(graph.table, graph.emit(op.add(row, graph.number(1))), axis=0))
         return op.add(first, second)
 
-    mod, positions = extract_inputs(graph.module(body))
+    mod, positions = extract_inputs(graph.module(body), "main")
     assert positions == Positions("arange", 0, None, 16)
     assert [call.args[1].name == "position_ids" for call in calls(mod, "take")] == [True, False]
 
@@ -186,7 +186,7 @@ def look_up(graph: Graph, shift: int = 0) -> relax.Expr:
 
 
 def test_a_look_up_of_the_whole_mask_is_the_mask(graph):
-    mod, _ = extract_inputs(graph.module(lambda: look_up(graph)))
+    mod, _ = extract_inputs(graph.module(lambda: look_up(graph)), "main")
     assert not calls(mod, "gather_nd")
     (shaped,) = calls(mod, "reshape")
     assert shaped.args[0].name == "attention_mask"
@@ -201,11 +201,11 @@ def test_a_look_up_of_a_flattened_mask_is_the_mask(graph):
         keys = graph.emit(op.reshape(graph.arange(), (1, 1, 1, graph.s)))
         return op.take(flat, graph.emit(op.add(first, keys)), axis=0)
 
-    mod, _ = extract_inputs(graph.module(body))
+    mod, _ = extract_inputs(graph.module(body), "main")
     assert not calls(mod, "take")
     assert calls(mod, "reshape")[-1].args[1].values[0].same_as(graph.b)
 
 
 def test_another_look_up_of_the_mask_is_left_alone(graph):
-    mod, _ = extract_inputs(graph.module(lambda: look_up(graph, shift=-1)))
+    mod, _ = extract_inputs(graph.module(lambda: look_up(graph, shift=-1)), "main")
     assert calls(mod, "gather_nd")

@@ -7,18 +7,19 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import tvm
+from operators import Emit, module_of, operators_of, values_of
 from tvm import relax, tirx
 
-from turbo_tvm.passes import composite
+from turbo_tvm.ops import Attention
+from turbo_tvm.ops.operand import dims
 from turbo_tvm.passes.analysis.evaluate import evaluate
-from turbo_tvm.passes.fuse_attention import _rounded, fuse_attention
 from turbo_tvm.passes.analysis.measure_bias import sample_positions
-from turbo_tvm.passes.normalize import normalize
+from turbo_tvm.passes.canonicalize import canonicalize
+from turbo_tvm.passes.fuse_attention import _rounded, fuse_attention
 from turbo_tvm.passes.rewriter import Rewriter
 
 HEADS, HEAD_DIM = 2, 4
 WINDOW = 50
-Emit = Callable[[relax.Expr], relax.Var]
 
 
 def build(bias: Callable, *, eager: bool, scale: float = 0.5) -> tvm.IRModule:
@@ -29,16 +30,14 @@ def build(bias: Callable, *, eager: bool, scale: float = 0.5) -> tvm.IRModule:
     ids = relax.Var("input_ids", relax.TensorType((b, s), "int64"))
     mask = relax.Var("attention_mask", relax.TensorType((b, s), "int64"))
     weight = relax.Var("weight", relax.TensorType((64, HEADS), "float32"))
-    bb = relax.BlockBuilder()
-    with bb.function("main", [x, ids, mask, weight], attrs={"num_input": 3}):
-        with bb.dataflow():
-            heads = [bb.emit(relax.op.reshape(x, (b, s, HEADS, HEAD_DIM))) for _ in range(3)]
-            added = bias(bb.emit, mask, weight, (b, s), ids)
-            attend = _eager if eager else _sdpa
-            out4 = attend(bb.emit, heads, added, scale)
-            out = bb.emit_output(relax.op.reshape(out4, (b, s, width)))
-        bb.emit_func_output(out)
-    return normalize(bb.finalize())
+
+    def body(emit, x, ids, mask, weight):
+        heads = [emit(relax.op.reshape(x, (b, s, HEADS, HEAD_DIM))) for _ in range(3)]
+        added = bias(emit, mask, weight, (b, s), ids)
+        attend = _eager if eager else _sdpa
+        return relax.op.reshape(attend(emit, heads, added, scale), (b, s, width))
+
+    return canonicalize(module_of([x, ids, mask, weight], body, inputs=3), "main")
 
 
 def _sdpa(emit: Emit, heads: list[relax.Var], bias: relax.Expr, scale: float) -> relax.Expr:
@@ -128,53 +127,56 @@ def chunks(emit, mask, weight, tokens, ids):
     return emit(relax.op.add(key_mask(emit, mask, weight, tokens, ids), emit(relax.op.expand_dims(outside, [0, 1]))))
 
 
-def fused_in(mod: tvm.IRModule) -> list[composite.Composite]:
-    found = [composite.match(b.value, "attention") for block in mod["main"].body.blocks for b in block.bindings]
-    return [f for f in found if f is not None]
+def fused_in(mod: tvm.IRModule) -> list[Attention]:
+    return operators_of(mod, Attention)
+
+
+def operands_behind_v(attention: Attention) -> list[tuple[str, relax.Expr]]:
+    """Name and tensor of what is given beside the rows."""
+    return [(a.name, a.tensor) for a in attention.arguments() if a.name not in ("q", "k", "v")]
 
 
 @pytest.mark.parametrize("eager", [False, True], ids=["sdpa", "eager"])
 @pytest.mark.parametrize("bias", [key_mask, key_mask_by_where])
 def test_key_mask_is_fused_and_its_arithmetic_disappears(bias, eager):
-    mod = fuse_attention(build(bias, eager=eager), max_length=64)
+    mod = fuse_attention(build(bias, eager=eager), "main", max_length=64)
     (attention,) = fused_in(mod)
-    assert [t.name for t in attention.tensors[3:]] == ["attention_mask"]
-    assert attention.attrs["scale"] == pytest.approx(0.5)
-    assert (attention.attrs["heads"], attention.attrs["head_dim"]) == (HEADS, HEAD_DIM)
-    calls = [b for b in mod["main"].body.blocks[0].bindings if isinstance(b.value, relax.Call)]
-    assert len(calls) == 1
+    assert [(name, t.name) for name, t in operands_behind_v(attention)] == [("mask", "attention_mask")]
+    assert attention.scale == pytest.approx(0.5)
+    assert (attention.heads, attention.head_dim) == (HEADS, HEAD_DIM)
+    assert sum(isinstance(value, relax.Call) for value in values_of(mod)) == 1
 
 
 @pytest.mark.parametrize("eager", [False, True], ids=["sdpa", "eager"])
 @pytest.mark.parametrize("bias", [relative_bias, causal_mask])
 def test_bias_over_distances_becomes_a_table(bias, eager):
-    mod = fuse_attention(build(bias, eager=eager), max_length=64)
+    mod = fuse_attention(build(bias, eager=eager), "main", max_length=64)
     (attention,) = fused_in(mod)
-    table = attention.tensors[4]
-    assert [int(d) for d in table.ty.shape.values] == [HEADS, 127]
+    assert [name for name, _ in operands_behind_v(attention)] == ["mask", "position_bias"]
+    assert dims(attention.position_bias) == [HEADS, 127]
 
 
 @pytest.mark.parametrize("max_length", [64, 8192])
 def test_a_window_becomes_an_attribute(max_length):
-    mod = fuse_attention(build(window, eager=False), max_length)
+    mod = fuse_attention(build(window, eager=False), "main", max_length)
     (attention,) = fused_in(mod)
-    assert attention.attrs["window"] == WINDOW and len(attention.tensors) == 4
-    short = fuse_attention(build(window, eager=False), max_length=WINDOW)
-    assert "window" not in fused_in(short)[0].attrs  # which everything lies in
+    assert attention.window == WINDOW and [name for name, _ in operands_behind_v(attention)] == ["mask"]
+    short = fuse_attention(build(window, eager=False), "main", max_length=WINDOW)
+    assert fused_in(short)[0].window is None  # which everything lies in
 
 
 def test_a_table_for_long_sequences_is_made_from_a_sample_of_positions():
-    mod = fuse_attention(build(relative_bias, eager=False), max_length=4000)
+    mod = fuse_attention(build(relative_bias, eager=False), "main", max_length=4000)
     (attention,) = fused_in(mod)
     params, weight = mod["main"].params, np.random.default_rng(0).standard_normal((64, HEADS)).astype("float32")
-    table = tabulated(mod, attention.tensors[4], {params[3]: weight})
+    table = tabulated(mod, attention.position_bias, {params[3]: weight})
     distances = np.arange(-3999, 4000)
     np.testing.assert_array_equal(table, weight[np.clip(distances + 32, 0, 63)].T)
 
 
 def tabulated(mod: tvm.IRModule, table: relax.Expr, values: dict) -> np.ndarray:
     """What an expression of weights is."""
-    rewriter = Rewriter(mod)
+    rewriter = Rewriter(mod, "main")
     rewriter.bound = {b.var: b.value for block in mod["main"].body.blocks for b in block.bindings}
     found = evaluate(rewriter, table, {}, lambda param: values[param])
     assert found is not None
@@ -199,12 +201,12 @@ def lower_triangle(emit, mask, weight, tokens, ids):
 
 @pytest.mark.parametrize("bias", [far_chunks, lower_triangle])
 def test_what_cannot_be_measured_at_8192_positions_is_left_alone(bias):
-    assert fused_in(fuse_attention(build(bias, eager=False), max_length=8192)) == []
+    assert fused_in(fuse_attention(build(bias, eager=False), "main", max_length=8192)) == []
 
 
 def test_what_is_no_function_of_one_pair_is_measured_whole_where_it_is_short():
-    (attention,) = fused_in(fuse_attention(build(lower_triangle, eager=False), max_length=64))
-    assert [int(d) for d in attention.tensors[4].ty.shape.values] == [HEADS, 127]
+    (attention,) = fused_in(fuse_attention(build(lower_triangle, eager=False), "main", max_length=64))
+    assert dims(attention.position_bias) == [HEADS, 127]
 
 
 @pytest.mark.parametrize("max_length", [1, 2, 600, 1025, 8192])
@@ -218,7 +220,7 @@ def test_every_distance_occurs_in_a_sample(max_length):
 @pytest.mark.parametrize("bias", [weak_mask, inverted_mask, absolute_bias, token_bias, chunks])
 def test_any_other_bias_is_left_alone(bias, eager):
     before = build(bias, eager=eager)
-    after = fuse_attention(before, max_length=64)
+    after = fuse_attention(before, "main", max_length=64)
     assert fused_in(after) == []
 
 
@@ -228,7 +230,7 @@ def test_attention_without_a_mask_is_left_alone():
         return emit(relax.op.zeros((1, 1, 1, 1), "float32"))
 
     mod = build(none, eager=True)
-    assert fused_in(fuse_attention(mod, max_length=64)) == []
+    assert fused_in(fuse_attention(mod, "main", max_length=64)) == []
 
 
 def test_heads_that_are_merged_into_another_shape_are_left_alone():
@@ -236,14 +238,13 @@ def test_heads_that_are_merged_into_another_shape_are_left_alone():
     b, s = tirx.Var("b", "int64"), tirx.Var("s", "int64")
     rows = relax.Var("x", relax.TensorType((b, s, HEADS * HEAD_DIM), "float32"))
     mask = relax.Var("attention_mask", relax.TensorType((b, s), "int64"))
-    bb = relax.BlockBuilder()
-    with bb.function("main", [rows, mask], attrs={"num_input": 2}):
-        with bb.dataflow():
-            heads = [bb.emit(relax.op.reshape(rows, (b, s, HEADS, HEAD_DIM))) for _ in range(3)]
-            out4 = _sdpa(bb.emit, heads, key_mask(bb.emit, mask, None, (b, s), None), 0.5)
-            out = bb.emit_output(relax.op.reshape(out4, (b, s * HEADS, HEAD_DIM)))
-        bb.emit_func_output(out)
-    assert fused_in(fuse_attention(bb.finalize(), max_length=64)) == []
+
+    def body(emit, rows, mask):
+        heads = [emit(relax.op.reshape(rows, (b, s, HEADS, HEAD_DIM))) for _ in range(3)]
+        out4 = _sdpa(emit, heads, key_mask(emit, mask, None, (b, s), None), 0.5)
+        return relax.op.reshape(out4, (b, s * HEADS, HEAD_DIM))
+
+    assert fused_in(fuse_attention(module_of([rows, mask], body, inputs=2), "main", max_length=64)) == []
 
 
 def of_images(bias: np.ndarray | None) -> tvm.IRModule:
@@ -251,21 +252,19 @@ def of_images(bias: np.ndarray | None) -> tvm.IRModule:
     b = tirx.Var("b", "int64")
     patches = relax.Var("patches", relax.TensorType((b, 5, HEADS * HEAD_DIM), "float32"))
     mask = relax.Var("attention_mask", relax.TensorType((b, 5), "int64"))
-    bb = relax.BlockBuilder()
-    with bb.function("main", [patches, mask], attrs={"num_input": 2}):
-        with bb.dataflow():
-            heads = [bb.emit(relax.op.reshape(patches, (b, 5, HEADS, HEAD_DIM))) for _ in range(3)]
-            added = [] if bias is None else [bb.emit(relax.op.multiply(relax.const(bias), relax.const(1.0, "float32")))]
-            out4 = bb.emit(relax.op.nn.attention(*heads, *added))
-            out = bb.emit_output(relax.op.reshape(out4, (b, 5, HEADS * HEAD_DIM)))
-        bb.emit_func_output(out)
-    return fuse_attention(bb.finalize(), max_length=5)
+
+    def body(emit, patches, mask):
+        heads = [emit(relax.op.reshape(patches, (b, 5, HEADS, HEAD_DIM))) for _ in range(3)]
+        added = [] if bias is None else [emit(relax.op.multiply(relax.const(bias), relax.const(1.0, "float32")))]
+        return relax.op.reshape(emit(relax.op.nn.attention(*heads, *added)), (b, 5, HEADS * HEAD_DIM))
+
+    return fuse_attention(module_of([patches, mask], body, inputs=2), "main", max_length=5)
 
 
 @pytest.mark.parametrize("bias", [None, np.zeros((1, 1, 1, 5), "float32")])
 def test_tokens_of_images_all_see_each_other(bias):
     (attention,) = fused_in(of_images(bias))
-    assert [t.name for t in attention.tensors[3:]] == ["attention_mask"]
+    assert [(name, t.name) for name, t in operands_behind_v(attention)] == [("mask", "attention_mask")]
 
 
 def test_a_bias_over_the_tokens_of_images_is_left_alone():

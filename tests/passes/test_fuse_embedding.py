@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from typing import TypeVar
 
 import pytest
 import tvm
+from operators import module_of, operators_of, others_of
 from tvm import relax, tirx
 from tvm.script import ir as I
 from tvm.script import relax as R
 
-from turbo_tvm.passes import composite
+from turbo_tvm.ops import Embedding, Norm, Operator
+from turbo_tvm.ops.call import to_call
 from turbo_tvm.passes.fuse_embedding import fuse_embedding
 
 t = TypeVar("t")
 
-NORM = '{"eps": 1e-12, "residual": true}'
-FUSED = '{"norm_eps": 1e-12, "tables": 3}'
+NORM = '{"eps": 1e-12, "tensors": ["x", "residual", "gamma", "beta"]}'
+NAMES = ["ids", "ids", "ids", "tables", "tables", "tables", "gamma", "beta"]
+FUSED = json.dumps({"norm_eps": 1e-12, "tensors": NAMES})
 
 
 def test_three_look_ups_and_their_norm_become_one():
@@ -68,25 +72,21 @@ def test_three_look_ups_and_their_norm_become_one():
                 R.output(out)
             return out
 
-    tvm.ir.assert_structural_equal(fuse_embedding(Before), Expected)
+    tvm.ir.assert_structural_equal(fuse_embedding(Before, "main"), Expected)
 
 
-def fuse(body, dtype: str = "int32") -> tuple[list[composite.Composite], list[str]]:
-    """The composites and operators left of `body(emit, ids, x, word, gamma, beta)`."""
+def fuse(body, dtype: str = "int32") -> tuple[list[Operator], list[str]]:
+    """The operators of ours, and the names of TVM's, left of `body(emit, ids, x, word, gamma, beta)`."""
     tiles = tirx.Var("t", "int64")
     ids = relax.Var("ids", relax.TensorType((tiles, 4), dtype))
     x = relax.Var("x", relax.TensorType((tiles, 4, 8), "float32"))
     word = relax.Var("word", relax.TensorType((50, 8), "float32"))
     vectors = [relax.Var(name, relax.TensorType((8,), "float32")) for name in ("gamma", "beta")]
-    bb = relax.BlockBuilder()
-    with bb.function("main", [ids, x, word, *vectors], attrs={"num_input": 2}):
-        with bb.dataflow():
-            out = bb.emit_output(body(bb.emit, ids, x, word, vectors))
-        bb.emit_func_output(out)
-    values = [b.value for block in fuse_embedding(bb.finalize())["main"].body.blocks for b in block.bindings]
-    found = [composite.match(v) for v in values]
-    rest = [v.op.name for v, f in zip(values, found, strict=True) if f is None and isinstance(v, relax.Call)]
-    return [f for f in found if f is not None], rest
+    before = module_of(
+        [ids, x, word, *vectors], lambda emit, ids, x, word, *vectors: body(emit, ids, x, word, vectors), inputs=2
+    )
+    after = fuse_embedding(before, "main")
+    return operators_of(after), others_of(after)
 
 
 def look_up(emit, table, ids):
@@ -94,19 +94,22 @@ def look_up(emit, table, ids):
 
 
 def norm(emit, terms, vectors):
-    made = composite.make("norm", [*terms, *vectors], terms[0].ty, eps=1e-5, residual=len(terms) > 1)
-    return emit(made)
+    (x, *residual), (gamma, beta) = terms, vectors
+    made = Norm(x=x, residual=residual[0] if residual else None, gamma=gamma, beta=beta, eps=1e-5, out=x.ty)
+    return emit(to_call(made))
 
 
 def test_a_single_look_up():
     (embedding,), rest = fuse(lambda emit, ids, x, word, vectors: look_up(emit, word, ids))
-    assert ([t.name for t in embedding.tensors], embedding.attrs) == (["ids", "word"], {"tables": 1, "norm_eps": None})
+    assert [(a.name, a.tensor.name) for a in embedding.arguments()] == [("ids", "ids"), ("tables", "word")]
+    assert (len(embedding.tables), embedding.norm_eps, embedding.attributes()) == (1, None, {})
     assert rest == []
 
 
 def test_a_single_look_up_and_its_norm():
     (embedding,), _ = fuse(lambda emit, ids, x, word, vectors: norm(emit, [look_up(emit, word, ids)], vectors))
-    assert embedding.attrs == {"tables": 1, "norm_eps": 1e-5}
+    assert (len(embedding.tables), embedding.attributes()) == (1, {"norm_eps": 1e-5})
+    assert [a.tensor.name for a in embedding.arguments()] == ["ids", "word", "gamma", "beta"]
 
 
 def test_norm_of_a_look_up_that_something_else_reads_stays():
@@ -115,8 +118,8 @@ def test_norm_of_a_look_up_that_something_else_reads_stays():
         return relax.op.multiply(norm(emit, [found], vectors), found)
 
     found, _ = fuse(body)
-    assert [f.name for f in found] == ["embedding", "norm"]
-    assert found[0].attrs["norm_eps"] is None
+    assert [type(f) for f in found] == [Embedding, Norm]
+    assert found[0].norm_eps is None
 
 
 @pytest.mark.parametrize("normalised", [False, True])
@@ -126,7 +129,7 @@ def test_sum_with_anything_else_is_left_alone(normalised):
         return norm(emit, terms, vectors) if normalised else relax.op.add(*terms)
 
     found, rest = fuse(body)
-    assert [f.name for f in found] == ["embedding", "norm"][: 1 + normalised]
+    assert [type(f) for f in found] == [Embedding, Norm][: 1 + normalised]
     assert rest == ["relax.add"][normalised:]
 
 
@@ -137,7 +140,7 @@ def test_sum_of_a_look_up_with_itself_is_left_alone(normalised):
         return norm(emit, [found, found], vectors) if normalised else relax.op.add(found, found)
 
     found, rest = fuse(body)
-    assert [f.name for f in found] == ["embedding", "norm"][: 1 + normalised]
+    assert [type(f) for f in found] == [Embedding, Norm][: 1 + normalised]
     assert rest == ["relax.add"][normalised:]
 
 
@@ -146,12 +149,12 @@ def test_normalised_look_ups_are_not_summed():
         return relax.op.add(norm(emit, [look_up(emit, word, ids)], vectors), look_up(emit, word, ids))
 
     found, rest = fuse(body)
-    assert ([f.name for f in found], rest) == (["embedding", "embedding"], ["relax.add"])
+    assert ([type(f) for f in found], rest) == ([Embedding, Embedding], ["relax.add"])
 
 
 def test_a_second_norm_stays():
     found, _ = fuse(lambda e, ids, x, word, vs: norm(e, [norm(e, [look_up(e, word, ids)], vs)], vs))
-    assert [f.name for f in found] == ["embedding", "norm"]
+    assert [type(f) for f in found] == [Embedding, Norm]
 
 
 def test_ids_of_another_type_are_left_alone():

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from operators import operators_of, values_of
 from tvm import relax, tirx
 
-from turbo_tvm.passes import composite
+from turbo_tvm.ops import Gate, Linear
+from turbo_tvm.ops.call import to_call
 from turbo_tvm.passes.fuse_gate import fuse_gate
-
-PLAIN = {"activation": None, "norm_eps": None, "residual": False}
+from turbo_tvm.passes.rewriter import is_call
 
 
 def products(*, activation="silu", second_rows="x", swapped=False, read_first=False, second_activation=None):
@@ -21,10 +22,11 @@ def products(*, activation="silu", second_rows="x", swapped=False, read_first=Fa
     bb = relax.BlockBuilder()
     with bb.function("main", [x, other, *weights, *biases], attrs={"num_input": 2}):
         with bb.dataflow():
-            attrs = PLAIN | {"activation": activation}, PLAIN | {"activation": second_activation}
-            a = bb.emit(composite.make("linear", [x, weights[0], biases[0]], out, **attrs[0]))
-            source = x if second_rows == "x" else other
-            b = bb.emit(composite.make("linear", [source, weights[1], biases[1]], out, **attrs[1]))
+            sources, activations = (x, x if second_rows == "x" else other), (activation, second_activation)
+            a, b = (
+                bb.emit(to_call(Linear(x=source, weight=weight, bias=bias, activation=name, out=out)))
+                for source, weight, bias, name in zip(sources, weights, biases, activations, strict=True)
+            )
             total = bb.emit(relax.op.multiply(*((b, a) if swapped else (a, b))))
             result = bb.emit_output(bb.emit(relax.op.add(total, a)) if read_first else total)
         bb.emit_func_output(result)
@@ -48,21 +50,22 @@ def halves(*, order=(0, 1), sliced=False, parts=2):
     return bb.finalize()
 
 
-def fused(mod, name):
-    found = [composite.match(b.value, name) for b in fuse_gate(mod)["main"].body.blocks[0].bindings]
-    return [f for f in found if f is not None]
+def fused(mod, kind):
+    return operators_of(fuse_gate(mod, "main"), kind)
 
 
 @pytest.mark.parametrize("swapped", [False, True])
 def test_two_products_become_one(swapped):
     mod = products(swapped=swapped)
-    (gate,), (linear,) = fused(mod, "gate"), fused(mod, "linear")
-    assert gate.attrs == {"activation": "silu", "columns": 12}
-    assert linear.attrs == PLAIN and [int(d) for d in linear.tensors[1].ty.shape.values] == [24, 8]
+    (gate,), (linear,) = fused(mod, Gate), fused(mod, Linear)
+    assert gate.attributes() == {"activation": "silu", "columns": 12}
+    assert linear.is_plain and linear.attributes() == {}
+    assert [a.name for a in linear.arguments()] == ["x", "weight", "bias"]
+    assert [int(d) for d in linear.weight.ty.shape.values] == [24, 8]
     names = [
-        [field.name for field in b.value.args[0].fields]
-        for b in fuse_gate(mod)["main"].body.blocks[0].bindings
-        if isinstance(b.value, relax.Call) and getattr(b.value.op, "name", "") == "relax.concat"
+        [field.name for field in value.args[0].fields]
+        for value in values_of(fuse_gate(mod, "main"))
+        if is_call(value, "concat")
     ]
     assert names == [["w0", "w1"], ["b0", "b1"]]
 
@@ -71,17 +74,17 @@ def test_two_products_become_one(swapped):
     "change", [{"second_rows": "other"}, {"read_first": True}, {"activation": None}, {"second_activation": "relu"}]
 )
 def test_other_products_are_left_alone(change):
-    assert fused(products(**change), "gate") == []
+    assert fused(products(**change), Gate) == []
 
 
 @pytest.mark.parametrize("sliced", [False, True])
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_two_halves(order, sliced):
-    (gate,) = fused(halves(order=order, sliced=sliced), "gate")
-    assert gate.tensors[0].name == "y"
-    assert gate.attrs == {"activation": "gelu", "columns": 12} | ({"second": True} if order[0] else {})
+    (gate,) = fused(halves(order=order, sliced=sliced), Gate)
+    assert gate.x.name == "y"
+    assert gate.attributes() == {"activation": "gelu", "columns": 12} | ({"second": True} if order[0] else {})
 
 
 @pytest.mark.parametrize("change", [{"order": (0, 0)}, {"parts": 3}, {"parts": 3, "sliced": True}])
 def test_other_parts_are_left_alone(change):
-    assert fused(halves(**change), "gate") == []
+    assert fused(halves(**change), Gate) == []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 import tvm
@@ -10,13 +10,14 @@ from tvm import relax, tirx
 from tvm.script import ir as I
 from tvm.script import relax as R
 
-from turbo_tvm.passes import composite
+from turbo_tvm.ops import Linear, Norm, Operator
+from turbo_tvm.ops.call import match, operators, to_call
 from turbo_tvm.passes.fuse_norm import fuse_norm
 
 t = TypeVar("t")
 
-PLAIN = '{"activation": null, "norm_eps": null, "residual": false}'
-POST_NORM = '{"activation": null, "norm_eps": 1e-12, "residual": true}'
+PLAIN = '{"tensors": ["x", "weight", "bias"]}'
+POST_NORM = '{"norm_eps": 1e-12, "tensors": ["x", "weight", "bias", "residual", "gamma", "beta"]}'
 ROWS = (4, 8)
 
 
@@ -57,7 +58,7 @@ def test_residual_and_norm_go_into_the_product():
                 R.output(out)
             return out
 
-    tvm.ir.assert_structural_equal(fuse_norm(Before), Expected)
+    tvm.ir.assert_structural_equal(fuse_norm(Before, "main"), Expected)
 
 
 class Graph:
@@ -72,8 +73,8 @@ class Graph:
         self.emit = self.builder.emit
 
     def linear(self, x, activation=None):
-        attrs = {"activation": activation, "residual": False, "norm_eps": None}
-        return self.emit(composite.make("linear", [x, self.w, self.vectors[0]], x.ty, **attrs))
+        product = Linear(x=x, weight=self.w, bias=self.vectors[0], activation=activation, out=x.ty)
+        return self.emit(to_call(product))
 
     def add(self, a, b):
         return self.emit(relax.op.add(a, b))
@@ -83,31 +84,37 @@ class Graph:
         return self.emit(relax.op.nn.layer_norm(x, *self.vectors[1:], **options))
 
 
-def fuse(body) -> tuple[list[composite.Composite], list[str]]:
-    """The composites and the operators that are left after the pass."""
+def fuse(body) -> tuple[list[Any], list[str]]:
+    """The operators of ours, and those of TVM's that are left after the pass."""
     g = Graph()
     with g.builder.function("main", [g.x, g.r, g.w, *g.vectors], attrs={"num_input": 2}):
         with g.builder.dataflow():
             out = g.builder.emit_output(body(g))
         g.builder.emit_func_output(out)
-    values = [b.value for block in fuse_norm(g.builder.finalize())["main"].body.blocks for b in block.bindings]
-    found = [composite.match(v) for v in values]
+    values = [b.value for block in fuse_norm(g.builder.finalize(), "main")["main"].body.blocks for b in block.bindings]
+    found = [match(v, Operator) for v in values]
     rest = [v.op.name for v, f in zip(values, found, strict=True) if f is None and isinstance(v, relax.Call)]
     return [f for f in found if f is not None], rest
 
 
-def names(tensors) -> list[str]:
-    return [t.name for t in tensors]
+def names(found: Operator) -> list[str]:
+    return [t.name for t in found.tensors]
 
 
 def test_residual_of_a_pre_norm_model_goes_into_the_product():
     (linear,), rest = fuse(lambda g: g.add(g.r, g.linear(g.x)))
-    assert (names(linear.tensors), linear.attrs["residual"], rest) == (["x", "w", "c", "r"], True, [])
+    assert (names(linear), linear.residual.name, rest) == (["x", "w", "c", "r"], "r", [])
 
 
 def test_norm_without_residual_goes_into_the_product():
     (linear,), rest = fuse(lambda g: g.norm(g.linear(g.x)))
-    assert (linear.attrs["norm_eps"], linear.attrs["residual"], rest) == (1e-5, False, [])
+    assert (linear.norm_eps, linear.residual, rest) == (1e-5, None, [])
+    assert (linear.gamma.name, linear.beta.name) == ("gamma", "beta")
+
+
+def kinds(found: list) -> list[tuple[type[Operator], bool]]:
+    """What the operators are, and whether each takes a residual."""
+    return [(type(f), f.residual is not None) for f in found]
 
 
 def test_pre_norm_residual_with_several_readers_is_normalised_on_its_own():
@@ -116,23 +123,20 @@ def test_pre_norm_residual_with_several_readers_is_normalised_on_its_own():
         return g.add(g.linear(g.norm(total)), total)
 
     found, rest = fuse(body)
-    assert [(f.name, f.attrs["residual"]) for f in found] == [("linear", True), ("norm", False), ("linear", True)]
+    assert kinds(found) == [(Linear, True), (Norm, False), (Linear, True)]
     assert rest == []
 
 
 def test_norm_and_sum_without_a_product():
     (norm,), rest = fuse(lambda g: g.norm(g.add(g.x, g.r)))
-    assert (norm.name, names(norm.tensors), norm.attrs) == (
-        "norm",
-        ["x", "r", "gamma", "beta"],
-        {"eps": 1e-5, "residual": True},
-    )
+    assert (type(norm), names(norm), norm.eps) == (Norm, ["x", "r", "gamma", "beta"], 1e-5)
+    assert norm.residual.name == "r" and not norm.is_rms
     assert rest == []
 
 
 def test_norm_alone():
     (norm,), rest = fuse(lambda g: g.norm(g.x))
-    assert (names(norm.tensors), norm.attrs["residual"], rest) == (["x", "gamma", "beta"], False, [])
+    assert (names(norm), norm.residual, rest) == (["x", "gamma", "beta"], None, [])
 
 
 def test_product_that_something_else_reads_is_not_fused():
@@ -141,7 +145,7 @@ def test_product_that_something_else_reads_is_not_fused():
         return g.emit(relax.op.multiply(g.norm(g.add(product, g.r)), product))
 
     found, _ = fuse(body)
-    assert [(f.name, f.attrs["residual"]) for f in found] == [("linear", False), ("norm", True)]
+    assert kinds(found) == [(Linear, False), (Norm, True)]
 
 
 def test_sum_that_something_else_reads_keeps_its_operator():
@@ -150,12 +154,12 @@ def test_sum_that_something_else_reads_keeps_its_operator():
         return g.emit(relax.op.multiply(g.norm(total), total))
 
     (norm,), rest = fuse(body)
-    assert (norm.attrs["residual"], rest) == (False, ["relax.add", "relax.multiply"])
+    assert (norm.residual, rest) == (None, ["relax.add", "relax.multiply"])
 
 
 def test_product_takes_one_residual():
     (linear,), rest = fuse(lambda g: g.add(g.add(g.linear(g.x), g.r), g.x))
-    assert (names(linear.tensors[3:]), rest) == (["r"], ["relax.add"])
+    assert (names(linear), linear.residual.name, rest) == (["x", "w", "c", "r"], "r", ["relax.add"])
 
 
 def test_product_plus_itself_keeps_its_sum():
@@ -164,17 +168,18 @@ def test_product_plus_itself_keeps_its_sum():
         return g.add(product, product)
 
     (linear,), rest = fuse(body)
-    assert (linear.attrs["residual"], rest) == (False, ["relax.add"])
+    assert (linear.residual, rest) == (None, ["relax.add"])
 
 
 def test_sum_with_a_vector_is_no_residual():
     (linear,), rest = fuse(lambda g: g.add(g.linear(g.x), g.vectors[0]))
-    assert (linear.attrs["residual"], rest) == (False, ["relax.add"])
+    assert (linear.residual, rest) == (None, ["relax.add"])
 
 
 def test_activation_before_the_residual_is_kept():
     (linear,), _ = fuse(lambda g: g.norm(g.add(g.linear(g.x, activation="gelu"), g.r)))
-    assert linear.attrs == {"activation": "gelu", "residual": True, "norm_eps": 1e-5}
+    assert linear.attributes() == {"activation": "gelu", "norm_eps": 1e-5}
+    assert linear.residual.name == "r"
 
 
 @pytest.mark.parametrize("options", [{"axes": [-2]}, {"axes": [-2, -1]}, {"center": False}, {"scale": False}])
@@ -187,7 +192,7 @@ def test_other_norms_are_left_alone(options):
             out = g.builder.emit_output(g.norm(g.x, **options))
         g.builder.emit_func_output(out)
     before = g.builder.finalize()
-    assert "turbo." not in fuse_norm(before).script()
+    assert "turbo." not in fuse_norm(before, "main").script()
 
 
 @pytest.mark.parametrize(
@@ -207,7 +212,7 @@ def test_norm_of_weights_is_left_alone(norm):
             out = bb.emit_output(norm(table, gamma, beta))
         bb.emit_func_output(out)
     before = bb.finalize()
-    tvm.ir.assert_structural_equal(fuse_norm(before), before)
+    tvm.ir.assert_structural_equal(fuse_norm(before, "main"), before)
 
 
 def rms_graph(spelling: str, *, power: float = 2.0, axis: int = -1, add: bool = False, read_sum: bool = False):
@@ -238,22 +243,22 @@ def rms_graph(spelling: str, *, power: float = 2.0, axis: int = -1, add: bool = 
     return bb.finalize()
 
 
-def norms_of(mod: tvm.IRModule) -> list[composite.Composite]:
-    found = [composite.match(b.value, "norm") for b in fuse_norm(mod)["main"].body.blocks[0].bindings]
-    return [f for f in found if f is not None]
+def norms_of(mod: tvm.IRModule) -> list[Norm]:
+    return [f for f in operators(fuse_norm(mod, "main")["main"]) if isinstance(f, Norm)]
 
 
 @pytest.mark.parametrize("spelling", ["rsqrt", "product", "quotient", "reciprocal"])
 @pytest.mark.parametrize("add", [False, True])
 def test_rms_norm_in_any_spelling(spelling, add):
     (norm,) = norms_of(rms_graph(spelling, add=add))
-    assert norm.attrs == {"eps": pytest.approx(1e-6), "kind": "rms", "residual": add}
-    assert [t.name for t in norm.tensors] == ["x", *(["other"] if add else []), "gamma"]
+    assert norm.attributes() == {"eps": pytest.approx(1e-6)}
+    assert norm.is_rms and (norm.residual is not None) == add
+    assert names(norm) == ["x", *(["other"] if add else []), "gamma"]
 
 
 def test_rms_norm_of_a_sum_that_is_read_elsewhere_leaves_the_sum():
     (norm,) = norms_of(rms_graph("rsqrt", add=True, read_sum=True))
-    assert not norm.attrs["residual"] and len(norm.tensors) == 2
+    assert norm.residual is None and len(norm.tensors) == 2
 
 
 @pytest.mark.parametrize("change", [{"power": 3.0}, {"axis": 1}])

@@ -65,7 +65,7 @@ def run(mod: tvm.IRModule, inputs: list[np.ndarray]) -> np.ndarray:
 @pytest.mark.parametrize(("arrange", "prefix"), [(vit, 1), (channels_last, 0)])
 def test_patches_give_what_the_image_gave(arrange, prefix):
     before = build(arrange)
-    after, patches = fuse_patches(before)
+    after, patches = fuse_patches(before, "main")
     assert patches == Patches(CHANNELS, HEIGHT, WIDTH, *KERNEL, prefix)
     main = after["main"]
     tokens, columns = prefix + DOWN * ACROSS, CHANNELS * KERNEL[0] * KERNEL[1]
@@ -135,6 +135,6 @@ OTHERS = {
 def test_anything_else_is_left_alone(name):
     arrange, options = OTHERS[name]
     before = build(arrange, **options)
-    after, patches = fuse_patches(before)
+    after, patches = fuse_patches(before, "main")
     assert patches is None
     tvm.ir.assert_structural_equal(after, before)

@@ -1,4 +1,4 @@
-"""Composites become calls of kernels, and equal kernels become one."""
+"""Operators become calls of kernels, and equal kernels become one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import tvm
 from tvm import relax, tirx
 from tvm.script import tirx as T
 
-from turbo_tvm.passes import composite
+from turbo_tvm.ops import L2Normalize, Operator
+from turbo_tvm.ops.call import to_call
 from turbo_tvm.passes.lower_kernels import lower_kernels
 
 
@@ -28,21 +29,24 @@ def kernel(factor: float) -> tirx.PrimFunc:
 
 
 class Kernels:
-    """A stand-in for the pipeline's kernels: one per factor, all of the same name."""
+    """A stand-in for the compiler's kernels: each multiplies with its operator's eps, and all have the same name."""
 
     def __init__(self):
         self.made: dict[float, tirx.PrimFunc] = {}
         self.asked: list[tuple[str, tuple[str, ...], int]] = []
 
-    def __call__(self, fused: composite.Composite, out: relax.Type) -> tuple[str, tirx.PrimFunc]:
-        self.asked.append((fused.name, tuple(t.name for t in fused.tensors), int(out.shape.values[-1])))
-        factor = fused.attrs["factor"]
-        self.made.setdefault(factor, kernel(factor))
-        return "scale", self.made[factor]
+    def __call__(self, operator: Operator) -> tuple[str, tirx.PrimFunc]:
+        self.asked.append((operator.NAME, tuple(t.name for t in operator.tensors), int(operator.out.shape.values[-1])))
+        assert isinstance(operator, L2Normalize)
+        self.made.setdefault(operator.eps, kernel(operator.eps))
+        return "scale", self.made[operator.eps]
 
 
 def build(*factors: float, functions: tuple[str, ...] = ("main",)) -> tvm.IRModule:
-    """Functions that scale their rows by each factor in turn, and add what they were given."""
+    """Functions that scale their rows by each factor in turn, and add what they were given.
+
+    To the pass operators are opaque: a normalisation stands for any, and its eps is what tells kernels apart.
+    """
     bb = relax.BlockBuilder()
     for name in functions:
         rows = relax.TensorType((tirx.Var("n", "int64"), 8), "float32")
@@ -51,7 +55,7 @@ def build(*factors: float, functions: tuple[str, ...] = ("main",)) -> tvm.IRModu
             with bb.dataflow():
                 y = x
                 for factor in factors:
-                    y = bb.emit(composite.make("scale", [y], rows, factor=factor))
+                    y = bb.emit(to_call(L2Normalize(x=y, eps=factor, out=rows)))
                 out = bb.emit_output(relax.op.add(y, x))
             bb.emit_func_output(out)
     return bb.finalize()
@@ -67,12 +71,12 @@ def callees(mod: tvm.IRModule, name: str = "main") -> list[str]:
     return [call.args[0].name_hint for call in calls]
 
 
-def test_every_composite_becomes_a_call_and_other_operators_stay():
+def test_every_operator_becomes_a_call_and_those_of_tvm_stay():
     kernels = Kernels()
     mod = lower_kernels(build(2.0), kernels)
     assert callees(mod) == ["scale"]
     assert "R.add(" in mod["main"].script() and "turbo." not in mod["main"].script()
-    assert kernels.asked == [("scale", ("x",), 8)]
+    assert kernels.asked == [("normalize", ("x",), 8)]
     assert int(mod["main"].attrs["num_input"]) == 1
 
 
@@ -94,16 +98,16 @@ def test_functions_that_are_kernels_already_are_kept():
     assert prim_funcs(lower_kernels(mod, Kernels())) == ["other", "scale"]
 
 
-def test_the_lowered_module_computes_the_composites():
+def test_the_lowered_module_computes_what_the_kernels_do():
     mod = lower_kernels(build(2.0, 3.0), Kernels())
     machine = relax.VirtualMachine(tvm.compile(mod, target="llvm"), tvm.cpu())
     x = np.arange(24, dtype="float32").reshape(3, 8)
     np.testing.assert_allclose(machine["main"](tvm.runtime.tensor(x)).numpy(), 7 * x)
 
 
-def test_a_composite_without_a_kernel_is_an_error():
-    def none(fused, out):
-        raise KeyError(fused.name)
+def test_an_operator_without_a_kernel_is_an_error():
+    def none(operator):
+        raise KeyError(operator.NAME)
 
-    with pytest.raises(KeyError, match="scale"):
+    with pytest.raises(KeyError, match="normalize"):
         lower_kernels(build(2.0), none)

@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tvm import relax, te, tirx
 
-from turbo_tvm.passes.plan_memory import DTYPES, OVERWRITES, Buffer, MemoryPlan, plan_memory
+from turbo_tvm.artifact.manifest import BufferSpec, Dtype
+from turbo_tvm.ops.operator import OVERWRITES
+from turbo_tvm.passes.plan_memory import DTYPES, Buffer, MemoryPlan, plan_memory
 from turbo_tvm.passes.remove_padding import sequence_tiles
 from turbo_tvm.runtime.memory.buffers import Buffers
-from turbo_tvm.artifact.manifest import BufferSpec, Dtype
 from turbo_tvm.runtime.memory.planner import plan as place
 from turbo_tvm.runtime.memory.table import MemoryTable
 
@@ -206,7 +207,7 @@ outputs = st.lists(st.integers(0, 6), min_size=1, max_size=3, unique=True)
 def test_nothing_is_overwritten_before_its_last_reader(steps, outputs):
     graph = Graph()
     before = lowered(graph.build(steps, outputs))
-    after, planned = plan_memory(before, graph.symbols)
+    after, planned = plan_memory(before, "main", graph.symbols)
     for in_place in (True, False):
         assert Memory(after, planned.buffers, in_place).outputs == Memory(before).outputs
     assert not any(is_allocation(value) for _, _, value in bindings(after))
@@ -217,7 +218,7 @@ def test_nothing_is_overwritten_before_its_last_reader(steps, outputs):
 def test_lifetimes_are_within_the_steps_and_outputs_live_to_the_end(steps, outputs):
     graph = Graph()
     before = lowered(graph.build(steps, outputs))
-    after, planned = plan_memory(before, graph.symbols)
+    after, planned = plan_memory(before, "main", graph.symbols)
     assert list(planned.steps) == [value.op.name_hint for _, _, value in bindings(before) if is_kernel(value)]
     assert all(0 <= b.first <= b.last <= len(planned.steps) for b in planned.buffers)
     assert sum(b.last == len(planned.steps) for b in planned.buffers) == len({i % (len(steps) + 1) for i in outputs})
@@ -241,7 +242,7 @@ def test_planned_and_unplanned_code_compute_the_same(name):
     steps, outputs = EXAMPLES[name]
     graph = Graph()
     before = lowered(graph.build(steps, outputs))
-    after, planned = plan_memory(before, graph.symbols)
+    after, planned = plan_memory(before, "main", graph.symbols)
     memory = Buffers([BufferSpec(**vars(b)) for b in planned.buffers])
     plain, on_buffers = executable(before), executable(after)
     rng = np.random.default_rng(0)
@@ -257,7 +258,7 @@ def test_planned_and_unplanned_code_compute_the_same(name):
 
 def plan(steps: list[Step], outputs: list[int] | None = None, first_columns: int = 6) -> MemoryPlan:
     graph = Graph(first_columns)
-    return plan_memory(lowered(graph.build(steps, outputs or [0])), graph.symbols)[1]
+    return plan_memory(lowered(graph.build(steps, outputs or [0])), "main", graph.symbols)[1]
 
 
 def lives(found: MemoryPlan) -> list[tuple[int, int]]:
@@ -283,7 +284,7 @@ def test_an_output_that_is_bound_early_lives_to_the_end():
     main = mod["main"]
     early = next(var for _, var, value in bindings(mod) if is_allocation(value))
     mod["main"] = relax.Function(main.params, relax.SeqExpr(main.body.blocks, early), early.ty, False, main.attrs)
-    after, planned = plan_memory(mod, graph.symbols)
+    after, planned = plan_memory(mod, "main", graph.symbols)
     assert Memory(after, planned.buffers).outputs == Memory(mod).outputs
 
 
@@ -337,7 +338,7 @@ def test_tensors_of_any_other_shape_are_left_to_tvm(shape):
             out = graph.builder.emit_output(relax.op.zeros(shape(graph), "float32"))
         graph.builder.emit_func_output(out)
     before = lowered(graph.builder.finalize())
-    after, planned = plan_memory(before, graph.symbols)
+    after, planned = plan_memory(before, "main", graph.symbols)
     assert planned.buffers == ()
     assert sum(is_allocation(value) for _, _, value in bindings(after)) == 1
 
@@ -357,7 +358,7 @@ def test_tensors_of_any_shape_of_products_are_planned(shape, wanted):
         with graph.builder.dataflow():
             out = graph.builder.emit_output(relax.op.zeros(shape(graph), "float32"))
         graph.builder.emit_func_output(out)
-    after, planned = plan_memory(lowered(graph.builder.finalize()), graph.symbols)
+    after, planned = plan_memory(lowered(graph.builder.finalize()), "main", graph.symbols)
     assert [(b.shape, b.first, b.last) for b in planned.buffers] == [(wanted, 0, 1)]
     assert not any(is_allocation(value) for _, _, value in bindings(after))
 
@@ -368,7 +369,7 @@ def test_a_model_that_keeps_nothing_needs_no_buffers():
         with graph.builder.dataflow():
             out = graph.builder.emit_output(graph.x)
         graph.builder.emit_func_output(out)
-    assert plan_memory(lowered(graph.builder.finalize()), graph.symbols)[1] == MemoryPlan()
+    assert plan_memory(lowered(graph.builder.finalize()), "main", graph.symbols)[1] == MemoryPlan()
 
 
 def test_types_that_the_runtime_cannot_name_are_left_to_tvm():
@@ -377,7 +378,7 @@ def test_types_that_the_runtime_cannot_name_are_left_to_tvm():
         with graph.builder.dataflow():
             out = graph.builder.emit_output(relax.op.astype(graph.x, "int16"))
         graph.builder.emit_func_output(out)
-    assert plan_memory(lowered(graph.builder.finalize()), graph.symbols)[1].buffers == ()
+    assert plan_memory(lowered(graph.builder.finalize()), "main", graph.symbols)[1].buffers == ()
 
 
 def test_planned_types_are_those_of_the_manifest():

@@ -6,11 +6,13 @@ from typing import TypeVar
 
 import pytest
 import tvm
+from operators import operators_of
 from tvm import relax, tirx
 from tvm.script import ir as I
 from tvm.script import relax as R
 
-from turbo_tvm.passes import composite
+from turbo_tvm.ops import Norm, Pool
+from turbo_tvm.ops.call import to_call
 from turbo_tvm.passes.remove_padding import Declined, remove_padding
 
 b = TypeVar("b")
@@ -19,7 +21,12 @@ tiles = TypeVar("tiles")
 boundaries = TypeVar("boundaries")
 queries = TypeVar("queries")
 
-ATTENTION = '{"columns": [[8, 0], [8, 0], [8, 0]], "head_dim": 4, "heads": 2, "max_length": 16, "scale": 0.5}'
+HEADS = '"first_columns": [0, 0, 0], "head_dim": 4, "heads": 2, "max_length": 16, "scale": 0.5'
+PADDED_ATTENTION = f'{{{HEADS}, "tensors": ["q", "k", "v", "mask"]}}'
+PACKED_ATTENTION = f'{{{HEADS}, "tensors": ["q", "k", "v", "query_tiles"]}}'
+PADDED_MEAN = '{"mode": "mean", "tensors": ["x", "mask"]}'
+PACKED_MEAN = '{"mode": "mean", "tensors": ["x", "cu_seqlens"]}'
+UNIT = '{"eps": 1e-12, "tensors": ["x"]}'
 
 
 def test_token_rows_and_sequence_rows():
@@ -39,16 +46,14 @@ def test_token_rows_and_sequence_rows():
                 x = R.take(table, ids, axis=0, mode="fast")
                 y = R.call_dps_packed(
                     "turbo.attention",
-                    (x, x, x, attention_mask, R.str(ATTENTION)),
+                    (x, x, x, attention_mask, R.str(PADDED_ATTENTION)),
                     out_ty=R.Tensor((b, s, 8), "float32"),
                 )
                 z = R.nn.layer_norm(y, gamma, beta, axes=[2])
                 pooled = R.call_dps_packed(
-                    "turbo.pool", (z, attention_mask, R.str('{"mode": "mean"}')), out_ty=R.Tensor((b, 8), "float32")
+                    "turbo.pool", (z, attention_mask, R.str(PADDED_MEAN)), out_ty=R.Tensor((b, 8), "float32")
                 )
-                unit = R.call_dps_packed(
-                    "turbo.normalize", (pooled, R.str('{"eps": 1e-12}')), out_ty=R.Tensor((b, 8), "float32")
-                )
+                unit = R.call_dps_packed("turbo.normalize", (pooled, R.str(UNIT)), out_ty=R.Tensor((b, 8), "float32"))
                 out = (z, unit)
                 R.output(out)
             return out
@@ -69,25 +74,25 @@ def test_token_rows_and_sequence_rows():
                 x = R.take(table, input_ids, axis=0, mode="fast")
                 y = R.call_dps_packed(
                     "turbo.attention",
-                    (x, x, x, query_tiles, R.str(ATTENTION)),
+                    (x, x, x, query_tiles, R.str(PACKED_ATTENTION)),
                     out_ty=R.Tensor((tiles, 4, 8), "float32"),
                 )
                 z = R.nn.layer_norm(y, gamma, beta, axes=[-1])
                 pooled = R.call_dps_packed(
                     "turbo.pool",
-                    (z, cu_seqlens, R.str('{"mode": "mean"}')),
+                    (z, cu_seqlens, R.str(PACKED_MEAN)),
                     out_ty=R.Tensor(((boundaries - 1 + 4 - 1) // 4, 4, 8), "float32"),
                 )
                 unit = R.call_dps_packed(
                     "turbo.normalize",
-                    (pooled, R.str('{"eps": 1e-12}')),
+                    (pooled, R.str(UNIT)),
                     out_ty=R.Tensor(((boundaries - 1 + 4 - 1) // 4, 4, 8), "float32"),
                 )
                 out = (z, unit)
                 R.output(out)
             return out
 
-    tvm.ir.assert_structural_equal(remove_padding(Before, 4), Expected)
+    tvm.ir.assert_structural_equal(remove_padding(Before, "main", 4), Expected)
 
 
 class Graph:
@@ -123,7 +128,7 @@ class Graph:
     def pooled(self) -> relax.Var:
         """(b, 8)"""
         out = relax.TensorType((self.shape[0], 8), "float32")
-        return self.emit(composite.make("pool", [self.tokens(), self.mask], out, mode="first"))
+        return self.emit(to_call(Pool(x=self.tokens(), mask=self.mask, mode="first", out=out)))
 
 
 def build(body) -> tvm.IRModule:
@@ -141,7 +146,7 @@ def build(body) -> tvm.IRModule:
 
 
 def pack(body) -> relax.Function:
-    return remove_padding(build(body), 4)["main"]
+    return remove_padding(build(body), "main", 4)["main"]
 
 
 def shapes(func: relax.Function) -> list[list]:
@@ -222,7 +227,7 @@ def _tokens_and_sequences(g):
 
 def _turbo(g):
     x = g.tokens()
-    return composite.make("norm", [x, g.weight(8), g.weight(8)], x.ty, eps=1e-5, residual=False)
+    return to_call(Norm(x=x, gamma=g.weight(8), beta=g.weight(8), eps=1e-5, out=x.ty))
 
 
 DECLINED = {
@@ -270,7 +275,7 @@ DECLINED = {
         "an output does not depend on the tokens",
     ),
     "ids among the outputs": (lambda g: relax.Tuple([g.tokens(), g.ids]), "an output does not depend on the tokens"),
-    "composite without a packed form": (_turbo, "turbo.norm has no packed form"),
+    "an operator without a packed form": (_turbo, "turbo.norm has no packed form"),
     "input of another shape": (
         lambda g: relax.op.take(g.table, g.input((g.shape[0], 5)), axis=0),
         "the input extra does not hold one number per token",
@@ -284,7 +289,7 @@ def test_anything_else_is_declined_with_its_name(reason):
     before = build(body)
     text = before.script()
     with pytest.raises(Declined, match=message):
-        remove_padding(before, 4)
+        remove_padding(before, "main", 4)
     assert before.script() == text
 
 
@@ -305,21 +310,23 @@ def pools(*tokens: int | None) -> tvm.IRModule:
     bb = relax.BlockBuilder()
     with bb.function("main", [patches, mask, ids], attrs={"num_input": 3}):
         with bb.dataflow():
-            attrs = [{"mode": "first"} if token is None else {"mode": "first", "token": token} for token in tokens]
-            pooled = [bb.emit(composite.make("pool", [patches, mask], out, **a)) for a in attrs]
+            made = [Pool(x=patches, mask=mask, mode="first", token=token, out=out) for token in tokens]
+            pooled = [bb.emit(to_call(pool)) for pool in made]
             result = bb.emit_output(relax.Tuple(pooled))
         bb.emit_func_output(result)
     return bb.finalize()
 
 
 def test_patches_are_rows_and_tokens_are_pooled_by_their_rows():
-    main = remove_padding(pools(None, 7, 7), 4)["main"]
+    mod = remove_padding(pools(None, 7, 7), "main", 4)
+    main = mod["main"]
     assert [p.name for p in main.params] == ["patches", "position_ids", "cu_seqlens", "query_tiles", "pooled_rows"]
     assert main.params[0].ty.shape.values[2] == 6 and str(main.params[0].ty.dtype) == "float32"
-    found = [composite.match(b.value, "pool") for block in main.body.blocks for b in block.bindings]
-    assert [f.tensors[1].name for f in found if f is not None] == ["cu_seqlens", *["pooled_rows"] * 2]
+    found = operators_of(mod, Pool)
+    assert [t.name for f in found for t in f.tensors[1:]] == ["cu_seqlens", *["pooled_rows"] * 2]
+    assert [(f.cu_seqlens is None, f.pooled_rows is None) for f in found] == [(False, True), *[(True, False)] * 2]
 
 
 def test_two_different_tokens_are_declined():
     with pytest.raises(Declined, match=r"the tokens \[7, 9\] are pooled; one of them is supported"):
-        remove_padding(pools(7, 9), 4)
+        remove_padding(pools(7, 9), "main", 4)

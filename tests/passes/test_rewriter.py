@@ -10,7 +10,8 @@ from tvm import relax, tirx
 from tvm.script import ir as I
 from tvm.script import relax as R
 
-from turbo_tvm.passes.rewriter import Rewriter, dims_of, is_call, scalar, shape_of, substitute, tidy
+from turbo_tvm.ops.operand import dims
+from turbo_tvm.passes.rewriter import Rewriter, is_call, scalar, shape_of, substitute, tidy
 
 b = TypeVar("b")
 
@@ -33,7 +34,7 @@ class Rules(Rewriter):
     """A rewriter with the rules it is given, which take the rewriter and the call."""
 
     def __init__(self, mod, *rules):
-        super().__init__(mod)
+        super().__init__(mod, "main")
         self._rules = rules
 
     def rules(self):
@@ -51,7 +52,7 @@ def test_without_rules_nothing_changes():
 
 def test_the_base_has_no_rules():
     with pytest.raises(NotImplementedError):
-        Rewriter(Chain).run()
+        Rewriter(Chain, "main").run()
 
 
 def test_the_first_rule_that_answers_wins():
@@ -190,11 +191,11 @@ def test_substitute_replaces_variables_at_every_place():
 
 def test_dimensions():
     n = tirx.Var("n", "int64")
-    assert dims_of(relax.TensorType((3, 4), "float32")) == [3, 4]
+    assert dims(relax.TensorType((3, 4), "float32")) == [3, 4]
     symbolic = shape_of(relax.Var("x", relax.TensorType((n, 4), "float32")))
     assert symbolic[0].same_as(n) and symbolic[1] == 4
-    assert dims_of(relax.TensorType(dtype="float32", ndim=2)) == []
-    assert dims_of(relax.TupleType([])) == []
+    assert dims(relax.TensorType(dtype="float32", ndim=2)) == []
+    assert dims(relax.TupleType([])) == []
 
 
 def test_scalars():

@@ -58,7 +58,7 @@ def test_rows_are_looked_up_by_position(graph, turn, by_hand, rank):
         shape = (graph.b, *[1] * (rank - 3), graph.s, 1)
         return op.add(graph.emit(turn(graph.angles(rank))), graph.emit(op.reshape(per_token, shape)))
 
-    mod = tabulate_positions(graph.module(body), 20)
+    mod = tabulate_positions(graph.module(body), "main", 20)
     main = mod["main"]
     assert [p.name for p in main.params] == ["input_ids", "position_ids", "frequencies"]
     assert int(main.attrs["num_input"]) == 2
@@ -73,7 +73,7 @@ def test_a_row_that_depends_on_the_length_is_left_alone(graph):
         return op.cos(backwards)
 
     before = graph.module(body)
-    ir.assert_structural_equal(tabulate_positions(before, 20), before)
+    ir.assert_structural_equal(tabulate_positions(before, "main", 20), before)
 
 
 def test_what_depends_on_an_input_is_left_alone(graph):
@@ -82,6 +82,6 @@ def test_what_depends_on_an_input_is_left_alone(graph):
         return op.cos(graph.emit(op.multiply(tokens, graph.frequencies)))
 
     before = graph.module(body)
-    mod = tabulate_positions(before, 20)
+    mod = tabulate_positions(before, "main", 20)
     ir.assert_structural_equal(mod, before)
     assert is_call(mod["main"].body.blocks[0].bindings[-1].value, "cos")

@@ -15,8 +15,6 @@ from turbo_tvm.runtime.executor import ForeignExecutor
 from turbo_tvm.runtime.model import CompiledModel
 from turbo_tvm.runtime.random_requests import random_sequences
 
-pytestmark = pytest.mark.xdist_group("served")
-
 LENGTHS = [5, 37, 64]
 LIMITS = MachineLimits("cpu", 1, "0", 1e9, 2e9, 1e8, 2e8, 1e9, 1 << 20)
 
@@ -142,7 +140,7 @@ def test_tvms_own_kernels_have_names_and_no_figures(served):
 
 def test_answers_are_the_same_afterwards(served):
     compiled = served("bert").compiled
-    ids = random_sequences([7, 2], compiled.manifest.bounds, 1)
+    ids = random_sequences([7, 2], compiled.manifest.request_limits, 1)
     before = compiled.run(ids)
     compiled.profile([40], rounds=1)
     for a, b in zip(before, compiled.run(ids), strict=True):
@@ -152,7 +150,7 @@ def test_answers_are_the_same_afterwards(served):
 def test_a_hooked_run_answers_the_same(served):
     """The hook runs the kernels itself: the model's answers must not notice."""
     compiled = served("bert").compiled
-    ids = random_sequences([7, 30], compiled.manifest.bounds, 1)
+    ids = random_sequences([7, 30], compiled.manifest.request_limits, 1)
     wanted, answers = compiled.run(ids), []
     profiler.profile(lambda s: answers.append(compiled.run(s)), compiled._executor, [7, 30], rounds=1, seed=1)
     assert len(answers) == 5
@@ -162,10 +160,10 @@ def test_a_hooked_run_answers_the_same(served):
 
 
 def test_ids_are_valid_and_seeded(served):
-    bounds = served("bert").compiled.manifest.bounds
-    first, again, other = (random_sequences([64, 3], bounds, seed) for seed in (0, 0, 1))
+    limits = served("bert").compiled.manifest.request_limits
+    first, again, other = (random_sequences([64, 3], limits, seed) for seed in (0, 0, 1))
     assert [len(ids) for ids in first] == [64, 3]
-    assert all(ids.min() >= 0 and ids.max() < bounds.vocab_size for ids in first)
+    assert all(ids.min() >= 0 and ids.max() < limits.vocab_size for ids in first)
     assert np.array_equal(first[0], again[0]) and not np.array_equal(first[0], other[0])
 
 

@@ -13,9 +13,7 @@ import tvm
 
 import turbo_tvm
 from turbo_tvm.errors import TurboError
-from turbo_tvm.runtime import batch as packing
-
-pytestmark = pytest.mark.xdist_group("served")
+from turbo_tvm.runtime import validation
 
 
 def arrays(results: list) -> list[np.ndarray]:
@@ -97,7 +95,7 @@ def test_models_with_different_thread_counts_share_a_calling_thread(served, tmp_
 def test_outputs_are_copies_of_the_buffers(served):
     executor = served("bert").compiled._executor
     manifest = executor.manifest
-    batch = packing.from_sequences([[5, 6, 7], [8]], None, manifest.bounds, manifest.positions)
+    batch = validation.from_sequences([[5, 6, 7], [8]], None, manifest.request_limits, manifest.positions)
     results = executor.run(batch)
     views = [np.from_dlpack(t) for t in executor.buffers.tensors(executor.symbols([3, 1]))]
     for parts in results.values():
@@ -117,7 +115,7 @@ def test_growing_and_shrinking_batches(served, random_requests):
 def test_only_the_wanted_output_is_given(served):
     executor = served("bert").compiled._executor
     manifest = executor.manifest
-    batch = packing.from_sequences([[5, 6, 7], [8]], None, manifest.bounds, manifest.positions)
+    batch = validation.from_sequences([[5, 6, 7], [8]], None, manifest.request_limits, manifest.positions)
     everything = executor.run(batch)
     for name, parts in everything.items():
         (only,) = executor.run(batch, name).items()

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from turbo_tvm.artifact.manifest import ImageSpec
 from turbo_tvm.errors import InputError
 from turbo_tvm.runtime import images
 from turbo_tvm.runtime.batch import join
-from turbo_tvm.artifact.manifest import ImageBounds
 
-BOUNDS = ImageBounds(channels=2, height=7, width=9, patch_height=2, patch_width=3, prefix=2)
+BOUNDS = ImageSpec(channels=2, height=7, width=9, patch_height=2, patch_width=3, prefix=2)
 GIVEN = images.random_images(5, BOUNDS, seed=0)
 
 

@@ -18,8 +18,6 @@ from turbo_tvm.artifact import file as artifact
 from turbo_tvm.errors import ArtifactError, TurboError
 from turbo_tvm.runtime.device import library
 
-pytestmark = pytest.mark.xdist_group("served")
-
 
 @pytest.fixture(scope="module")
 def saved(served, tmp_path_factory) -> Path:

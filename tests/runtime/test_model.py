@@ -14,8 +14,6 @@ import turbo_tvm
 from turbo_tvm.errors import ArtifactError, InputError, TurboError
 from turbo_tvm.runtime.model import ModelOutput
 
-pytestmark = pytest.mark.xdist_group("served")
-
 NAMES = ["bert", "roberta", "mpnet", "mean", "answers", "padded"]
 LENGTHS = [13, 1, 7, 12, 2]
 WIDTH = 13

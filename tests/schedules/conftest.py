@@ -19,8 +19,8 @@ from tvm.target import codegen
 
 from turbo_tvm.compiler import targets
 from turbo_tvm.runtime.device.cpu_features import request_amx
-from turbo_tvm.schedules.cpu import amx
 from turbo_tvm.schedules.common.space import Space, Variant
+from turbo_tvm.schedules.cpu import amx
 
 KERNEL = "kernel"
 FP32, BF16 = "float32", "uint16"

@@ -18,7 +18,7 @@ class Model:
     def __init__(self, name, calls, **others):
         self.manifest = SimpleNamespace(
             **{"name": "toy", "precision": "fp32", "inputs": ("ids",), "outputs": ("o",)} | others,
-            bounds=SimpleNamespace(vocab_size=9),
+            request_limits=SimpleNamespace(vocab_size=9),
         )
         self._name, self._calls = name, calls
 
@@ -42,7 +42,7 @@ def test_both_run_equally_often_and_take_turns(bench, tmp_path):
     calls: list = []
     assert bench(Model("a", calls), Model("b", calls), "--only", "8x16", "--names", "then", "now") == 0
     assert all(lengths == [16] * 8 for _, lengths in calls)
-    report = json.loads((tmp_path / "artifacts.json").read_text())
+    report = json.loads((tmp_path / "artifacts.raw.json").read_text())
     (found,) = report["workloads"]
     then, now = found["samples_s"]["then"], found["samples_s"]["now"]
     assert len(then) == len(now) >= 5

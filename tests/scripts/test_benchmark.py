@@ -27,8 +27,9 @@ from benchmark import (
     workloads,
 )
 from benchmark.contenders import OURS
+from benchmark.encoder_results import Results, read_raw
 from benchmark.measure import Entry, Limits, measure, more_rounds, rotated, rule_out
-from benchmark.results import Results, read
+from benchmark.results import raw_path, read_summary
 from benchmark.strategies import ONE_BY_ONE, PADDED, RAGGED_INPUT
 from rich.console import Console
 
@@ -89,6 +90,10 @@ def workload(name: str, *entries: dict[str, Any], lengths: tuple[int, ...] = (8,
     }
 
 
+def summary() -> dict[str, Any]:
+    return {"page": "encoder", **figures.summarized(whole_result())}
+
+
 def mine(*samples: float) -> dict[str, Any]:
     return record(OURS, *samples, strategy=RAGGED_INPUT)
 
@@ -120,26 +125,27 @@ def whole_result() -> dict[str, Any]:
 
 def test_ratios_are_taken_round_by_round() -> None:
     # the second round was slow for everyone: the ratio of medians would be 2.5
-    assert figures.ratio(record("PyTorch", 2.0, 20.0, 5.0), mine(1.0, 10.0, 2.0)) == 2.0
-    assert figures.ratio(record("PyTorch", first=6.0), mine(1.0, 1.0) | {"first_s": 2.0}) == 3.0
+    assert figures.ratio(record("PyTorch", 2.0, 20.0, 5.0), mine(1.0, 10.0, 2.0))["median"] == 2.0
+    assert figures.ratio(record("PyTorch", first=6.0), mine(1.0, 1.0) | {"first_s": 2.0})["median"] == 3.0
 
 
 def test_geometric_mean_and_least_over_the_grid() -> None:
-    mean = figures.grid_mean(whole_result())
+    mean = figures.grid_mean(summary())
     assert mean is not None and mean.mean == pytest.approx(4.0)  # of 2 and 8
     assert (mean.least, mean.point, mean.points) == (2.0, "1 x 8", 2)
-    each = figures.grid_mean(whole_result(), "PyTorch")
+    each = figures.grid_mean(summary(), "PyTorch")
     assert each is not None and each.mean == pytest.approx(math.sqrt(32))
 
 
 def test_best_rival_is_the_least_median() -> None:
-    made = workload(
+    raw = workload(
         "ragged",
         mine(1.0, 1.0, 1.0),
         record("PyTorch", 9.0, 1.0, 9.0),
         record("PyTorch", 3.0, 3.0, 3.0, strategy=ONE_BY_ONE),
         record("OpenVINO", 5.0, 5.0, 5.0),
     )
+    made = figures.summarized_workload(raw)
     padded, best = figures.best_rival(made, strategy=PADDED), figures.best_rival(made)
     assert padded is not None and (padded.contender, padded.ratio) == ("OpenVINO", 5.0)
     assert best is not None and (best.contender, best.strategy, best.ratio) == ("PyTorch", ONE_BY_ONE, 3.0)
@@ -147,7 +153,7 @@ def test_best_rival_is_the_least_median() -> None:
 
 
 def test_without_ours_there_are_no_ratios() -> None:
-    made = workload("1x8", record("PyTorch", 2.0))
+    made = figures.summarized_workload(workload("1x8", record("PyTorch", 2.0)))
     best = figures.best_rival(made)
     assert best is not None and best.ratio is None and best.seconds == 2.0
     assert figures.grid_mean({"workloads": [made]}) is None
@@ -281,7 +287,7 @@ def test_results_are_kept_and_resumed(tmp_path: Path) -> None:
     assert again.has("1x8") and again.has("1x16") and not again.has("1x32")
     again.contenders({"OpenVINO": {}}, {"PyTorch": "not asked for"})
     again.add(workload("1x8", record("PyTorch", 3.0)))
-    kept = read(path)
+    kept = read_raw(path)
     assert kept is not None and [w["name"] for w in kept["workloads"]] == ["1x8", "1x16"]
     assert kept["workloads"][0]["entries"][0]["samples_s"] == [3.0]
     assert [r["started"] for r in kept["runs"]] == ["now", "later"]
@@ -293,12 +299,12 @@ def test_results_of_other_versions_are_not_resumed(tmp_path: Path) -> None:
     Results(path, HEADER, RUN).add(workload("1x8", record("PyTorch", 1.0)))
     other = Results(path, HEADER | {"machine": MACHINE | {"sources": "def"}}, RUN)
     assert not other.has("1x8") and other.differences == ["machine (sources)"]
-    path.write_text("{}")
+    raw_path(path).write_text("{}")
     assert not Results(path, HEADER, RUN).has("1x8")
 
 
 def test_markdown_names_the_figures_and_the_absent() -> None:
-    text = report.markdown(whole_result(), "tiny-fp32")
+    text = report.markdown(summary(), "tiny-fp32")
     assert "    scripts/bench --only 1x8    # now, revision abc" in text
     assert "- ONNX Runtime is absent: not installed: No module named 'onnxruntime'" in text
     assert "- OpenVINO, padded, failed on ragged-uniform-2-100: out of memory" in text
@@ -309,18 +315,18 @@ def test_markdown_names_the_figures_and_the_absent() -> None:
 
 
 def test_a_disturbed_workload_is_named() -> None:
-    result = whole_result()
+    result = summary()
     result["workloads"][0]["cpus_used_by_others"] = 1.0
     assert "Other processes were running before 1 x 8: measure these again" in report.markdown(result, "tiny-fp32")
 
 
 def test_report_renders_from_json_alone(tmp_path: Path) -> None:
-    (tmp_path / "tiny-fp32.json").write_text(json.dumps(whole_result()))
+    (tmp_path / "tiny-fp32.json").write_text(json.dumps(summary()))
     (tmp_path / "other.json").write_text('{"model": "of another format"}')
     with open(tmp_path / "log", "w") as log:
         assert render.render_directory(tmp_path, Console(file=log, width=200)) == 1
     written = (tmp_path / "log").read_text()
-    assert "other.json: no results of this benchmark; left alone" in written
+    assert "other.json: no results of a benchmark; left alone" in written
     assert "geometric mean 4.00, least 2.00 at 1 x 8" in written
     assert (tmp_path / "tiny-fp32.md").exists()
     assert (tmp_path / "tiny-fp32.png").exists() or plots.HINT in written
@@ -329,7 +335,7 @@ def test_report_renders_from_json_alone(tmp_path: Path) -> None:
 def test_without_matplotlib_the_plot_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(plots.PlotsAbsent, match="matplotlib is not installed"):
-        plots.draw(whole_result(), tmp_path / "x.png", "tiny")
+        plots.draw(summary(), tmp_path / "x.png", "tiny")
 
 
 def test_encoder_is_the_default_command() -> None:
@@ -377,20 +383,22 @@ def test_a_tiny_model_from_building_to_markdown(tmp_path: Path, monkeypatch: pyt
         rivals=("PyTorch", "OpenVINO"),
     )
     encoder.run(settings, Console(quiet=True))
-    result = read(tmp_path / "tiny-fp32.json")
-    assert result is not None and [w["name"] for w in result["workloads"]] == list(workloads.QUICK)
+    result, raw = read_summary(tmp_path / "tiny-fp32.json"), read_raw(tmp_path / "tiny-fp32.json")
+    assert result is not None and raw is not None and [w["name"] for w in result["workloads"]] == list(workloads.QUICK)
     assert result["absent"]["OpenVINO"].startswith("not installed: ")
     assert result["absent"]["torch.compile"] == "not asked for"
     assert set(result["contenders"]) == {OURS, "PyTorch"}
     for made in result["workloads"]:
         assert figures.ours(made) is not None and figures.best_rival(made) is not None
-        assert made["fraction_of_peak"] == pytest.approx(figures.gflops(made) * 1e9 / result["limits"]["fp32_flops"])
-        assert all(len(e["samples_s"]) == 2 or e["not_repeated"] for e in made["entries"])
+    for kept in raw["workloads"]:
+        rate = figures.gflops(figures.summarized_workload(kept))
+        assert kept["fraction_of_peak"] == pytest.approx(rate * 1e9 / raw["limits"]["fp32_flops"])
+        assert all(len(e["samples_s"]) == 2 or e["not_repeated"] for e in kept["entries"])
     assert "OpenVINO is absent: not installed" in (tmp_path / "tiny-fp32.md").read_text()
 
     resumed = encoder.Settings(**{**vars(settings), "resume": True, "command": "scripts/bench --resume"})
     encoder.run(resumed, Console(quiet=True))
-    assert read(tmp_path / "tiny-fp32.json") == result
+    assert read_summary(tmp_path / "tiny-fp32.json") == result and read_raw(tmp_path / "tiny-fp32.json") == raw
 
 
 def test_overhead_of_a_toy_model(served, monkeypatch):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from benchmark import __main__ as command_line
-from benchmark import memory, memory_child, models, traces
+from benchmark import memory, memory_child, memory_report, models, traces
 from rich.console import Console
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
@@ -36,7 +36,6 @@ def test_the_command_line():
     )
 
 
-@pytest.mark.xdist_group("served")
 def test_every_strategy_is_counted(served):
     found = memory.planned_trace(served("bert").compiled.manifest, (3, 60, 3, 60), Console(quiet=True), "a trace")
     assert set(found) == {"compact", "turbo2021", "pooled", "static"}
@@ -54,7 +53,8 @@ def test_an_engine_that_fails_is_absent_with_a_reason(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(memory.__file__).resolve().parents[1]))
     found = memory.measured_trace("turbo_tvm", [3], tmp_path, 1)
     assert "model.turbo" in found["absent"]
-    assert "absent: " in memory.measured_rows("uniform", {"turbo_tvm": found})[0][2]
+    summary = memory_report.summarized_growth({"uniform": {"turbo_tvm": found}})
+    assert "absent: " in memory_report.measured_rows("uniform", summary["uniform"])[0][2]
 
 
 def test_resident_memory_is_read():
@@ -66,7 +66,6 @@ def test_resident_memory_is_read():
     assert memory_child.most_resident() >= memory_child.resident() - (1 << 20)
 
 
-@pytest.mark.xdist_group("served")
 def test_a_tiny_model_from_planning_to_markdown(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.setenv("PYTHONPATH", str(Path(memory.__file__).resolve().parents[1]))
@@ -76,7 +75,7 @@ def test_a_tiny_model_from_planning_to_markdown(tmp_path, monkeypatch):
     monkeypatch.setattr(memory.OnnxFiles, "exported", lambda self, attention: "")
     settings = memory.Settings("scripts/bench memory", "tiny", TINY, 2, 1, 0, tmp_path)
     memory.run(settings, Console(quiet=True))
-    report = json.loads((tmp_path / "memory.json").read_text())
+    report = json.loads((tmp_path / "memory.raw.json").read_text())
     assert set(report["planned"]) == set(report["measured"]) == {"uniform", "growing"}
     for by_engine in report["measured"].values():
         for found in by_engine.values():

@@ -52,11 +52,10 @@ def small(monkeypatch, served):
     compiled._artifact = before
 
 
-@pytest.mark.xdist_group("served")
 def test_a_tiny_model_from_saturation_to_markdown(tmp_path, small):
     pytest.importorskip("matplotlib")
     serving.run(settings(tmp_path), Console(quiet=True))
-    report = json.loads((tmp_path / "serving.json").read_text())
+    report = json.loads((tmp_path / "serving.raw.json").read_text())
     assert list(report["loads"]) == ["tiny fp32 2..30 packed", "tiny fp32 2..30 padded"]
     for load in report["loads"].values():
         assert set(load["saturation"]) == set(load["trials"]) == {"nobatch", "dp"}
@@ -75,13 +74,12 @@ def test_a_tiny_model_from_saturation_to_markdown(tmp_path, small):
     assert command_line.main(["report", str(tmp_path)]) == 0
     assert (tmp_path / "serving.md").read_text() == text
     serving.run(settings(tmp_path, resume=True), Console(quiet=True))
-    assert json.loads((tmp_path / "serving.json").read_text()) == report  # all of it is kept
+    assert json.loads((tmp_path / "serving.raw.json").read_text()) == report  # all of it is kept
     serving.run(settings(tmp_path, resume=True, ranges=("1..9",), layouts=("packed",)), Console(quiet=True))
-    again = json.loads((tmp_path / "serving.json").read_text())
+    again = json.loads((tmp_path / "serving.raw.json").read_text())
     assert again["loads"].items() > report["loads"].items() and len(again["runs"]) == 2
 
 
-@pytest.mark.xdist_group("served")
 def test_padded_means_that_every_sequence_is_as_long_as_the_longest(served):
     compiled = served("bert").compiled
     padded = Padded.of(compiled)
@@ -140,6 +138,6 @@ def test_what_scheduling_takes(tmp_path, monkeypatch):
     monkeypatch.setattr(scheduling, "COLUMNS", ("policy", "1", "10"))
     monkeypatch.setattr(scheduling, "ROUNDS", 2)
     scheduling.run("scripts/bench scheduler", 0, 2000, tmp_path, Console(quiet=True))
-    report = json.loads((tmp_path / "scheduling.json").read_text())
+    report = json.loads((tmp_path / "scheduling.raw.json").read_text())
     assert len(report["planning_s"]["dp"]["10"]) == 2 and report["simulated"]["dp"]["seconds"] > 0
     assert "Simulating 2,000 requests over 64 replicas" in (tmp_path / "scheduling.md").read_text()

@@ -61,7 +61,7 @@ def test_a_page_of_whole_models():
     }
     machine = {"cpu": "a CPU", "threads": 2, "packages": {"apache-tvm": "0"}}
     report = {"machine": machine, "command": "scripts/bench tuning", "started": "now", "revision": "abc"}
-    text = tuning.markdown({**report, "models": {"bert fp32": found}})
+    text = tuning.markdown(tuning.summarized({**report, "models": {"bert fp32": found}}))
     assert (
         "geometric mean **2.000x**, least 2.000x, 1 points" in text and "| 1 x 8 | 2100 ms | 1050 ms | 2.000x |" in text
     )

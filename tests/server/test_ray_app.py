@@ -42,7 +42,7 @@ def test_two_replicas_one_killed_under_load(cluster, artifacts):
     def pids(seconds=60):
         found, deadline = set(), time.monotonic() + seconds
         while len(found) < 2 and time.monotonic() < deadline:
-            found.add(httpx.get(f"{url}/live", timeout=30).json()["pid"])
+            found.add(httpx.get(f"{url}/dashboard/state", timeout=30).json()["pid"])
         return found
 
     before = pids()

@@ -71,9 +71,9 @@ def test_a_load_goes_on_when_who_asked_for_it_leaves(fake, tmp_path):
     with running({"fake": fake}, open_file=open_file, models_dir=tmp_path) as server:
         with socket.create_connection(("127.0.0.1", server.port)) as leaving:
             leaving.sendall(b"POST /v2/repository/models/late/load HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n")
-            assert entered.wait(10)
+            assert entered.wait(60)
         gate.set()
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while httpx.get(f"{server.url}/v2/models/late/ready").status_code != 200:
             assert time.monotonic() < deadline
             time.sleep(0.02)

@@ -48,7 +48,7 @@ class Process:
             found = re.search(r"serving on (http://[\d.:]+)", self.log)
             if found:
                 try:
-                    if httpx.get(f"{found[1]}/health", timeout=5).status_code == 200:
+                    if httpx.get(f"{found[1]}/health", timeout=30).status_code == 200:
                         return found[1]
                 except httpx.TransportError:
                     pass
@@ -59,7 +59,7 @@ class Process:
     def stop(self, how=signal.SIGTERM):
         self.process.send_signal(how)
         status = self.process.wait(60)
-        self._reader.join(10)
+        self._reader.join(60)
         return status
 
 
@@ -105,7 +105,7 @@ def test_workers_share_a_port_and_count_together(artifacts):
         deadline = time.monotonic() + 60
         asked = 0
         while len(pids) < 2 and time.monotonic() < deadline:  # each by a connection of its own
-            pids.add(httpx.get(f"{url}/live").json()["pid"])
+            pids.add(httpx.get(f"{url}/dashboard/state").json()["pid"])
             reply = httpx.post(f"{url}/embed", json=ASK)
             exact(reply.json(), local)
             asked += 1
@@ -126,7 +126,7 @@ def test_what_a_worker_held_goes_with_it_and_what_it_counted_stays(artifacts):
             with httpx.Client(base_url=url) as client:  # one connection: one worker
                 assert client.post("/embed", json=ASK).status_code == 200
                 asked += 1
-                workers.add(client.get("/live").json()["pid"])
+                workers.add(client.get("/dashboard/state").json()["pid"])
                 if len(workers) == 2:
                     time.sleep(1.1)  # both have said what they hold
                     held = scraped(url)["turbo_arena_bytes", ("model", "embedder")]
@@ -149,7 +149,7 @@ def test_workers_that_cannot_start_end_the_command(artifacts):
         port = taken.getsockname()[1]
         with process(artifacts["embedder"], "--workers", 2, "--grpc-port", port) as served:
             assert served.process.wait(60) == 1
-            served._reader.join(10)
+            served._reader.join(60)
     assert f"gRPC cannot listen on 127.0.0.1:{port}" in served.log
 
 

@@ -15,12 +15,7 @@ that is read before it is written, or used by two threads without a barrier betw
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
 import re
-import subprocess
-import sysconfig
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -30,25 +25,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import simt_build
 import tvm
 import tvm_ffi
-from tvm.support import cc
 
 Sizes = tuple[int, ...]
 
-HERE = Path(__file__).parent
 MACHINE_CODE = b"SIMT\n"  # what "machine code" for this device begins with: the source follows
-_KERNEL_FLAGS = [
-    "-O1",
-    "-fsanitize=thread",
-    "-fno-strict-aliasing",
-    "-fno-threadsafe-statics",
-    "-fno-tree-sra",
-    "-fno-tree-vectorize",
-    "-fno-store-merging",
-    "-ffp-contract=off",
-    "-march=native",
-]
 _AXES = {
     f"{kind}.{axis}": 3 * i + j for i, kind in enumerate(("blockIdx", "threadIdx")) for j, axis in enumerate("xyz")
 }
@@ -296,8 +279,7 @@ def _compile(source: str) -> ctypes.CDLL:
         f'extern "C" void simt_entry_{name}(void** args) {{ simt::call({name}, args); }}\n' for name in set(entries)
     )
     _executor()
-    flags = [*_KERNEL_FLAGS, "-I", str(HERE / "include"), "-include", str(HERE / "include" / "simt.h")]
-    return ctypes.CDLL(str(_build("kernels", {"kernels.cc": text + calls + _ENDS}, flags)), mode=ctypes.RTLD_LOCAL)
+    return ctypes.CDLL(str(simt_build.kernels(text + calls + _ENDS)), mode=ctypes.RTLD_LOCAL)
 
 
 @lru_cache(maxsize=1)
@@ -305,39 +287,6 @@ def _executor() -> ctypes.CDLL:
     """The executor and the device, for the whole process: TVM keeps the device that it was once given."""
     if tvm_ffi.get_global_func("device_api.cuda", allow_missing=True) is not None:
         pytest.skip("TVM has a real GPU here, and knows one device of a kind: scripts/gpu_check is for this machine")
-    roots = [Path(tvm.__file__).parent / "include", Path(tvm_ffi.__file__).parent / "include"]
-    includes = [flag for root in [HERE, *roots] for flag in ("-I", str(root))]
-    sources = {name: (HERE / name).read_text() for name in ("executor.cc", "tvm_device.cc")}
-    for name in ("libtvm_ffi.so",):
-        ctypes.CDLL(str(Path(tvm_ffi.__file__).parent / "lib" / name), mode=ctypes.RTLD_GLOBAL)
+    ctypes.CDLL(str(Path(tvm_ffi.__file__).parent / "lib" / "libtvm_ffi.so"), mode=ctypes.RTLD_GLOBAL)
     ctypes.CDLL(str(Path(tvm.__file__).parent / "lib" / "libtvm_runtime.so"), mode=ctypes.RTLD_GLOBAL)
-    return ctypes.CDLL(
-        str(_build("executor", sources, ["-O2", "-U_FORTIFY_SOURCE", *includes])), mode=ctypes.RTLD_GLOBAL
-    )
-
-
-def _build(name: str, sources: dict[str, str], flags: list[str]) -> Path:
-    """A shared library of these sources, kept between runs; workers may build one at the same time."""
-    headers = "".join(path.read_text() for path in sorted((HERE / "include").iterdir()))
-    text = repr((sorted(sources.items()), flags, headers, tvm.__version__, sysconfig.get_platform()))
-    directory = Path(tempfile.gettempdir()) / f"turbo_tvm_simt_{os.getuid()}"
-    directory.mkdir(mode=0o700, exist_ok=True)
-    library = directory / f"{name}_{hashlib.sha256(text.encode()).hexdigest()[:24]}.so"
-    if not library.exists():
-        with tempfile.TemporaryDirectory(dir=directory) as scratch:
-            objects = []
-            for file, content in sources.items():
-                path = Path(scratch) / file
-                path.write_text(content)
-                objects.append(str(path.with_suffix(".o")))
-                _run([cc.get_cc(), "-std=gnu++17", "-fPIC", "-w", *flags, "-c", str(path), "-o", objects[-1]])
-            built = str(Path(scratch) / "built.so")
-            _run([cc.get_cc(), "-shared", *objects, "-o", built])
-            os.replace(built, library)
-    return library
-
-
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(f"{command[0]} failed:\n{done.stderr[:4000]}")
+    return ctypes.CDLL(str(simt_build.executor()), mode=ctypes.RTLD_GLOBAL)

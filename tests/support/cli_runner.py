@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from typing import Any
+
 from click.testing import CliRunner, Result
 
 from turbo_tvm.cli import main
@@ -25,3 +30,14 @@ def fail(*args: object, code: int = 1, input: str | bytes | None = None) -> str:
     assert result.exit_code == code, result.output
     assert isinstance(result.exception, SystemExit), result.exception  # anything else would show a traceback
     return result.stderr
+
+
+def command(*args: object, **options: Any) -> subprocess.CompletedProcess:
+    """What `turbo-tvm ARGS` did in a process of its own."""
+    line = [sys.executable, "-m", "turbo_tvm", *map(str, args)]
+    return subprocess.run(line, capture_output=True, text=True, timeout=300, **options)
+
+
+def answers(output: str) -> list[dict]:
+    """The answers that `turbo-tvm run` wrote as JSON lines."""
+    return [json.loads(line) for line in output.splitlines()]

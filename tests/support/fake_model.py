@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from turbo_tvm.artifact.manifest import Bounds, Manifest, OutputSpec, PositionRule, TargetSpec, TensorSpec
+from turbo_tvm.artifact.manifest import Manifest, OutputSpec, PositionRule, RequestLimits, TargetSpec, TensorSpec
 from turbo_tvm.errors import InputError
-from turbo_tvm.runtime import batch as packing
+from turbo_tvm.runtime import validation
 from turbo_tvm.runtime.batch import Batch
 
 GUILTY = 666  # a token id: a batch with it fails
@@ -39,12 +39,13 @@ class FakeModel:
             tvm_version="0",
             name="fake",
             model_type="bert",
+            entry="encode",
             target=TargetSpec("cpu", "x86_64", "znver4"),
             row_tile=4,
             inputs=(TensorSpec("ids", "int32", "token_ids"),),
             outputs=(OutputSpec("last_hidden_state", "token", 96),),
             primary="last_hidden_state",
-            bounds=Bounds(max_length=512, vocab_size=1000, type_vocab_size=2),
+            request_limits=RequestLimits(max_length=512, vocab_size=1000, type_vocab_size=2),
             positions=PositionRule("arange"),
         )
         self.memory_budget: int | None = None
@@ -74,7 +75,7 @@ class FakeModel:
         return [np.array([ord(c) % 100 for c in text]) for text in texts], None
 
     def prepare(self, sequence: Any, token_type_ids: Any = None) -> Batch:
-        return packing.from_sequence(sequence, token_type_ids, self.manifest.bounds, self.manifest.positions)
+        return validation.from_sequence(sequence, token_type_ids, self.manifest.request_limits, self.manifest.positions)
 
     def answer(self, parts: Sequence[Batch], output: str | None = None) -> list[np.ndarray]:
         self.entered.release()

@@ -35,7 +35,7 @@ class _Checker:
         self._executor = executor
         self._vm = executor.another_vm()
         self._vm.set_instrument(self._after)
-        self._function = self._vm["main"]
+        self._function = self._vm[executor.manifest.entry]
         self._step = 0
         self._regions: list[np.ndarray] = []
 

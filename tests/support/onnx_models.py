@@ -5,10 +5,13 @@ from __future__ import annotations
 import inspect
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+
+if TYPE_CHECKING:
+    from shared import Shared
 
 SIZES = {
     "vocab_size": 101,
@@ -121,3 +124,10 @@ def export(
                 input_names=list(inputs),
             )  # fmt: skip
     return path
+
+
+def exported(shared: Shared, family: str, *, dynamo: bool) -> tuple[torch.nn.Module, Path]:
+    """Return a model and its ONNX file, which is exported once per run."""
+    name = f"{'dynamo' if dynamo else 'script'}.onnx"
+    place = shared.made(f"{name} of {family}", lambda folder: export(build(family), folder / name, dynamo=dynamo))
+    return build(family), place / name

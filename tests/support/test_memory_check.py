@@ -8,17 +8,13 @@ import numpy as np
 import pytest
 from memory_check import dead_memory_is_nan
 
-import turbo_tvm
-from turbo_tvm.compiler import pipeline, targets
+from turbo_tvm.compiler import lowering, pipeline, targets
 from turbo_tvm.errors import TurboError
-from turbo_tvm.frontends.torch.module import import_module
-from turbo_tvm.runtime import batch as packing
+from turbo_tvm.runtime import validation
 from turbo_tvm.runtime.device.devices import aligned_empty
 from turbo_tvm.runtime.executor import Executor
 from turbo_tvm.runtime.loader import open_model
 from turbo_tvm.schedules.cpu.tiles import cpu_tiles
-
-pytestmark = pytest.mark.xdist_group("served")
 
 MODELS = ("bert", "roberta", "mpnet", "mean", "answers", "padded")
 
@@ -43,13 +39,12 @@ def test_answers_do_not_depend_on_dead_memory(served, random_requests, name):
             assert_same(compiled.run(request), answers)
 
 
-def on_tvms_allocator(module, model) -> Executor:
-    """The module compiled once more, with its intermediates left to TVM's pooled allocator."""
+def on_tvms_allocator(imported, model) -> Executor:
+    """The import compiled once more, with its intermediates left to TVM's pooled allocator."""
     machine = targets.resolve("cpu")
     tiles = cpu_tiles(machine)
-    imported = import_module(module, None, None, None)
-    optimized = pipeline.optimize(imported.mod, tiles, imported.bounds.max_length)
-    built = pipeline.build(optimized, imported.weights, machine, machine, tiles, planned=False)
+    optimized = pipeline.optimize(imported.mod, tiles, imported.request_limits.max_length)
+    built = lowering.build(optimized, imported.weights, machine, planned=False)
     assert built.memory.buffers == ()
     manifest = replace(model.manifest, buffers=(), steps=())
     weights = {name: aligned(array) for name, array in built.parameters.items()}
@@ -64,9 +59,9 @@ def aligned(array: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("name", ["bert", "mpnet", "padded"])
 def test_tvms_own_allocator_gives_the_same_answers(served, random_requests, name):
-    ours, theirs = served(name).compiled._executor, on_tvms_allocator(served(name).module, served(name).compiled)
+    ours, theirs = served(name).compiled._executor, on_tvms_allocator(served(name).imported(), served(name).compiled)
     for request in random_requests(10, seed=9):
-        batch = packing.from_sequences(request, None, ours.manifest.bounds, ours.manifest.positions)
+        batch = validation.from_sequences(request, None, ours.manifest.request_limits, ours.manifest.positions)
         got, want = ours.run(batch), theirs.run(batch)
         assert got.keys() == want.keys()
         for output in got:
@@ -105,7 +100,7 @@ def test_bf16_in_place_gives_the_same_answers(served, random_requests):
         targets.check_precision(machine, "bf16")
     except TurboError:
         pytest.skip("needs a CPU with AVX512-BF16")
-    compiled = turbo_tvm.compile(served("bert").module, precision="bf16", progress=False)
+    compiled = served("bert", precision="bf16").compiled
     assert sum(b.replaces is not None for b in compiled.manifest.buffers) >= 2
     requests = random_requests(6, seed=11)
     compiled.memory_plan = "pooled"

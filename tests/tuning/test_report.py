@@ -11,12 +11,13 @@ from turbo_tvm.compiler import targets
 from turbo_tvm.compiler.kernel_recipe import KernelRecipe
 from turbo_tvm.compiler.tuning_log import ResultRecord, TrialRecord, TuningLog
 from turbo_tvm.errors import TuningError
-from turbo_tvm.schedules.cpu import linear, tiles
+from turbo_tvm.ops import sized
+from turbo_tvm.schedules.cpu import tiles
 from turbo_tvm.tuning.report import BucketReport, Curve, curves, geometric_mean, mean_curve, variants_of
 from turbo_tvm.tuning.tasks import TuningTask
 from turbo_tvm.tuning.tuner import task_record
 
-RECIPE = KernelRecipe.of(linear.linear, tiles.AVX2, {"k": 8, "n": 8})
+RECIPE = KernelRecipe.of(sized.linear(tiles.AVX2, 8, 8), tiles.AVX2)
 TASK = TuningTask("linear_8_8", RECIPE, 1, 128.0, 0.0, 256, 64, RECIPE.space)
 OTHER = replace(TASK, kernel="linear_8_9")
 RESULT = ResultRecord([], {}, {}, {}, {"16": 0.5, "64": 0.5}, 4, "xgb", 0)

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from turbo_tvm.artifact.manifest import KernelSpec
 from turbo_tvm.compiler.kernel_recipe import KernelRecipe
 from turbo_tvm.errors import TuningError
-from turbo_tvm.schedules.cpu import gate, linear, tiles
+from turbo_tvm.ops import sized
+from turbo_tvm.schedules.cpu import linear, tiles
 from turbo_tvm.tuning.tasks import USUAL_LENGTHS, Bucket, buckets, tasks_of
 
 ROWS = (16, 64, 256, 1024)
@@ -18,7 +19,7 @@ LARGEST = 8192  # stands for all larger batches, and weighs nothing
 
 
 def product(n: int) -> str:
-    return KernelRecipe.of(linear.linear, tiles.AVX2, {"k": 8, "n": n}).to_json()
+    return KernelRecipe.of(sized.linear(tiles.AVX2, 8, n), tiles.AVX2).to_json()
 
 
 def spec(name: str, n: int = 8, **more) -> KernelSpec:
@@ -26,7 +27,7 @@ def spec(name: str, n: int = 8, **more) -> KernelSpec:
     return KernelSpec(name, "linear", **{**counts, "recipe": product(n), **more})
 
 
-GATE = KernelRecipe.of(gate.gate, tiles.AVX2, {"columns": 8, "activation": "gelu"}).to_json()
+GATE = KernelRecipe.of(sized.gate(tiles.AVX2, 8, "gelu"), tiles.AVX2).to_json()
 KERNELS = [
     spec("linear_8_8"),
     spec("linear_8_64", 64),
@@ -42,7 +43,7 @@ def test_kernels_with_knobs_those_with_most_work_first():
     tasks = tasks_of(KERNELS)
     assert [task.kernel for task in tasks] == ["linear_8_32", "linear_8_64", "linear_8_8"]
     assert tasks[0].calls == 12 and tasks[0].recipe.to_json() == product(32)
-    assert tasks[0].space == linear.space(tiles.AVX2)
+    assert tasks[0].space == linear.space(sized.linear(tiles.AVX2, 8, 32), tiles.AVX2)
 
 
 def test_kernels_by_a_part_of_their_names():

@@ -17,7 +17,7 @@ from turbo_tvm.artifact import file as artifact
 from turbo_tvm.compiler.tuning_log import ResultRecord, TuningLog, read_records
 from turbo_tvm.errors import TuningError
 from turbo_tvm.schedules.common.space import Variant
-from turbo_tvm.tuning import candidate, tuner
+from turbo_tvm.tuning import bench, candidate, tuner
 from turbo_tvm.tuning.tasks import buckets, tasks_of
 from turbo_tvm.tuning.tune import job
 from turbo_tvm.tuning.tuner import Plan, Tuner, task_record
@@ -31,8 +31,8 @@ LENGTHS = (8, 16)
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(tuner, "FINAL_SECONDS", 0.01)
-    monkeypatch.setattr(tuner, "TRIAL_SECONDS", 0.01)
+    monkeypatch.setattr(bench, "FINAL_SECONDS", 0.01)
+    monkeypatch.setattr(bench, "TRIAL_SECONDS", 0.01)
     monkeypatch.setattr(tuner, "ROUND", 4)
 
 
@@ -162,7 +162,7 @@ def test_an_interrupt_keeps_what_was_measured_and_leaves_no_process(tiny_artifac
     with pytest.raises(KeyboardInterrupt):
         tune(tiny_artifact, tmp_path, trials=8, show=interrupt)
     assert kinds(log_file(tmp_path)) == ["TaskRecord", *["TrialRecord"] * 4]
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline and set(psutil.Process().children(recursive=True)) - before:
         time.sleep(0.1)
     assert not set(psutil.Process().children(recursive=True)) - before
@@ -172,7 +172,8 @@ def test_an_interrupt_keeps_what_was_measured_and_leaves_no_process(tiny_artifac
 
 def test_two_tuners_on_one_directory_share_the_work(tiny_artifact, tmp_path):
     code = (
-        "import turbo_tvm; from turbo_tvm.tuning import tuner; tuner.FINAL_SECONDS = tuner.TRIAL_SECONDS = 0.01; "
+        "import turbo_tvm; from turbo_tvm.tuning import bench, tuner; "
+        "bench.FINAL_SECONDS = bench.TRIAL_SECONDS = 0.01; "
         f"turbo_tvm.tune({str(tiny_artifact)!r}, logs={str(tmp_path)!r}, trials=24, kernels=[{KERNEL!r}], "
         f"lengths={LENGTHS}, threads=1, search='random', seed=int(__import__('sys').argv[1]))"
     )

@@ -1,4 +1,4 @@
-"""What an artifact keeps of a model's cost on a machine: a frozen record in the manifest, by the machine's name."""
+"""The cost of a model on a machine, as an artifact keeps it: a frozen record in the manifest, by the machine's name."""
 
 import math
 from dataclasses import dataclass
@@ -10,24 +10,21 @@ from turbo_tvm.artifact.strict_json import wrong_field
 
 @dataclass(frozen=True)
 class CostSpec:
-    """A fitted cost; `cost_model` says what the figures mean.
-
-    packed: terms are seconds fixed, per sequence, per squared token, then per token between the knots, in tokens.
-    padded: seconds by length and batch. error: the mean relative error on held-out batches; points: measured batches.
-    """
+    """A fitted cost; `cost_model` says how the figures are used."""
 
     kind: Literal["packed", "padded"]
+    # packed: seconds fixed, per sequence, per squared length, then per token in each interval between the knots
     terms: tuple[float, ...] = ()
-    knots: tuple[int, ...] = ()
-    lengths: tuple[int, ...] = ()
-    batches: tuple[int, ...] = ()
-    seconds: tuple[tuple[float, ...], ...] = ()
-    error: float = 0.0
-    points: int = 0
+    knots: tuple[int, ...] = ()  # packed: tokens of a batch
+    lengths: tuple[int, ...] = ()  # padded: tokens of the longest sequence, the table's rows
+    batches: tuple[int, ...] = ()  # padded: sequences, the table's columns
+    seconds: tuple[tuple[float, ...], ...] = ()  # padded: the table
+    error: float = 0.0  # the mean relative error on held-out batches
+    points: int = 0  # measured batches
 
 
 def check_cost(spec: CostSpec, where: str) -> None:
-    """ArtifactError if the figures are no cost: of the wrong number, out of order or not positive."""
+    """Raise ArtifactError if the figures are no cost: of the wrong number, out of order or not positive."""
     for name in ("knots", "lengths", "batches"):
         values = getattr(spec, name)
         if any(a >= b for a, b in pairwise((0, *values))):

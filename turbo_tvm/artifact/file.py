@@ -1,6 +1,6 @@
-"""The artifact: one file: a compiled model, its weights and tokenizer, and a manifest that vouches for them.
+"""The artifact: one file with a compiled model, its weights and tokenizer, and a manifest that vouches for them.
 
-A zip whose members are stored as they are, so that weights are used where they lie in the mapped file:
+It is a zip whose members are stored uncompressed, so that weights are used where they lie in the mapped file:
 
     library.so            the code
     sm_80.cubin           machine code for a GPU of that architecture; only where a model is for GPUs, one each
@@ -64,18 +64,15 @@ _ADVICE = {
 
 @dataclass(frozen=True)
 class Artifact:
-    """A verified artifact.
-
-    weights: in call order, views into a private mapping of the file; what is written to one stays in this
-    process. cubins: machine code by GPU architecture.
-    """
+    """A verified artifact."""
 
     manifest: Manifest
-    library: bytes
+    library: bytes  # the code: a shared library
+    # in call order, views into a private mapping of the file; what is written to one stays in this process
     weights: dict[str, np.ndarray]
-    tokenizer: str | None
+    tokenizer: str | None  # the text of a `tokenizer.json`
     path: Path
-    cubins: Mapping[str, bytes] = field(default_factory=dict)
+    cubins: Mapping[str, bytes] = field(default_factory=dict)  # machine code by GPU architecture
 
 
 def write(
@@ -89,7 +86,7 @@ def write(
     """Save an artifact; return its manifest with `members` filled. Equal input gives equal bytes.
 
     The file appears at `path` whole or not at all: whatever fails, what was there stays and nothing is left
-    beside it. ArtifactError says what failed and what to do. Copies one tensor at a time at most.
+    beside it. Copies one tensor at a time at most. Raises ArtifactError, which says what failed and what to do.
     """
     _check_weights(manifest, weights)
     codes = {LIBRARY: library, **{name + CUBIN: code for name, code in sorted((cubins or {}).items())}}
@@ -116,10 +113,10 @@ def write(
 
 
 def read(path: str | os.PathLike[str]) -> Artifact:
-    """Map an artifact and verify all of it; ArtifactError says what is wrong with it and what to do.
+    """Map an artifact and verify all of it, without running anything that it holds.
 
-    Runs nothing that the file holds. While the result is used, the file may be replaced or removed, but not
-    overwritten or cut short in place: the mapping would follow.
+    While the result is used, the file may be replaced or removed, but not overwritten or cut short in place: the
+    mapping would follow. Raises ArtifactError, which says what is wrong with the file and what to do.
     """
     try:
         data, spans = open_sealed(path)
@@ -186,7 +183,7 @@ def _write_members(
 
 
 def _check_members(data: mmap.mmap, spans: dict[str, Span], manifest: Manifest) -> None:
-    """Exactly the members that an artifact has, each with the size and the sum in the manifest."""
+    """Raise ArtifactError unless the file has exactly an artifact's members, with the manifest's sizes and sums."""
     cubins = {name + CUBIN for name in manifest.target.architectures}
     for name in sorted({LIBRARY, WEIGHTS, *cubins} - spans.keys() | manifest.members.keys() - spans.keys()):
         raise ArtifactError(f"its member {name!r} is missing; {DAMAGED}")

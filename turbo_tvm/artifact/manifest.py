@@ -1,6 +1,6 @@
 """The manifest: what an artifact holds, what it was compiled for, how its inputs and outputs are laid out.
 
-Frozen records, to and from JSON. Reading is strict: an unknown, missing or ill-typed field is an
+It consists of frozen records, to and from JSON. Reading is strict: an unknown, missing or ill-typed field is an
 ArtifactError that names the field, so that the rest of the runtime can trust every value it finds here.
 """
 
@@ -19,11 +19,10 @@ __all__ = [
     "FORMAT_VERSION",
     "LABELLED",
     "SYMBOLS",
-    "Bounds",
     "BufferSpec",
     "CostSpec",
     "DeviceKernelSpec",
-    "ImageBounds",
+    "ImageSpec",
     "KernelSpec",
     "Manifest",
     "MemberSpec",
@@ -31,17 +30,18 @@ __all__ = [
     "ParameterSpec",
     "PooledToken",
     "PositionRule",
+    "RequestLimits",
     "TargetSpec",
     "TensorSpec",
     "VariantSpec",
 ]
 
-FORMAT_VERSION = 7
+FORMAT_VERSION = 8
 
 LABELLED = "logits"  # the output that labels are for, by the name that transformers gives it
 
-# What a batch says about itself, by layout: tiles of token rows and of sequence rows; or sequences, the longest one in
-# tokens, and tiles of the rows of all of them.
+# The symbols that sizes of buffers consist of, by layout: row tiles of tokens and of pooled rows; or the number of
+# sequences, the length of the longest in tokens, and the row tiles of the rectangle.
 SYMBOLS = {"packed": ("token_tiles", "sequence_tiles"), "padded": ("batch", "length", "row_tiles")}
 
 # An integer annotated with the least value it may have.
@@ -64,66 +64,61 @@ InputKind = Literal[
 
 @dataclass(frozen=True)
 class TargetSpec:
-    """The machine the code was compiled for; the CPU fields always describe the CPU side of the code.
-
-    features: the LLVM names of the CPU features the code may use (only those `cpu_features.checkable` keeps).
-    architectures: of the GPUs that the artifact holds machine code for, such as "sm_80"; none for a CPU.
-    """
+    """The machine that the code was compiled for; the CPU fields always describe the CPU side of the code."""
 
     name: str
     triple_arch: Literal["x86_64", "aarch64"]
     mcpu: str
+    # LLVM's names of the CPU features that the code may use, of those that `cpu_features.checkable` keeps
     features: tuple[str, ...] = ()
+    # GPUs that the artifact holds machine code for, such as "sm_80"; none for a CPU
     architectures: tuple[str, ...] = ()
 
     @property
     def device(self) -> Literal["cpu", "cuda"]:
-        """What runs the kernels."""
+        """The kind of device that runs the kernels."""
         return "cuda" if self.architectures else "cpu"
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One input of the compiled function; `kind` says what the executor puts there."""
+    """One input of the compiled function."""
 
     name: str
     dtype: Dtype
-    kind: InputKind
+    kind: InputKind  # what the executor puts there
 
 
 @dataclass(frozen=True)
 class OutputSpec:
-    """One output: a row of `columns` values per token or per sequence; squeeze drops a column axis of one."""
+    """One output: a row of `columns` values per token or per sequence."""
 
     name: str
     kind: RowKind
     columns: Positive
-    squeeze: bool = False
+    squeeze: bool = False  # whether to drop a column axis of one
     dtype: Dtype = "float32"
 
 
 @dataclass(frozen=True)
-class ImageBounds:
-    """What an image is: float32 (channels, height, width), cut into patches, which are tokens, from left to right.
-
-    prefix: tokens before the first patch that hold none, such as a class token.
-    """
+class ImageSpec:
+    """The form of an image: float32 (channels, height, width), cut into patches, which are tokens, row by row."""
 
     channels: Positive
-    height: Positive
+    height: Positive  # pixels
     width: Positive
     patch_height: Positive
     patch_width: Positive
-    prefix: Natural = 0
+    prefix: Natural = 0  # tokens before the first patch that hold none, such as a class token
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Of an image."""
+        """The shape of an image: (channels, height, width)."""
         return self.channels, self.height, self.width
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches; what is left of the image at the right and below is not looked at."""
+        """Rows and columns of patches; the rest of the image at the right and below is not used."""
         return self.height // self.patch_height, self.width // self.patch_width
 
     @property
@@ -138,24 +133,22 @@ class ImageBounds:
 
 
 @dataclass(frozen=True)
-class Bounds:
-    """What a request may hold: token ids, or an image.
+class RequestLimits:
+    """What a request may hold: token ids, or an image."""
 
-    max_length in tokens; vocab_size 0: the model takes images; type_vocab_size 0: it takes no token types.
-    """
-
-    max_length: Positive
-    vocab_size: Natural
-    type_vocab_size: Natural = 0
-    image: ImageBounds | None = None
+    max_length: Positive  # tokens
+    vocab_size: Natural  # 0 if the model takes images
+    type_vocab_size: Natural = 0  # 0 if the model takes no token types
+    image: ImageSpec | None = None
 
 
 @dataclass(frozen=True)
 class PositionRule:
     """How position ids follow from token ids.
 
-    arange: offset + index. count_non_pad (RoBERTa): offset at a pad_id, elsewhere offset + the count of other
-    ids up to and including this one. none: the model takes no position ids.
+    - arange: offset + index.
+    - count_non_pad (RoBERTa): offset at a pad_id; elsewhere offset + the count of other ids up to and including this.
+    - none: the model takes no position ids.
     """
 
     kind: Literal["arange", "count_non_pad", "none"] = "none"
@@ -167,8 +160,9 @@ class PositionRule:
 class PooledToken:
     """Which token of a sequence the input `pooled_rows` names.
 
-    first_of: the first one of that id, of a sequence without it the first of all. largest: the first one of the largest
-    id (CLIP's old way to find the end of the text). none: the model has no such input.
+    - first_of: the first one with id `token_id`; in a sequence without it the first of all.
+    - largest: the first one with the largest id (CLIP's old way to find the end of the text).
+    - none: the model has no such input.
     """
 
     kind: Literal["first_of", "largest", "none"] = "none"
@@ -177,24 +171,20 @@ class PooledToken:
 
 @dataclass(frozen=True)
 class BufferSpec:
-    """An intermediate or output that the executor supplies, in call order; where it lies follows from the batch.
-
-    shape: a product per dimension, of numbers and SYMBOLS: "token_tiles", "4", "12*batch". first, last: the steps,
-    inclusive, between which it must keep its place; the last of an output is the number of steps. replaces: an earlier
-    buffer of the same shape, last read in the step that writes this one, whose place this one may take.
-    """
+    """An intermediate or output that the executor supplies, in call order; where it lies follows from the batch."""
 
     name: str
-    shape: tuple[str, ...]
+    shape: tuple[str, ...]  # per dimension a product of numbers and SYMBOLS: "token_tiles", "4", "12*batch"
     dtype: Dtype
-    first: Natural
-    last: Natural
+    first: Natural  # the first step in which it must keep its place
+    last: Natural  # the last such step, inclusive; of an output the number of steps
+    # an earlier buffer of the same shape, last read in the step that writes this one, whose place this one may take
     replaces: str | None = None
 
 
 @dataclass(frozen=True)
 class ParameterSpec:
-    """One packed weight, in call order; () is the shape of a scalar."""
+    """One packed weight, in call order; a scalar has the shape ()."""
 
     name: str
     shape: tuple[Positive, ...]
@@ -203,18 +193,17 @@ class ParameterSpec:
 
 @dataclass(frozen=True)
 class VariantSpec:
-    """How a kernel runs batches of up to `max_rows` rows, 0 for all larger ones: what a tuner chose, by decision."""
+    """How a kernel runs batches of up to `max_rows` rows, as a tuner chose it."""
 
-    setting: dict[str, int]
-    max_rows: Natural = 0
+    setting: dict[str, int]  # the value of each knob by its name
+    max_rows: Natural = 0  # 0 for all larger batches
 
 
 @dataclass(frozen=True)
 class KernelSpec:
     """One distinct kernel and how often a run calls it, for `inspect` and the cost model.
 
-    recipe: what it is built from, for a tuner; variants: none where nothing was tuned. flops_per_token, flops_per_pair
-    (a pair is a query and a key), bytes_per_token (of rows in and out) and bytes_weights are for one call.
+    Its flops and bytes are those of one call.
     """
 
     name: str
@@ -222,99 +211,89 @@ class KernelSpec:
     calls: Natural
     shapes: str = ""
     flops_per_token: float = 0.0
-    flops_per_pair: float = 0.0
+    flops_per_pair: float = 0.0  # of a query and a key
     bytes_weights: Natural = 0
-    bytes_per_token: Natural = 0
-    recipe: str = ""
-    variants: tuple[VariantSpec, ...] = ()
+    bytes_per_token: Natural = 0  # of rows in and out
+    recipe: str = ""  # what it is built from, for a tuner
+    variants: tuple[VariantSpec, ...] = ()  # none where nothing was tuned
 
 
 @dataclass(frozen=True)
 class DeviceKernelSpec:
-    """What a kernel takes of a GPU of that architecture, and how often a block meets.
+    """What a kernel takes of a GPU of an architecture, and how often the threads of a block synchronise.
 
-    registers, spill_bytes: per thread; spilled are registers that were stored to memory and loaded again. The rest is
-    per block. rows: of the output, 0 if not known (of attention, queries of one head). barriers, shuffles: the latter
-    as instructions of a warp; per_step: in a loop whose length the batch decides, such as that over keys.
+    A step is a pass of a loop whose length the batch decides, such as that over keys.
     """
 
     name: str
     architecture: str
-    registers: Natural
-    spill_bytes: Natural
-    static_shared_bytes: Natural
+    registers: Natural  # per thread
+    spill_bytes: Natural  # per thread, of registers that are stored to memory and loaded again
+    static_shared_bytes: Natural  # per block, as all below
     dynamic_shared_bytes: Natural = 0
     threads: Positive = 1
-    rows: Natural = 0
+    rows: Natural = 0  # of the output, or queries of one head for attention; 0 if not known
     barriers: Natural = 0
     barriers_per_step: Natural = 0
-    shuffles: Natural = 0
+    shuffles: Natural = 0  # instructions of a warp
     shuffles_per_step: Natural = 0
 
 
 @dataclass(frozen=True)
 class MemberSpec:
-    """The check on one member of the file: sha256 in 64 lower-case hexadecimal digits, size in bytes."""
+    """What one member of the file is checked against."""
 
-    sha256: str
-    bytes: Natural
+    sha256: str  # 64 lower-case hexadecimal digits
+    bytes: Natural  # its size
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """Everything about an artifact but its code, weights and tokenizer.
-
-    name: the model's. primary: the name of the main output, None for all of them. labels: what the columns of a
-    classifier's output `logits` are called, none where the model does not say. row_tile: rows (tokens) per matrix
-    tile; query_tile: query rows per attention task. relative_positions: attention looks at distances between tokens;
-    pools_first: an output is made from a sequence's first token. buffers, parameters: in call order. steps: the kernels
-    that a run calls, in order. device_kernels: what they take of each GPU; device_source: the sha256 of the source that
-    their machine code was made from. declined: what was not fused, and why. tuning: logs that
-    did not hold, and why. source_parameters: the parameter count of
-    the model before packing. costs: what batches cost, by machine (`CompiledModel.machine`). members: every member
-    of the file but the manifest itself; filled when the artifact is saved.
-    """
+    """Everything about an artifact but its code, weights and tokenizer."""
 
     format_version: int = FORMAT_VERSION
     turbo_version: str
     tvm_version: str
-    name: str
+    name: str  # of the model
     model_type: str
+    entry: str  # the name of the compiled function
+    captured: str | None = None  # that of its twin, which a GPU replays as one CUDA graph; None without one
     target: TargetSpec
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     layout: Literal["packed", "padded"] = "packed"
-    row_tile: Positive = 1
-    query_tile: Positive = 1
+    row_tile: Positive = 1  # rows (tokens) per tile of a matrix
+    query_tile: Positive = 1  # query rows per task of the attention
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[OutputSpec, ...]
-    primary: str | None = None
-    labels: tuple[str, ...] = ()
-    bounds: Bounds
+    primary: str | None = None  # the name of the main output; None if all of them are
+    labels: tuple[str, ...] = ()  # names of the columns of a classifier's `logits`; none where the model has none
+    request_limits: RequestLimits
     positions: PositionRule = PositionRule()
-    relative_positions: bool = False
-    pools_first: bool = False
+    relative_positions: bool = False  # whether attention looks at distances between tokens
+    pools_first: bool = False  # whether an output is made from a sequence's first token
     pooled: PooledToken = PooledToken()
-    buffers: tuple[BufferSpec, ...] = ()
-    steps: tuple[str, ...] = ()
-    parameters: tuple[ParameterSpec, ...] = ()
+    buffers: tuple[BufferSpec, ...] = ()  # in call order
+    steps: tuple[str, ...] = ()  # the kernels that a run calls, in order
+    parameters: tuple[ParameterSpec, ...] = ()  # in call order
     kernels: tuple[KernelSpec, ...] = ()
-    device_kernels: tuple[DeviceKernelSpec, ...] = ()
-    device_source: str = ""
-    declined: tuple[str, ...] = ()
-    tuning: tuple[str, ...] = ()
-    source_parameters: Natural = 0
-    costs: dict[str, CostSpec] = field(default_factory=dict)
+    device_kernels: tuple[DeviceKernelSpec, ...] = ()  # of each GPU
+    device_source: str = ""  # sha256 of the source that the GPUs' machine code was made from
+    declined: tuple[str, ...] = ()  # what was not fused, and why
+    tuning: tuple[str, ...] = ()  # tuning logs that did not hold, and why
+    source_parameters: Natural = 0  # the model's parameter count before packing
+    costs: dict[str, CostSpec] = field(default_factory=dict)  # by machine (`CompiledModel.machine`)
+    # every member of the file but the manifest itself; filled when the artifact is saved
     members: dict[str, MemberSpec] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        """This manifest as JSON text. ArtifactError where a field holds what `from_json` would refuse."""
+        """Return this manifest as JSON text. Raises ArtifactError where a field holds what `from_json` would refuse."""
         plain = dataclasses.asdict(self)
         _from_plain(plain)
         return json.dumps(plain, indent=1) + "\n"
 
     @staticmethod
     def from_json(text: str | bytes) -> "Manifest":
-        """The manifest in a JSON text; ArtifactError names the first field that is wrong."""
+        """Read a manifest from JSON text. Raises ArtifactError, which names the first field that is wrong."""
         try:
             plain = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -323,7 +302,7 @@ class Manifest:
 
 
 def _from_plain(plain: Any) -> Manifest:
-    # The version comes first: the fields of another version are not ours to judge.
+    # The version comes first: this reader cannot judge the fields of another version.
     if isinstance(plain, Mapping) and plain.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
         raise _other_version(plain)
     manifest = record_of(Manifest, plain, "")
@@ -335,7 +314,7 @@ def _from_plain(plain: Any) -> Manifest:
         free[buffer.name] = buffer
     for machine, cost in manifest.costs.items():
         check_cost(cost, f"costs.{show(machine)}")
-    _check_bounds(manifest.bounds)
+    _check_request_limits(manifest.request_limits)
     names = [output.name for output in manifest.outputs]
     if manifest.primary is not None and manifest.primary not in names:
         raise wrong_field("primary", f"one of the outputs {names}", manifest.primary)
@@ -345,13 +324,14 @@ def _from_plain(plain: Any) -> Manifest:
     return manifest
 
 
-def _check_bounds(bounds: Bounds) -> None:
-    if bounds.image is None and not bounds.vocab_size:
-        raise wrong_field("bounds.vocab_size", "at least 1", 0)
-    if bounds.image is not None and not all(bounds.image.grid):
-        raise wrong_field("bounds.image", "an image of at least one patch", bounds.image)
-    if bounds.image is not None and bounds.image.tokens != bounds.max_length:
-        raise wrong_field("bounds.max_length", f"{bounds.image.tokens}, an image's tokens", bounds.max_length)
+def _check_request_limits(limits: RequestLimits) -> None:
+    where, image = "request_limits", limits.image
+    if image is None and not limits.vocab_size:
+        raise wrong_field(f"{where}.vocab_size", "at least 1", 0)
+    if image is not None and not all(image.grid):
+        raise wrong_field(f"{where}.image", "an image of at least one patch", image)
+    if image is not None and image.tokens != limits.max_length:
+        raise wrong_field(f"{where}.max_length", f"{image.tokens}, an image's tokens", limits.max_length)
 
 
 def _check_buffer(buffer: BufferSpec, steps: int, symbols: tuple[str, ...], free: dict[str, BufferSpec]) -> None:

@@ -25,12 +25,12 @@ DTYPES |= {"int8": "I8", "uint8": "U8", "bool": "BOOL"}
 
 
 def file_bytes(parameters: Sequence[ParameterSpec]) -> int:
-    """The size of the file."""
+    """Return the size of the file in bytes."""
     return len(_header(parameters)) + sum(map(_padded_bytes, parameters))
 
 
 def pieces(parameters: Sequence[ParameterSpec], weights: Mapping[str, np.ndarray]) -> Iterator[Any]:
-    """The file in contiguous buffers of bytes; copies one tensor at a time at most."""
+    """Yield the file in contiguous buffers of bytes; copies one tensor at a time at most."""
     yield _header(parameters)
     for spec in parameters:
         yield np.ascontiguousarray(weights[spec.name]).reshape(-1).view(np.uint8).data
@@ -38,7 +38,10 @@ def pieces(parameters: Sequence[ParameterSpec], weights: Mapping[str, np.ndarray
 
 
 def views(data: mmap.mmap, span: Span, parameters: Sequence[ParameterSpec]) -> dict[str, np.ndarray]:
-    """The weights, where they lie. Only the one header that `pieces` gives these parameters is accepted."""
+    """Return the weights by name, as views of where they lie.
+
+    Raises ArtifactError unless the header is the one that `pieces` writes for these parameters.
+    """
     start, stop = span
     header = _header(parameters)
     offset = start + len(header)
@@ -54,7 +57,7 @@ def views(data: mmap.mmap, span: Span, parameters: Sequence[ParameterSpec]) -> d
 
 
 def _difference(data: mmap.mmap, span: Span, parameters: Sequence[ParameterSpec]) -> str:
-    """How the header of the weights differs from what the manifest's parameters ask for."""
+    """Describe how the header of the weights differs from the manifest's parameters."""
     first = span[0] + 8
     header_bytes = int.from_bytes(data[span[0] : first], "little")
     try:
@@ -74,10 +77,10 @@ def _difference(data: mmap.mmap, span: Span, parameters: Sequence[ParameterSpec]
 
 
 def _header(parameters: Sequence[ParameterSpec]) -> bytes:
-    """The start of a safetensors file, padded with spaces to a multiple of ALIGNMENT.
+    """Return the start of a safetensors file, padded with spaces to a multiple of ALIGNMENT.
 
-    The tensors follow in order. Where one ends before a multiple of ALIGNMENT, a tensor of bytes that nobody
-    reads fills the gap: safetensors allows no holes.
+    The tensors follow in order. Where one ends before a multiple of ALIGNMENT, a tensor of unused bytes fills the gap:
+    safetensors allows no holes.
     """
     entries: dict[str, Any] = {}
     offset = 0

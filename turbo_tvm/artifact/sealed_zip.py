@@ -1,4 +1,4 @@
-"""A sealed zip: members stored as they are and aligned, without a gap, under a seal in the zip's comment.
+"""A sealed zip: members stored uncompressed and aligned, without a gap, under a seal in the zip's comment.
 
 The seal is the sha256 of what the sums in the member `MANIFEST` leave out: that member, the zip's headers, its padding.
 Reading is strict: only what `write_member` and `write_seal` lay out is accepted, and nothing else is ever looked at.
@@ -20,7 +20,7 @@ __all__ = ["ALIGNMENT", "DAMAGED", "MANIFEST", "SEAL_BYTES", "SEAL_LABEL", "Span
 __all__ += ["check_seal", "empty_seal", "open_sealed", "write_member", "write_seal"]
 
 MANIFEST = "manifest.json"  # the member that the seal covers; its sums cover every other
-ALIGNMENT = 64  # bytes; what TVM asks of a tensor's address
+ALIGNMENT = 64  # bytes; TVM requires it of a tensor's address
 PIECE = 1 << 20  # bytes hashed and written at a time: they stay in cache in between
 
 SEAL_LABEL = b"turbo-tvm sha256 "
@@ -38,12 +38,12 @@ DAMAGED = "it is damaged, or turbo_tvm did not write it: copy it again or compil
 
 
 def empty_seal() -> bytes:
-    """The zip's comment until `write_seal` has filled it."""
+    """Return a seal of zeros: the zip's comment until `write_seal` has filled it."""
     return SEAL_LABEL + b"0" * 64
 
 
 def write_member(archive: zipfile.ZipFile, name: str, size: int, pieces: Iterable[Any]) -> MemberSpec:
-    """Append a member, its data aligned. pieces: contiguous buffers of bytes, `size` bytes in all."""
+    """Append a member, its data aligned, and return its sum. pieces: contiguous buffers, `size` bytes in all."""
     info = zipfile.ZipInfo(name)  # dated 1980-01-01, always
     info.create_system, info.external_attr = 3, 0o644 << 16
     large = size >= ZIP64_FROM
@@ -70,9 +70,9 @@ def write_seal(file: IO[bytes]) -> None:
 
 
 def open_sealed(path: str | os.PathLike[str]) -> tuple[mmap.mmap, dict[str, Span]]:
-    """The file's private mapping, and where its members are."""
+    """Return the file's private mapping, and where its members are. Raises ArtifactError for what is no artifact."""
     try:
-        # Asked first: to open a named pipe is to wait for its other end.
+        # Checked before opening: to open a named pipe is to wait for its other end.
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise ArtifactError("it is a directory or a device: give the path of an artifact's file")
         with open(path, "rb") as file:
@@ -86,13 +86,13 @@ def open_sealed(path: str | os.PathLike[str]) -> tuple[mmap.mmap, dict[str, Span
 
 
 def check_seal(data: mmap.mmap, spans: dict[str, Span]) -> None:
-    """ArtifactError if a byte that the manifest's sums leave out has changed."""
+    """Raise ArtifactError if a byte that the manifest's sums leave out has changed."""
     if data[-64:] != _seal(data, spans):
         raise ArtifactError(f"its manifest or its zip headers do not match its seal; {DAMAGED}")
 
 
 def _seal(data: mmap.mmap, spans: dict[str, Span]) -> bytes:
-    """The sha256, in hexadecimal, of every byte but the seal's own and those of the members with a sum."""
+    """Return the sha256, in hexadecimal, of every byte but the seal's own and those of the members with a sum."""
     digest = hashlib.sha256()
     position = 0
     for start, stop in sorted(span for name, span in spans.items() if name != MANIFEST):
@@ -103,7 +103,7 @@ def _seal(data: mmap.mmap, spans: dict[str, Span]) -> bytes:
 
 
 def _spans(file: IO[bytes], data: mmap.mmap) -> dict[str, Span]:
-    """Where each member's data lies. ArtifactError unless the members, stored, fill the zip without a gap."""
+    """Return where each member's data lies. Raises ArtifactError unless the members fill the zip without a gap."""
     if data[:4] != b"PK\3\4":
         raise ArtifactError(f"it is not an artifact (not a zip file); {DAMAGED}")
     end = len(data) - SEAL_BYTES - END_HEADER_BYTES
@@ -132,7 +132,7 @@ def _spans(file: IO[bytes], data: mmap.mmap) -> dict[str, Span]:
 
 
 def _span(data: mmap.mmap, info: zipfile.ZipInfo, position: int) -> Span:
-    """Where the data of the member lies whose local header is at `position`."""
+    """Return where a member's data lies. Raises ArtifactError unless its local header is at `position`."""
     header = data[position : position + LOCAL_HEADER.size]
     if info.header_offset == position and len(header) == LOCAL_HEADER.size:
         signature, name_bytes, extra_bytes = LOCAL_HEADER.unpack(header)

@@ -1,8 +1,8 @@
 """Strict decoding: plain JSON values to frozen dataclasses, by their annotations.
 
-What is decoded has exactly the annotated fields and types, or an ArtifactError names the first field that is wrong.
-Known are dataclasses, `int` (64 bits; `Annotated[int, least]`), `float` (finite), `str`, `bool`, `Literal` of strings,
-`X | None`, `tuple[X, ...]` and `dict[str, X]`.
+A value must have exactly the annotated fields and types; else an ArtifactError names the first field that is wrong.
+Supported are dataclasses, `int` (64 bits; `Annotated[int, least]`), `float` (finite), `str`, `bool`, `Literal` of
+strings, `X | None`, `tuple[X, ...]` and `dict[str, X]`.
 """
 
 import dataclasses
@@ -18,14 +18,14 @@ __all__ = ["AGAIN", "record_of", "show", "wrong_field"]
 
 AGAIN = "compile the model again"
 
-# Cuts long and deeply nested values short: what is shown may come from a hostile file.
+# Cuts long and deeply nested values short in messages, since a value may come from a hostile file.
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80
 show = _SHORT.repr
 
 
 def record_of(kind: Any, value: Any, where: str) -> Any:
-    """The frozen dataclass `kind` from a mapping that has exactly its fields."""
+    """Make the frozen dataclass `kind` from a mapping with exactly its fields; `where` is its path, for messages."""
     if not isinstance(value, Mapping):
         raise wrong_field(where, "an object", value)
     fields = {item.name: item.type for item in dataclasses.fields(kind)}
@@ -40,7 +40,7 @@ def record_of(kind: Any, value: Any, where: str) -> Any:
 
 
 def _decode(kind: Any, value: Any, where: str) -> Any:
-    """`value` as the annotated type `kind`; `where` is the field's path, for the message."""
+    """Return `value` as the annotated type `kind`; `where` is the field's path, for the message."""
     if dataclasses.is_dataclass(kind):
         return record_of(kind, value, where)
     origin, args = get_origin(kind), get_args(kind)
@@ -81,5 +81,5 @@ def _scalar(kind: type, value: Any, where: str) -> Any:
 
 
 def wrong_field(where: str, wanted: str, value: Any) -> ArtifactError:
-    """The error for a field that holds something else; `where` is its path, "" for the whole."""
+    """Make the error for a field that is not what is wanted; `where` is its path, "" for the whole manifest."""
     return ArtifactError(f"manifest field {where or '(all)'} must be {wanted}, is {show(value)}: {AGAIN}")

@@ -22,7 +22,7 @@ Answer = dict[str, np.ndarray]
 
 
 def print_answers(request: Request, answers: list[Answer], form: str) -> None:
-    """Answers on stdout, as "table" or "json"."""
+    """Print answers on stdout, as "table" or "json"."""
     if form == "table":
         console().print(_table(request, answers))
         return
@@ -31,7 +31,7 @@ def print_answers(request: Request, answers: list[Answer], form: str) -> None:
 
 
 def save_answers(request: Request, answers: list[Answer], form: str, path: Path) -> None:
-    """Answers in a file. Raises TurboError where they do not fit the format or the file cannot be written."""
+    """Write answers to a file. Raises TurboError where they do not fit the format or the file cannot be written."""
     try:
         if form == "npy":
             values = _stacked(answers, path)
@@ -58,11 +58,11 @@ def _text(request: Request, answers: list[Answer], form: str) -> str:
 def _json_lines(request: Request, answers: list[Answer]) -> Iterator[str]:
     for i, answer in enumerate(answers):
         outputs = {name: _plain(value) for name, value in answer.items()}
-        yield json.dumps({"index": i, **request.asked(i), "outputs": outputs})
+        yield json.dumps({"index": i, **request.as_json(i), "outputs": outputs})
 
 
 def _plain(value: Any) -> Any:
-    # Nine digits name every fp32 value; as a double it would be written with seventeen.
+    # Nine digits identify every fp32 value; as a double it would be written with seventeen.
     array = np.asarray(value)
     return float(f"{array:.9g}") if array.ndim == 0 else [_plain(row) for row in array]
 
@@ -81,7 +81,7 @@ def _stacked(answers: list[Answer], path: Path) -> np.ndarray:
 
 
 def _arrays(answers: list[Answer]) -> dict[str, np.ndarray]:
-    """'0', '1', ... for one output; '0.name' for several."""
+    """Return the arrays by the names '0', '1', ... for one output, '0.name' for several."""
     several = len(answers[0]) > 1
     return {
         f"{i}.{name}" if several else str(i): np.asarray(value)
@@ -102,7 +102,7 @@ def _table(request: Request, answers: list[Answer]) -> Table:
 
 
 def _figures(array: np.ndarray) -> tuple[str, str, str]:
-    """Shape, Euclidean norm and the first values."""
+    """Return an array's shape, Euclidean norm and first values, as text."""
     first = " ".join(f"{value:+.4f}" for value in array.reshape(-1)[:_SHOWN_VALUES])
     more = " ..." if array.size > _SHOWN_VALUES else ""
     return " x ".join(map(str, array.shape)) or "1", f"{np.linalg.norm(array):.4f}", first + more

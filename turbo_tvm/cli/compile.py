@@ -43,21 +43,21 @@ if TYPE_CHECKING:
     callback=image_size_callback,
     help="Height and width of images in pixels.  [default: the model's]",
 )
-@click.option("--name", metavar="NAME", help="What the artifact calls the model.  [default: the folder's name]")
+@click.option("--name", metavar="NAME", help="Name of the model in the artifact.  [default: the folder's name]")
 @click.option(
     "--tokenizer",
     metavar="FILE",
     type=click.Path(path_type=Path),
-    help="A tokenizer.json to carry.  [default: the folder's own]",
+    help="The tokenizer.json to put into the artifact.  [default: the folder's own]",
 )
 @click.option(
     "--logs",
     metavar="DIR",
     type=click.Path(path_type=Path),
-    help="Tuning logs whose settings kernels get (turbo-tvm tune).  [default: those that come with turbo-tvm]",
+    help="Tuning logs to take kernels' settings from (turbo-tvm tune).  [default: those that come with turbo-tvm]",
 )
-@click.option("--no-logs", is_flag=True, help="Build every kernel as it is by itself.")
-@click.option("--check", is_flag=True, help="Run an ONNX file beside the result on random ragged batches and compare.")
+@click.option("--no-logs", is_flag=True, help="Build every kernel with its default setting.")
+@click.option("--check", is_flag=True, help="Compare the result with the ONNX file on random ragged batches.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress and no summary.")
 @debug_option
 def compile_command(
@@ -126,16 +126,16 @@ def compile_command(
 
 
 def _onnx_file(model: Path) -> Path | None:
-    """The ONNX file that is compiled, itself or in its folder."""
-    from turbo_tvm.frontends.onnx.folder import file_in
+    """Return the ONNX file that MODEL is or holds; None for a folder without one."""
+    from turbo_tvm.frontends.importer import onnx_file
 
-    return model if model.suffix == ".onnx" else file_in(model)
+    return onnx_file(model)
 
 
 def _print_check(path: Path, compiled: CompiledModel, progress: bool) -> None:
-    """How far each output is from the file's own; a Failure if that is too far."""
-    from turbo_tvm.frontends.imported import TOLERANCES
+    """Print how far each output is from the ONNX file's own. Raises Failure if that is too far."""
     from turbo_tvm.frontends.onnx.check import check
+    from turbo_tvm.frontends.sample import TOLERANCES
 
     found = check(path, compiled, progress=progress)
     count, shortest, longest = len(found.lengths), min(found.lengths), max(found.lengths)
@@ -149,7 +149,7 @@ def _print_check(path: Path, compiled: CompiledModel, progress: bool) -> None:
 
 
 def _check_output(output: Path) -> None:
-    # Before the work of a minute, not after it.
+    """Raise Failure if the output cannot be written: before a minute of work, not after it."""
     if output.is_dir():
         raise Failure(f"{output} is a directory; -o needs the path of a file, such as {output / 'model.turbo'}")
     if not output.resolve().parent.is_dir():
@@ -179,7 +179,7 @@ def _spills(manifest: Manifest) -> str:
 def _next_command(output: Path, manifest: Manifest) -> str:
     if manifest.target.architectures:  # this machine may have no such GPU
         return f"turbo-tvm inspect {shlex.quote(str(output))} --kernels"
-    if manifest.bounds.image is not None:
+    if manifest.request_limits.image is not None:
         return f"turbo-tvm run {shlex.quote(str(output))} --input images.npy"
     request = '--text "any text"' if "tokenizer.json" in manifest.members else "--ids 1,2,3"
     return f"turbo-tvm run {shlex.quote(str(output))} {request}"

@@ -1,4 +1,4 @@
-"""`turbo-tvm cost`: what batches cost on this machine, measured once and kept in the artifact."""
+"""`turbo-tvm cost`: measures what batches cost on this machine, and keeps it in the artifact."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from turbo_tvm.cli.options import debug_option
 
 if TYPE_CHECKING:
     from turbo_tvm.artifact.cost_spec import CostSpec
-    from turbo_tvm.artifact.manifest import Bounds
+    from turbo_tvm.artifact.manifest import RequestLimits
 
 _LENGTHS = (8, 16, 32, 64, 128, 256, 512)
 _BATCHES = (1, 4, 16, 64)
@@ -21,7 +21,9 @@ _BATCHES = (1, 4, 16, 64)
 
 @click.command("cost")
 @click.argument("file", metavar="FILE", type=click.Path(path_type=Path))
-@click.option("--seconds", metavar="S", type=click.FloatRange(0.1), default=5.0, show_default=True, help="To measure.")
+@click.option(
+    "--seconds", metavar="S", type=click.FloatRange(0.1), default=5.0, show_default=True, help="Time to measure."
+)
 @click.option("--threads", metavar="N", type=click.IntRange(1), help="Threads.  [default: one per physical core]")
 @click.option("--remeasure", is_flag=True, help="Measure again what FILE already holds for this machine.")
 @click.option("--json", "as_json", is_flag=True, help="The fitted figures as one JSON object.")
@@ -29,8 +31,8 @@ _BATCHES = (1, 4, 16, 64)
 def cost_command(file: Path, seconds: float, threads: int | None, remeasure: bool, as_json: bool) -> None:
     """Measure what batches cost on this machine, and keep it in FILE.
 
-    The batch scheduler goes by it. An engine measures by itself, for five seconds at every start, where the file says
-    nothing about its machine. Costs are kept by CPU and number of threads; FILE is replaced as a whole, or not at all.
+    The batch scheduler relies on it. Where the file has no cost for its machine, an engine measures it for five seconds
+    at every start. Costs are kept by CPU and number of threads; FILE is replaced as a whole, or not at all.
 
     \b
     Examples:
@@ -51,11 +53,11 @@ def cost_command(file: Path, seconds: float, threads: int | None, remeasure: boo
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(spec)))
     else:
-        _show(spec, model.machine, model.manifest.bounds)
+        _show(spec, model.machine, model.manifest.request_limits)
 
 
-def _show(spec: CostSpec, machine: str, bounds: Bounds) -> None:
-    from turbo_tvm.cli.console import add_row, console, table
+def _show(spec: CostSpec, machine: str, limits: RequestLimits) -> None:
+    from turbo_tvm.cli.console import add_row, console, print_table, table
     from turbo_tvm.runtime.scheduling.cost_model import cost_of
 
     cost = cost_of(spec)
@@ -64,8 +66,8 @@ def _show(spec: CostSpec, machine: str, bounds: Bounds) -> None:
         f"{machine}: {spec.kind} cost, from {spec.points} measured batches; off by {spec.error:.1%} on "
         "average on batches that it was not fitted to"
     )
-    longest = bounds.max_length
-    shorter = [n for n in _LENGTHS if n < longest and bounds.image is None]  # images are all as long
+    longest = limits.max_length
+    shorter = [n for n in _LENGTHS if n < longest and limits.image is None]  # images are all as long
     for n in [*shorter, longest]:
         add_row(rows, str(n), *(f"{1e3 * cost([n] * k):.3g}" for k in _BATCHES))
-    console().print(rows)
+    print_table(console(), rows)

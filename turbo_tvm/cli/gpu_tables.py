@@ -1,4 +1,4 @@
-"""The table of `turbo-tvm inspect --kernels`: what each kernel takes of a GPU."""
+"""The table of `turbo-tvm inspect --kernels`: the resources of a GPU that each kernel uses."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from rich.table import Table
 
 from turbo_tvm.artifact.manifest import DeviceKernelSpec, KernelSpec, Manifest
 from turbo_tvm.cli import numbers
-from turbo_tvm.cli.console import add_row, console, plain, table
+from turbo_tvm.cli.console import add_row, console, plain, print_table, table
 from turbo_tvm.errors import TurboError
 from turbo_tvm.profiling.occupancy import occupancy
 
@@ -17,14 +17,16 @@ _COLUMNS = [
 
 
 def show(manifest: Manifest, instructions: dict[str, dict[str, str]] | None, note: str) -> None:
-    """Print a table per architecture. instructions: by architecture and kernel, what its machine code has; note: why
-    there are none."""
+    """Print a table per architecture. Raises TurboError for a model without GPU kernels.
+
+    instructions: by architecture and kernel, a summary of its machine code. note: why there are none.
+    """
     if not manifest.device_kernels:
         raise TurboError(f"{manifest.name} was compiled for {manifest.target.name}, and has no GPU kernels")
     out = console()
     known = {spec.name: spec for spec in manifest.kernels}
     for architecture in manifest.target.architectures:
-        out.print(_table(architecture, manifest.device_kernels, known, (instructions or {}).get(architecture)))
+        print_table(out, _table(architecture, manifest.device_kernels, known, (instructions or {}).get(architecture)))
     spilled = sum(kernel.spill_bytes > 0 for kernel in manifest.device_kernels)
     out.print(plain(f"{spilled} kernels spill registers" if spilled else "no kernel spills registers"))
     if note:
@@ -67,7 +69,7 @@ def _occupancy(kernel: DeviceKernelSpec) -> str:
 
 
 def _per_row(kernel: DeviceKernelSpec, what: str) -> str:
-    """Barriers as arrivals of warps, shuffles as they are counted."""
+    """Return barriers or shuffles per row: barriers count once per warp that arrives, shuffles as they are."""
     if not kernel.rows:
         return ""
     scale = -(-kernel.threads // 32) if what == "barriers" else 1

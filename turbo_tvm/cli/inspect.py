@@ -1,4 +1,4 @@
-"""`turbo-tvm inspect`: what is inside an artifact. Runs nothing of it, and imports no TVM."""
+"""`turbo-tvm inspect`: shows what is inside an artifact. It runs nothing of it, and imports no TVM."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from turbo_tvm.cli.pictures import can_plot, check_plot
 if TYPE_CHECKING:
     from turbo_tvm.artifact.manifest import Manifest
 
-_STRATEGIES = ("compact", "turbo2021", "pooled")  # memory_planner.STRATEGIES, which is not imported for --help
+_STRATEGIES = ("compact", "turbo2021", "pooled")  # as `planner.STRATEGIES`, which is not imported for --help
 
 
 @click.command("inspect")
@@ -25,7 +25,7 @@ _STRATEGIES = ("compact", "turbo2021", "pooled")  # memory_planner.STRATEGIES, w
 @click.option(
     "--lengths", metavar="N,N,...", callback=lengths_callback, help="Also the cost of a batch of these lengths."
 )
-@click.option("--kernels", is_flag=True, help="What each kernel takes of a GPU; with --json for programs, too.")
+@click.option("--kernels", is_flag=True, help="The GPU resources of each kernel; they are in --json too.")
 @click.option("--memory", is_flag=True, help="Where tensors lie in memory, for a request of each of the lengths.")
 @click.option("--batch", is_flag=True, help="With --memory: for one batch of all the lengths.")
 @click.option(
@@ -70,7 +70,7 @@ def inspect_command(
         raise click.UsageError(f"{next(name for name, there in given.items() if there)} goes with --memory")
     check_plot(plot)
     from turbo_tvm.artifact import file as artifact
-    from turbo_tvm.runtime.batch import check_lengths
+    from turbo_tvm.runtime.validation import check_lengths
 
     opened = artifact.read(file)
     manifest = opened.manifest
@@ -82,7 +82,7 @@ def inspect_command(
         _memory(file, manifest, batches, strategy or _STRATEGIES[0], as_json, plot)
         return
     if lengths:
-        check_lengths(lengths, manifest.bounds)
+        check_lengths(lengths, manifest.request_limits)
     if as_json:
         click.echo(json.dumps(_plain(file, manifest, lengths), indent=1))
         return
@@ -92,7 +92,7 @@ def inspect_command(
 
 
 def _kernels(manifest: Manifest, cubins: Mapping[str, bytes]) -> None:
-    """What each kernel takes of a GPU, with what its machine code consists of where there is a disassembler."""
+    """Print the GPU resources of each kernel, with a summary of its machine code where there is a disassembler."""
     from turbo_tvm import config
     from turbo_tvm.cli.gpu_tables import show
     from turbo_tvm.errors import TurboError
@@ -124,7 +124,7 @@ def _memory(
     as_json: bool,
     plot: Path | None,
 ) -> None:
-    """The memory plans of some batches: as JSON, or as tables and a picture."""
+    """Show the memory plans of batches, as JSON or as tables, and draw them."""
     from turbo_tvm.errors import TurboError
     from turbo_tvm.runtime.memory.report import memory_report
 
@@ -156,7 +156,7 @@ def _memory(
 
 
 def _plain(file: Path, manifest: Manifest, lengths: list[int] | None) -> dict[str, Any]:
-    """The manifest's own fields, and what follows from them."""
+    """Return the manifest's fields, and figures that follow from them, in a form for JSON."""
     from turbo_tvm.cli import numbers
     from turbo_tvm.profiling.occupancy import occupancy
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
-from turbo_tvm.artifact.manifest import Bounds, KernelSpec, Manifest, OutputSpec, ParameterSpec, PooledToken
+from turbo_tvm.artifact.manifest import KernelSpec, Manifest, OutputSpec, ParameterSpec, PooledToken, RequestLimits
 from turbo_tvm.cli import numbers
-from turbo_tvm.cli.console import add_row, console, plain, print_fields, table
+from turbo_tvm.cli.console import add_row, console, plain, print_fields, print_table, table
 from turbo_tvm.errors import TurboError
 from turbo_tvm.runtime.device import cpu_features
 
@@ -17,14 +17,14 @@ _SHOWN = 8  # labels
 
 
 def show(file: Path, manifest: Manifest, lengths: list[int] | None) -> None:
-    """Print everything on stdout."""
+    """Print all tables on stdout; with lengths, the cost of such a batch too."""
     out = console()
     print_fields(out, _overview(file, manifest))
-    out.print(_kernels(manifest))
+    print_table(out, _kernels(manifest))
     if any(kernel.variants for kernel in manifest.kernels):
-        out.print(_variants(manifest))
-    out.print(_memory(manifest))
-    out.print(_members(manifest))
+        print_table(out, _variants(manifest))
+    print_table(out, _memory(manifest))
+    print_table(out, _members(manifest))
     if manifest.tuning:
         out.print("[bold]Tuning logs that did not hold[/]")
         for reason in manifest.tuning:
@@ -51,7 +51,7 @@ def _overview(file: Path, m: Manifest) -> dict[str, str]:
         "inputs": ", ".join(f"{i.name} {i.dtype}" for i in m.inputs),
         "outputs": ", ".join(_output(o, m.primary) for o in m.outputs),
         **({"labels": _few(m.labels)} if m.labels else {}),
-        "bounds": _bounds(m.bounds),
+        "request limits": _request_limits(m.request_limits),
         "positions": m.positions.kind,
         **({} if m.pooled.kind == "none" else {"pooled token": _pooled(m.pooled)}),
         "weights": _weights(m.parameters),
@@ -75,12 +75,12 @@ def _verdict(manifest: Manifest) -> str:
     return "can run it"
 
 
-def _bounds(bounds: Bounds) -> str:
-    image = bounds.image
+def _request_limits(limits: RequestLimits) -> str:
+    image = limits.image
     if image is None:
         return (
-            f"up to {bounds.max_length} tokens per sequence, vocabulary {bounds.vocab_size:,}, "
-            f"token types {bounds.type_vocab_size}"
+            f"up to {limits.max_length} tokens per sequence, vocabulary {limits.vocab_size:,}, "
+            f"token types {limits.type_vocab_size}"
         )
     return (
         f"images of {image.channels} x {image.height} x {image.width} in patches of {image.patch_height} x "

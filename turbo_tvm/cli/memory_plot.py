@@ -55,5 +55,5 @@ def _panel(ax: Any, report: MemoryReport, highest: int) -> None:
 
 
 def _kind(tensor: TensorPlace) -> str:
-    """Tensors of one kind are those of one row: they have the same colour."""
+    """Return the row's shape and dtype, by which tensors are coloured."""
     return f"{' x '.join(map(str, tensor.shape[1:]))} {tensor.dtype}"

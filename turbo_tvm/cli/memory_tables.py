@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from turbo_tvm.cli import numbers
-from turbo_tvm.cli.console import add_row, console, print_fields, table
+from turbo_tvm.cli.console import add_row, console, print_fields, print_table, table
 from turbo_tvm.runtime.memory.report import MemoryReport, TensorPlace
 
 
 def show(reports: Sequence[MemoryReport]) -> None:
-    """Print the plans on stdout: one column of offsets per batch, since all else is the same."""
+    """Print the plans on stdout, with columns of sizes and offsets per batch, since all else is the same."""
     out = console()
-    out.print(_tensors(reports))
+    print_table(out, _tensors(reports))
     for report in reports:
         print_fields(out, _totals(report))
 

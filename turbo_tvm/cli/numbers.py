@@ -1,4 +1,4 @@
-"""Numbers as people read them, and what a batch of given lengths costs a compiled model."""
+"""Numbers in a form for people, and the work of a batch of given lengths."""
 
 from __future__ import annotations
 
@@ -14,49 +14,49 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BatchCost:
-    """What the listed kernels do for one batch. flops_padded: the same with every sequence as long as the longest."""
+    """The work of the manifest's kernels for one batch."""
 
     sequences: int
     tokens: int
     flops: float
-    flops_padded: float
-    bytes_weights: int
-    bytes_buffers: int
+    flops_padded: float  # if every sequence were as long as the longest
+    bytes_weights: int  # read
+    bytes_buffers: int  # peak of intermediates and outputs
 
 
 def size(count: float) -> str:
-    """12345678 --> '12.3 MB'."""
+    """Return bytes as text: 12345678 --> '12.3 MB'."""
     return _scaled(count, "B")
 
 
 def flops(count: float) -> str:
-    """12345678 --> '12.3 MFLOP'."""
+    """Return FLOPs as text: 12345678 --> '12.3 MFLOP'."""
     return _scaled(count, "FLOP")
 
 
 def tuned_words(manifest: Manifest) -> str:
-    """How many kernels are as a tuner found them, "" for none."""
+    """Return ', N tuned' for the number of kernels with tuned settings; "" for none."""
     tuned = sum(bool(kernel.variants) for kernel in manifest.kernels)
     return f", {tuned} tuned" if tuned else ""
 
 
 def why_padded(manifest: Manifest) -> str:
-    """' (why)' for a layout that is not packed."""
+    """Return ' (reason)' for a layout that is not packed; "" for a packed one."""
     return f" ({'; '.join(manifest.declined)})" if manifest.layout != "packed" and manifest.declined else ""
 
 
 def flops_per_token(kernels: Sequence[KernelSpec]) -> float:
-    """FLOPs per token of one run, without attention's share, which grows with the length."""
+    """Return the FLOPs per token of one run, without attention's share, which grows with the length."""
     return sum(k.calls * k.flops_per_token for k in kernels)
 
 
 def flops_per_pair(kernels: Sequence[KernelSpec]) -> float:
-    """FLOPs of one run per pair of a query and a key."""
+    """Return the FLOPs of one run per pair of a query and a key."""
     return sum(k.calls * k.flops_per_pair for k in kernels)
 
 
 def batch_cost(manifest: Manifest, lengths: Sequence[int]) -> BatchCost:
-    """The cost of a batch of sequences of these lengths, in the artifact's own layout."""
+    """Return the work of a batch of sequences of these lengths, in the artifact's own layout."""
     widest = [max(lengths)] * len(lengths)
     padded = _flops(manifest, widest)
     return BatchCost(

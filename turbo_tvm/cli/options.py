@@ -1,4 +1,4 @@
-"""What every command shares: errors as one line, exit codes, `--debug` and `--version`."""
+"""Options and behaviour of every command: errors as one line, exit codes, `--debug` and `--version`."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Commands(click.Group):
             ctx.exit(_INTERRUPTED)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """The commands in the order in which they are used."""
+        """Return the commands in the order in which a user needs them."""
         return list(self.commands)
 
 
@@ -52,7 +52,7 @@ debug_option = click.option(
 
 
 def lengths_callback(_ctx: click.Context, _param: click.Parameter, value: str | None) -> list[int] | None:
-    """The value of `--lengths`: whole numbers of at least 1; None where it is not given."""
+    """Parse the value of `--lengths`: whole numbers of at least 1; None where it is not given."""
     if value is None:
         return None
     try:
@@ -65,7 +65,7 @@ def lengths_callback(_ctx: click.Context, _param: click.Parameter, value: str | 
 
 
 def image_size_callback(_ctx: click.Context, _param: click.Parameter, value: str | None) -> tuple[int, int] | None:
-    """The value of `--image-size`, as height and width; None where it is not given."""
+    """Parse the value of `--image-size` to height and width in pixels; None where it is not given."""
     if value is None:
         return None
     parts = value.lower().split("x")
@@ -75,7 +75,7 @@ def image_size_callback(_ctx: click.Context, _param: click.Parameter, value: str
 
 
 def print_version(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
-    """Print versions and leave; TVM is asked for its version without being imported."""
+    """Print versions and exit; TVM's is read without importing it."""
     if not value or ctx.resilient_parsing:
         return
     click.echo(f"turbo-tvm {__version__} (TVM {_installed('apache-tvm')}, Python {platform.python_version()})")

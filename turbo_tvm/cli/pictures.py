@@ -1,4 +1,4 @@
-"""What every picture of the command line shares: whether it can be drawn, and writing it."""
+"""Pictures of the command line: checking that one can be drawn, and writing it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PICTURES = (".png", ".svg")
 
 
 def check_plot(plot: Path | None) -> None:
-    """A usage error or a Failure where a picture cannot be drawn to this path; to know before anything long begins."""
+    """Raise a usage error or a Failure where a picture cannot be drawn to this path, before anything long begins."""
     if plot is None:
         return
     if plot.suffix not in _PICTURES:
@@ -30,7 +30,7 @@ def check_plot(plot: Path | None) -> None:
 
 
 def can_plot() -> bool:
-    """Whether matplotlib is installed."""
+    """Return whether matplotlib is installed."""
     return importlib.util.find_spec("matplotlib") is not None
 
 

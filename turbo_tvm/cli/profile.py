@@ -1,4 +1,4 @@
-"""`turbo-tvm profile`: where the time of a run goes, beside what this machine can do."""
+"""`turbo-tvm profile`: shows where the time of a run goes, beside this machine's limits."""
 
 from __future__ import annotations
 
@@ -78,10 +78,10 @@ def profile_command(
 
 
 def _profile(model: CompiledModel, lengths: list[int], rounds: int, threads: int, remeasure: bool) -> ProfileReport:
-    from turbo_tvm.profiling.profiler import check_lengths
     from turbo_tvm.progress import Progress
+    from turbo_tvm.runtime.validation import check_lengths
 
-    check_lengths(lengths, model.manifest.bounds)  # before seconds of measuring
+    check_lengths(lengths, model.manifest.request_limits)  # before seconds of measuring
     with Progress("profile") as step:
         on_gpu = model.manifest.target.device == "cuda"  # its limits are not measured
         limits = None if on_gpu else _limits(threads, remeasure, step)
@@ -96,11 +96,11 @@ def _limits(threads: int, remeasure: bool, step: Any) -> MachineLimits:
 
 
 def _silent(_text: str) -> None:
-    """The look for limits that decides what to import; the one that uses them gives the notice."""
+    """Drop a notice about limits that cannot be used: the call that uses the limits gives it again."""
 
 
 def plain(report: ProfileReport) -> dict[str, Any]:
-    """The report's own fields, and what follows from them. Times in seconds, rates per second."""
+    """Return the report's fields, and figures that follow from them, in seconds and per second."""
     fields = dataclasses.asdict(report)
     for values, kernel in zip(fields["kernels"], report.kernels, strict=True):
         values |= {name: getattr(kernel, name) for name in ("flops_per_s", "bytes_per_s", "intensity", "fraction")}

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from turbo_tvm.cli import numbers
-from turbo_tvm.cli.console import add_row, console, print_fields, table
+from turbo_tvm.cli.console import add_row, console, print_fields, print_table, table
 from turbo_tvm.profiling.roofline import KernelProfile, MachineLimits, ProfileReport
 
 _COLUMNS = ["kernel", "calls>", "ms>", "share>", "GFLOP/s>", "GB/s>", "bound by", "floor ms>", "limit>"]
@@ -15,10 +15,10 @@ _SHOWN_LENGTHS = 12
 
 
 def show(report: ProfileReport) -> None:
-    """Print everything on stdout."""
+    """Print all tables on stdout."""
     out = console()
     print_fields(out, _overview(report))
-    out.print(_kernels(report))
+    print_table(out, _kernels(report))
     print_fields(out, _check(report))
 
 

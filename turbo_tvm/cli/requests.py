@@ -1,4 +1,4 @@
-"""What a user asks `turbo-tvm run` to answer: texts, token ids or images, from options, files or stdin."""
+"""Requests of `turbo-tvm run`: texts, token ids or images, from options, files or stdin."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _NUMPY = b"\x93NUMPY"  # how a .npy file begins
 
 @dataclass(frozen=True)
 class Request:
-    """Texts, token id sequences or images, in order; the others are empty."""
+    """Texts, token id sequences or images, in order; of these three, two are empty."""
 
     texts: tuple[Text, ...] = ()
     ids: tuple[list[int], ...] = ()
@@ -33,12 +33,12 @@ class Request:
 
     @property
     def labels(self) -> list[str]:
-        """What was asked, one line each."""
+        """A line of text for each."""
         images = [f"image of {' x '.join(map(str, image.shape))}" for image in self.images]
         return images or [" ".join(map(str, ids)) for ids in self.ids] or [_label(text) for text in self.texts]
 
-    def asked(self, index: int) -> dict[str, Any]:
-        """One of them for programs, by its kind; of an image its shape."""
+    def as_json(self, index: int) -> dict[str, Any]:
+        """Return one of them by its kind, in a form for JSON; of an image its shape."""
         if self.images:
             return {"image": list(self.images[index].shape)}
         if self.ids:
@@ -54,7 +54,10 @@ def _label(text: Text) -> str:
 def read_request(
     texts: Iterable[Text], text_file: IO[bytes] | None, ids: Iterable[str], ids_file: IO[bytes] | None
 ) -> Request:
-    """The request of the options; those on the command line come before those in a file."""
+    """Collect what the options ask for; texts and ids on the command line come before those in a file.
+
+    Raises a usage error for a mixture or nothing, InputError for a file that cannot be used.
+    """
     data = _bytes(text_file)
     images = _images(data) if data.startswith(_NUMPY) else ()
     all_texts = [*texts, *_lines(b"" if images else data)]
@@ -78,7 +81,7 @@ def _bytes(file: IO[bytes] | None) -> bytes:
 
 
 def _images(data: bytes) -> tuple[np.ndarray, ...]:
-    """One image, (channels, height, width), or an array of them."""
+    """Return the images of a .npy file: one (channels, height, width), or an array of them. Raises InputError."""
     import numpy as np
 
     try:
@@ -100,7 +103,7 @@ def _lines(data: bytes) -> list[str]:
         text = data.decode()
     except UnicodeDecodeError as error:
         raise InputError(f"the input is not UTF-8 text: {error}") from error
-    lines = text.split("\n")  # and not at the other characters that str.splitlines takes for line ends
+    lines = text.split("\n")  # unlike str.splitlines, which splits at other characters too
     return [line.removesuffix("\r") for line in (lines if lines[-1] else lines[:-1])]
 
 

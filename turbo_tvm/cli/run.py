@@ -1,4 +1,4 @@
-"""`turbo-tvm run`: answer texts, token ids or images with an artifact. Imports TVM's runtime only, never PyTorch."""
+"""`turbo-tvm run`: answers texts, token ids or images with an artifact. It imports TVM's runtime, but no PyTorch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _FORMATS = ("table", "json", "npy", "npz")
 @click.argument("file", metavar="FILE", type=click.Path(path_type=Path))
 @click.option("--text", "texts", metavar="TEXT", multiple=True, help="A text. Repeat it for more.")
 @click.option(
-    "--pair", "pairs", metavar="A B", nargs=2, multiple=True, help="Two texts of one request, for cross-encoders."
+    "--pair", "pairs", metavar="A B", nargs=2, multiple=True, help="Two texts for a cross-encoder. Repeat it for more."
 )
 @click.option("--ids", metavar="N,N,...", multiple=True, help="A sequence of token ids. Repeat it for more.")
 @click.option(
@@ -104,7 +104,7 @@ def _format(asked: str | None, save: Path | None) -> str:
 
 
 def _named(answers: list, name: str | None) -> list[dict]:
-    """One dictionary of arrays per answer; a model without a main output gives them itself."""
+    """Return a dictionary of arrays per answer, which answers of models without a main output are already."""
     return answers if name is None else [{name: answer} for answer in answers]
 
 

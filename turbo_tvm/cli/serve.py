@@ -1,4 +1,4 @@
-"""`turbo-tvm serve`: answer over HTTP and gRPC with artifacts."""
+"""`turbo-tvm serve`: serves artifacts over HTTP and gRPC."""
 
 from __future__ import annotations
 
@@ -20,40 +20,50 @@ _FILE = click.Path(path_type=Path)
     "--host", default="127.0.0.1", show_default=True, help="Address; 0.0.0.0 for every network of the machine."
 )
 @click.option(
-    "--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="Of HTTP; 0: any free one."
+    "--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="Port of HTTP; 0 for any free one."
 )
 @click.option(
-    "--grpc-port", metavar="N", type=click.IntRange(0, 65535), help="Of gRPC (KServe v2).  [default: no gRPC]"
+    "--grpc-port", metavar="N", type=click.IntRange(0, 65535), help="Port of gRPC (KServe v2).  [default: no gRPC]"
 )
 @click.option("--workers", metavar="N", default=1, show_default=True, type=click.IntRange(1), help="Processes.")
 @click.option(
     "--threads",
     metavar="N",
     type=click.IntRange(1),
-    help="Of each model in each process.  [default: the physical cores over the workers]",
+    help="Threads of each model in each process.  [default: physical cores divided by workers]",
 )
 @click.option(
     "--policy",
     default="dp",
     show_default=True,
     type=click.Choice(["dp", "dp_latency", "deadline", "token_budget", "naive", "nobatch"]),
-    help="How batches are chosen.",
+    help="Policy that chooses batches.",
 )
 @click.option("--max-batch", default=64, show_default=True, type=click.IntRange(1), help="Sequences of a batch.")
 @click.option("--max-tokens", metavar="N", type=click.IntRange(1), help="Tokens of a batch.  [default: 8192]")
 @click.option(
     "--max-queue", default=1024, show_default=True, type=click.IntRange(1), help="Sequences that may wait; then 429."
 )
-@click.option("--cache-mb", default=32, show_default=True, type=click.IntRange(0), help="Answers to keep; 0: none.")
-@click.option("--max-body-mb", default=16, show_default=True, type=click.IntRange(1), help="Of a request; then 413.")
+@click.option("--cache-mb", default=32, show_default=True, type=click.IntRange(0), help="Cache of answers; 0: none.")
+@click.option("--max-body-mb", default=16, show_default=True, type=click.IntRange(1), help="MB of a body; then 413.")
 @click.option(
     "--max-inputs", default=1024, show_default=True, type=click.IntRange(1), help="Texts of a request; then 413."
 )
 @click.option(
-    "--timeout", "timeout_s", default=30.0, show_default=True, type=click.FloatRange(0.001), help="s; then 504."
+    "--timeout",
+    "timeout_s",
+    default=30.0,
+    show_default=True,
+    type=click.FloatRange(0.001),
+    help="Seconds for an answer; then 504.",
 )
 @click.option(
-    "--drain", "drain_s", default=30.0, show_default=True, type=click.FloatRange(0), help="s to finish after SIGTERM."
+    "--drain",
+    "drain_s",
+    default=30.0,
+    show_default=True,
+    type=click.FloatRange(0),
+    help="Seconds to finish requests after SIGTERM.",
 )
 @click.option(
     "--api-key",
@@ -62,24 +72,28 @@ _FILE = click.Path(path_type=Path)
     multiple=True,
     envvar="TURBO_TVM_API_KEY",
     show_envvar=True,
-    help="Wanted of every request; may be repeated.",
+    help="Key that every request needs; may be repeated.",
 )
 @click.option("--tls-cert", metavar="FILE", type=_FILE, help="Certificate, .pem; with --tls-key.")
 @click.option("--tls-key", metavar="FILE", type=_FILE, help="Its private key, .pem.")
-@click.option("--cors", "cors_origins", metavar="ORIGIN", multiple=True, help="Web pages that may ask; * for all.")
 @click.option(
-    "--models-dir", metavar="DIR", type=_FILE, help="Models may be loaded from here, and unloaded, by API (KServe v2)."
+    "--cors",
+    "cors_origins",
+    metavar="ORIGIN",
+    multiple=True,
+    help="Origin of web pages that may send requests; * for all.",
 )
-@click.option("--json-logs", is_flag=True, help="The log as a JSON object per line.")
-@click.option("--access-log/--no-access-log", default=True, show_default=True, help="A line per request.")
+@click.option("--models-dir", metavar="DIR", type=_FILE, help="Folder from which clients may load models (KServe v2).")
+@click.option("--json-logs", is_flag=True, help="Log a JSON object per line.")
+@click.option("--access-log/--no-access-log", default=True, show_default=True, help="Log a line per request.")
 @debug_option
 def serve_command(files: tuple[Path, ...], cache_mb: int, max_body_mb: int, **options: Any) -> None:
-    """Answer over HTTP and gRPC, in batches that the scheduler chooses.
+    """Serve models over HTTP and gRPC, in batches that the scheduler chooses.
 
-    A model is named by its file's stem. Clients of three protocols find what they know: OpenAI (/v1/embeddings),
-    text-embeddings-inference (/embed, /predict, /rerank, ...) and KServe v2 (/v2/models/NAME/infer, and gRPC). At / is
-    a live page, at /metrics what Prometheus reads, at /openapi.json the document. SIGTERM stops it when what was
-    accepted is answered.
+    A model is named by its file's stem. The server speaks three protocols: OpenAI (/v1/embeddings),
+    text-embeddings-inference (/embed, /predict, /rerank, ...) and KServe v2 (/v2/models/NAME/infer, and gRPC). A
+    dashboard is at /, metrics for Prometheus at /metrics, the OpenAPI document at /openapi.json. After SIGTERM it
+    answers what it has accepted, and stops.
 
     \b
     Examples:

@@ -1,4 +1,4 @@
-"""`turbo-tvm simulate`: what an engine would do under load, by scheduling policy, without serving anything."""
+"""`turbo-tvm simulate`: simulates an engine under load, by scheduling policy."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _POLICIES = ("nobatch", "naive", "dp", "dp_latency", "deadline", "token_budget")  # not imported for --help
 _SHOWN = ("nobatch", "naive", "dp")
-_FRACTIONS = (0.3, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5)  # of what one by one can bear
+_FRACTIONS = (0.3, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5)  # of the rate that requests run one by one can bear
 _ARRIVALS = ("poisson", "bursty")
 
 
@@ -45,7 +45,7 @@ def _rates_callback(_ctx: click.Context, _param: click.Parameter, value: str | N
 @click.command("simulate")
 @click.argument("file", metavar="FILE", type=click.Path(path_type=Path))
 @click.option(
-    "--lengths", metavar="A..B", default="2..100", show_default=True, callback=_range_callback, help="Uniform."
+    "--lengths", metavar="A..B", default="2..100", show_default=True, callback=_range_callback, help="Range of lengths."
 )
 @click.option(
     "--rates", metavar="R,R,...", callback=_rates_callback, help="Requests/s.  [default: around the capacity]"
@@ -55,21 +55,23 @@ def _rates_callback(_ctx: click.Context, _param: click.Parameter, value: str | N
     "policies",
     type=click.Choice(_POLICIES),
     multiple=True,
-    help=f"Repeat it.  [default: {', '.join(_SHOWN)}]",
+    help=f"Policy; may be repeated.  [default: {', '.join(_SHOWN)}]",
 )
 @click.option(
     "--trigger", type=click.Choice(("hungry", "lazy")), default="hungry", show_default=True, help="When to plan."
 )
 @click.option(
-    "--arrivals", type=click.Choice(_ARRIVALS), default="poisson", show_default=True, help="How requests come."
+    "--arrivals", type=click.Choice(_ARRIVALS), default="poisson", show_default=True, help="Kind of arrivals."
 )
 @click.option(
-    "--trace", metavar="CSV", type=click.Path(path_type=Path), help="Real ones: columns arrival_s and length."
+    "--trace", metavar="CSV", type=click.Path(path_type=Path), help="Real arrivals: columns arrival_s and length."
 )
 @click.option(
     "--replicas", metavar="N", type=click.IntRange(1), default=1, show_default=True, help="Models that serve."
 )
-@click.option("--requests", metavar="N", type=click.IntRange(10), default=20_000, show_default=True, help="Per rate.")
+@click.option(
+    "--requests", metavar="N", type=click.IntRange(10), default=20_000, show_default=True, help="Number per rate."
+)
 @click.option(
     "--max-batch", metavar="N", type=click.IntRange(1), default=64, show_default=True, help="Sequences at most."
 )
@@ -77,9 +79,11 @@ def _rates_callback(_ctx: click.Context, _param: click.Parameter, value: str | N
     "--max-tokens", metavar="N", type=click.IntRange(1), default=8192, show_default=True, help="Tokens at most."
 )
 @click.option("--timeout", metavar="S", type=click.FloatRange(0, min_open=True), help="A deadline for every request.")
-@click.option("--threads", metavar="N", type=click.IntRange(1), help="Whose cost.  [default: one per physical core]")
+@click.option(
+    "--threads", metavar="N", type=click.IntRange(1), help="Threads of a model.  [default: one per physical core]"
+)
 @click.option("--machine", metavar="NAME", help="Another machine whose cost FILE holds, as `inspect --json` names it.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of arrivals and lengths.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of arrivals and lengths.")
 @click.option("--json", "as_json", is_flag=True, help="Everything as one JSON object.")
 @click.option(
     "--plot", metavar="FILE", type=click.Path(path_type=Path), help="Draw latency against rate: .png or .svg."
@@ -119,7 +123,7 @@ def simulate_command(
 
 
 def _cost(file: Path, threads: int | None, machine: str | None) -> tuple[PackedCost | PaddedCost, int]:
-    """The cost, and the longest sequence in tokens."""
+    """Return the cost that the file holds for a machine, and the longest sequence in tokens. Raises TurboError."""
     from turbo_tvm import config
     from turbo_tvm.artifact import file as artifact
     from turbo_tvm.errors import TurboError
@@ -134,17 +138,17 @@ def _cost(file: Path, threads: int | None, machine: str | None) -> tuple[PackedC
             f"{file} holds no cost for {name!r} (it has: {known}): measure it with `turbo-tvm cost {file}`, or name "
             "another machine with --machine"
         )
-    return cost_of(manifest.costs[name]), manifest.bounds.max_length
+    return cost_of(manifest.costs[name]), manifest.request_limits.max_length
 
 
 def _simulate(
     cost: Any, traces: list[Trace], policies: tuple[str, ...], options: dict[str, Any]
 ) -> list[dict[str, Any]]:
     from turbo_tvm.progress import Progress
-    from turbo_tvm.runtime.scheduling.scheduler import Limits
+    from turbo_tvm.runtime.scheduling.batch_limits import BatchLimits
     from turbo_tvm.runtime.scheduling.simulator import is_bounded, simulate
 
-    limits = Limits(options["max_batch"], options["max_tokens"], max_wait_s=1.0)
+    limits = BatchLimits(options["max_batch"], options["max_tokens"], max_wait_s=1.0)
     results = []
     with Progress("simulate") as show:
         for trace in traces:
@@ -185,7 +189,7 @@ def _note(show: Progress, requests: int, done: int) -> None:
 def _traces(
     cost: Any, max_length: int, lengths: tuple[int, int], rates: list[float] | None, options: dict[str, Any]
 ) -> list[Trace]:
-    """A trace per rate; one that is read as it is if no rates are asked for."""
+    """Return a stream of arrivals per rate; a trace as it was recorded if no rates are given. Raises InputError."""
     from turbo_tvm.errors import InputError
     from turbo_tvm.runtime.scheduling import arrivals
 
@@ -203,7 +207,7 @@ def _traces(
 
 
 def _show(results: list[dict[str, Any]], replicas: int) -> None:
-    from turbo_tvm.cli.console import add_row, console, table
+    from turbo_tvm.cli.console import add_row, console, print_table, table
 
     in_time = results[0]["in_time"] is not None
     columns = [
@@ -233,4 +237,4 @@ def _show(results: list[dict[str, Any]], replicas: int) -> None:
             "yes" if r["bounded"] else "no",
             *end,
         )
-    console().print(rows)
+    print_table(console(), rows)

@@ -10,7 +10,10 @@ from turbo_tvm.cli.pictures import save
 
 
 def draw(results: Sequence[dict[str, Any]], path: Path, title: str) -> None:
-    """Write it as PNG or SVG, by the path's suffix. Needs matplotlib. Raises TurboError if that fails."""
+    """Write the picture as PNG or SVG, by the path's suffix. Needs matplotlib.
+
+    Raises TurboError if the file cannot be written.
+    """
     from matplotlib.figure import Figure  # without pyplot, which wants a display and keeps state
 
     figure = Figure(figsize=(12, 5), layout="constrained")

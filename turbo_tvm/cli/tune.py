@@ -1,4 +1,4 @@
-"""`turbo-tvm tune`: the best settings of a model's kernels on a machine; and `tune-server`, which offers one."""
+"""`turbo-tvm tune`: finds the best settings of kernels on a machine; and `tune-server`, which offers a machine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from turbo_tvm.cli.options import Failure, debug_option, lengths_callback
+from turbo_tvm.cli.options import debug_option, lengths_callback
 from turbo_tvm.cli.pictures import check_plot
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ _TRIALS = 64  # as `tuning.tune.DEFAULT_TRIALS`, which would import TVM here
     type=click.Path(path_type=Path, file_okay=False),
     default=Path("tuning_logs"),
     show_default=True,
-    help="Where logs are read, continued and kept.",
+    help="Directory of logs to continue.",
 )
 @click.option(
     "--lengths",
@@ -59,7 +59,7 @@ _TRIALS = 64  # as `tuning.tune.DEFAULT_TRIALS`, which would import TVM here
     type=click.IntRange(0),
     default=0,
     show_default=True,
-    help="Of the search and of the numbers.",
+    help="Seed of the search and of the kernels' inputs.",
 )
 @click.option("--threads", metavar="N", type=click.IntRange(1), help="Threads.  [default: one per physical core]")
 @click.option(
@@ -72,7 +72,7 @@ _TRIALS = 64  # as `tuning.tune.DEFAULT_TRIALS`, which would import TVM here
 )
 @click.option("--report", is_flag=True, help="Time default and tuned kernels side by side, without tuning.")
 @click.option(
-    "--plot", metavar="FILE", type=click.Path(path_type=Path), help="Draw how the searches went as .png or .svg."
+    "--plot", metavar="FILE", type=click.Path(path_type=Path), help="Draw the progress of the searches as .png or .svg."
 )
 @click.option(
     "--compare",
@@ -82,16 +82,17 @@ _TRIALS = 64  # as `tuning.tune.DEFAULT_TRIALS`, which would import TVM here
     help="Logs of other searches for the plot; may be repeated.",
 )
 @click.option("--repair", is_flag=True, help="Move damaged lines of the logs aside; needs no MODEL.")
+@click.option("--compact", is_flag=True, help="Shrink the logs: of a trial its gains, not its samples; needs no MODEL.")
 @click.option("--json", "as_json", is_flag=True, help="The result as one JSON object, with every sample.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 @debug_option
 def tune_command(model: Path | None, **options: Any) -> None:
     """Find the best settings of a model's kernels on this machine, or on one behind a tracker.
 
-    MODEL is an artifact, or what compile takes. Each kernel's knobs are tried in batches as requests of the given
-    lengths make them; candidates are built and measured in processes of their own, checked against the default and
-    timed beside it. Ctrl-C keeps what was measured, the next call goes on from there. `turbo-tvm compile --logs DIR`
-    then builds the model with the best settings found.
+    MODEL is an artifact, or what compile takes. Settings of each kernel are tried in batches of requests of the given
+    lengths. Candidates are built and measured in processes of their own, checked against the default and timed in turn
+    with it. Ctrl-C keeps what was measured, and the next call goes on from there. `turbo-tvm compile --logs DIR` then
+    builds the model with the best settings found.
 
     \b
     Examples:
@@ -101,9 +102,12 @@ def tune_command(model: Path | None, **options: Any) -> None:
       turbo-tvm tune minilm.turbo --report --plot search.png
       turbo-tvm tune bert-gpu.turbo --tracker 10.0.0.5:9190 --key a100
       turbo-tvm tune --repair --logs tuning_logs
+      turbo-tvm tune --compact --logs tuning_logs
     """
-    if options["repair"]:
-        _repair(options["logs"])
+    if options["repair"] or options["compact"]:
+        from turbo_tvm.cli.tune_logs import compact_logs, repair_logs
+
+        (repair_logs if options["repair"] else compact_logs)(options["logs"])
         return
     if model is None:
         raise click.UsageError("Missing argument 'MODEL': an artifact, a model folder or an ONNX file.")
@@ -128,7 +132,7 @@ def tune_command(model: Path | None, **options: Any) -> None:
 
 @click.command("tune-server")
 @click.option("--tracker", metavar="HOST:PORT", required=True, help="The TVM RPC tracker to report to.")
-@click.option("--key", metavar="NAME", required=True, help="What tuners ask for, such as the machine's model.")
+@click.option("--key", metavar="NAME", required=True, help="Name by which tuners find the machine, such as its model.")
 @click.option("--host", metavar="ADDRESS", default="0.0.0.0", show_default=True, help="Address to listen on.")
 @click.option(
     "--port", metavar="N", type=click.IntRange(1, 65535), default=9091, show_default=True, help="First port to try."
@@ -151,18 +155,6 @@ def tune_server_command(tracker: str, key: str, host: str, port: int) -> None:
     serve(tracker, key, host, port, lambda text: click.echo(text, err=True))
 
 
-def _repair(logs: Path) -> None:
-    from turbo_tvm.compiler.tuning_log import repair
-
-    if not logs.is_dir():
-        raise Failure(f"there is no directory of tuning logs at {logs}")
-    moved = repair(logs)
-    for path, count in moved.items():
-        click.echo(f"{path}: {count} damaged {'line' if count == 1 else 'lines'} moved to {path.name}.damaged")
-    if not moved:
-        click.echo(f"{logs}: no line is damaged")
-
-
 def _tune(model: Path, **options: Any) -> TuningReport:
     import turbo_tvm
     from turbo_tvm import config
@@ -172,7 +164,7 @@ def _tune(model: Path, **options: Any) -> TuningReport:
     chosen = {name: options[name] for name in names} | {"timeout_s": options["timeout"]}
     if options["lengths"] is not None:
         chosen["lengths"] = options["lengths"]
-    with _Shown(enabled=not options["quiet"]) as show:
+    with _ProgressDisplay(enabled=not options["quiet"]) as show:
         try:
             return turbo_tvm.tune(model, **chosen, show=show)
         except KeyboardInterrupt:
@@ -182,17 +174,17 @@ def _tune(model: Path, **options: Any) -> TuningReport:
             raise
 
 
-class _Shown:
-    """Progress on stderr: a line per finished kernel and, on a terminal, one that changes."""
+class _ProgressDisplay:
+    """Progress on stderr: a line per finished kernel and, on a terminal, a line that is updated."""
 
     def __init__(self, enabled: bool):
         from rich.console import Console
 
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
         self._status = self._console.status("starting") if enabled and sys.stderr.isatty() else None
-        self._enabled, self._said, self._note = enabled, 0, ""
+        self._enabled, self._printed, self._note = enabled, 0, ""
 
-    def __enter__(self) -> _Shown:
+    def __enter__(self) -> _ProgressDisplay:
         if self._status:
             self._status.start()
         return self
@@ -204,10 +196,10 @@ class _Shown:
     def __call__(self, progress: Progress) -> None:
         if not self._enabled:
             return
-        for one in progress.finished[self._said :]:
+        for one in progress.finished[self._printed :]:
             failed = f", {one.failed} failed" if one.failed else ""
             self._console.print(f"{one.kernel}: {one.mean_gain:.3f}x the default ({one.trials} trials{failed})")
-        self._said = len(progress.finished)
+        self._printed = len(progress.finished)
         if progress.note.startswith("waiting") and progress.note != self._note and not self._status:
             self._console.print(progress.note)
         self._note = progress.note
@@ -216,7 +208,7 @@ class _Shown:
 
 
 def status_line(p: Progress) -> str:
-    """What is going on, for a terminal."""
+    """Return the progress in one line, for a terminal."""
     rate = f", {p.gflops:,.0f} GFLOP/s" if p.gflops else ""
     left = f", {duration(p.seconds_left)} left" if p.seconds_left else ""
     note = f" ({p.note})" if p.note else ""
@@ -224,7 +216,7 @@ def status_line(p: Progress) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds, minutes or hours, as a person would say it."""
+    """Return a duration as text, in seconds, minutes or hours."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

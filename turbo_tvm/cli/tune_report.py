@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from turbo_tvm.cli.console import add_row, console, table
+from turbo_tvm.cli.console import add_row, console, print_table, table
 from turbo_tvm.cli.pictures import save
 
 if TYPE_CHECKING:
     from turbo_tvm.tuning.report import BucketReport, Curve
     from turbo_tvm.tuning.tune import TuningReport
 
-_SLOWER = 0.97  # less is noise
+_SLOWER = 0.97  # the gain below which a tuned kernel counts as slower: the rest is noise
 _COLUMNS = [
     "kernel",
     "tokens>",
@@ -32,19 +32,19 @@ _COLUMNS = [
 
 
 def show_outcomes(report: TuningReport) -> None:
-    """What tuning found, and what to do with it."""
+    """Print what tuning found, and how to use it."""
     rows = table("Tuned", ["kernel", "gain>", "by batch", "variants>", "trials>", "failed>"], "kernel")
     rows.caption = "gain: the default's time / the tuned kernel's, timed in turn after the trials, by tokens in a batch"
     for one in report.kernels:
         by_batch = ", ".join(f"{rows_}: {gain:.3f}x" for rows_, gain in one.gains.items())
         variants = str(len(one.variants)) if one.variants else "default"
         add_row(rows, one.kernel, f"{one.mean_gain:.3f}x", by_batch, variants, str(one.trials), str(one.failed))
-    console().print(rows)
+    print_table(console(), rows)
     click.echo(f"kept in {report.logs}; to use it: turbo-tvm compile MODEL -o FILE --logs {report.logs.parent}")
 
 
 def show_report(model: Path, **options: Any) -> None:
-    """`tune --report`: default against tuned, on this machine."""
+    """Time default and tuned kernels on this machine and print the report, for `tune --report`."""
     from turbo_tvm import config
     from turbo_tvm.profiling.machine_limits import machine_limits
     from turbo_tvm.progress import Progress
@@ -75,7 +75,7 @@ def show_report(model: Path, **options: Any) -> None:
 
 
 def draw_searches(model: Path, **options: Any) -> None:
-    """Best so far against trials, per search: the mean over kernels, and each kernel pale behind it."""
+    """Draw the best gain so far against trials, per search: the mean over kernels, and each kernel pale behind it."""
     from turbo_tvm.tuning.report import curves
     from turbo_tvm.tuning.tune import job
 
@@ -126,13 +126,13 @@ def _print(found: Sequence[BucketReport], mean: float) -> None:
         rate = f"{one.flops / one.tuned_s / 1e9:,.0f}"
         times = (f"{1e3 * one.default_s:.3f}", f"{1e3 * one.tuned_s:.3f}")
         add_row(rows, name, str(sum(one.lengths)), *times, f"{one.gain:.3f}x", rate, *limits, _words(one.setting))
-    console().print(rows)
+    print_table(console(), rows)
     if any(one.floor_s for one in found):
         click.echo(_limits(found))
 
 
 def _limits(found: Sequence[BucketReport]) -> str:
-    """Where there is nothing to gain, in words."""
+    """Describe the points where the default is at the machine's limit, and those where tuned kernels were slower."""
     there = [one for one in found if one.at_the_limit]
     slow = [one for one in found if one.setting and one.gain < _SLOWER]
     lines = [f"the default is within 3 % of this machine's limit at {len(there)} of {len(found)} points"]

@@ -2,59 +2,30 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from dataclasses import replace
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
-import tvm
-from tvm import ir, relax
-
-import turbo_tvm
 from turbo_tvm import config
 from turbo_tvm.artifact.file import Artifact
-from turbo_tvm.artifact.manifest import (
-    LABELLED,
-    BufferSpec,
-    KernelSpec,
-    Manifest,
-    OutputSpec,
-    ParameterSpec,
-    PooledToken,
-    TensorSpec,
-)
-from turbo_tvm.compiler import pipeline, targets
+from turbo_tvm.artifact.manifest import KernelSpec
+from turbo_tvm.compiler import linking, lowering, pipeline, targets, tuned_kernels
 from turbo_tvm.compiler.cuda import machine_code
-from turbo_tvm.compiler.kernels import Tuned
-from turbo_tvm.compiler.tuned_kernels import SHIPPED, Applied, applied
-from turbo_tvm.errors import ArtifactError, CompileError, TargetError, TurboError, UnsupportedModelError, summary
-from turbo_tvm.frontends.imported import TOLERANCES, Imported
-from turbo_tvm.frontends.onnx import folder as onnx_folder
-from turbo_tvm.passes.fuse_pooling import LARGEST
-from turbo_tvm.passes.rewriter import dims_of
+from turbo_tvm.compiler.describe import manifest_of
+from turbo_tvm.compiler.observation import observed
+from turbo_tvm.compiler.pipeline import Optimized
+from turbo_tvm.compiler.targets import CompileTarget
+from turbo_tvm.compiler.tuned_kernels import Applied
+from turbo_tvm.errors import ArtifactError, CompileError, TurboError, UnsupportedModelError, summary
+from turbo_tvm.frontends.imported import Imported
+from turbo_tvm.frontends.importer import import_model
+from turbo_tvm.frontends.options import ImportOptions, read_tokenizer
+from turbo_tvm.frontends.sample import TOLERANCES
 from turbo_tvm.progress import Progress
 from turbo_tvm.runtime.device import gpu
 from turbo_tvm.runtime.device.cpu_features import check_host
 from turbo_tvm.runtime.executor import ForeignExecutor
 from turbo_tvm.runtime.loader import open_model
 from turbo_tvm.runtime.model import CompiledModel
-from turbo_tvm.runtime.text import TextTokenizer
-from turbo_tvm.schedules.cpu.tiles import cpu_tiles
-from turbo_tvm.schedules.cuda.tiles import CUDA_TILES
-
-PRECISIONS = ("fp32", "bf16", "fp16")
-_KINDS = {"input_ids": "token_ids"}  # other inputs are named after their kind
-_MAIN_OUTPUTS = (
-    "sentence_embedding",
-    "text_embeds",
-    "image_embeds",
-    "logits",
-    "last_hidden_state",
-    "output",
-    "output_0",
-)
 
 
 def compile(
@@ -92,60 +63,43 @@ def compile(
     Returns a CompiledModel; one for a CPU or GPU that this machine lacks can be saved, not run. Raises
     UnsupportedModelError, TargetError, CompileError or, for a damaged log, TuningLogError, all of them TurboError.
     """
-    if precision not in PRECISIONS:
-        raise TargetError(f"precision {precision!r} is not supported; use one of {', '.join(PRECISIONS)}")
+    wanted = targets.compile_target(target, precision)
     count = config.num_threads(threads)
-    machine = targets.resolve(target)
-    targets.check_precision(machine, precision)
-    _check_compiler()
-    architectures = targets.architectures(target)
-    if architectures:
-        machine_code.choose_compilers(architectures)
+    linking.check_linker()
+    machine_code.check_compilers(wanted.architectures)
+    options = ImportOptions(name, max_length, read_tokenizer(tokenizer), image_size)
     with Progress("compile", progress) as show:
         show("importing the model")
-        imported = _import(model, name, max_length, tokenizer, image_size)
+        with observed("import"):
+            imported = import_model(model, options)
         show("optimising the graph")
-        tiles = CUDA_TILES if architectures else cpu_tiles(machine)
-        optimized = pipeline.optimize(imported.mod, tiles, imported.bounds.max_length, precision)
-        tuning = applied(optimized.kernels, target, _logs(logs)) if logs else Applied()
-        show(f"generating code and packing weights{_tuned_words(tuning)}")
-        built = _build(optimized, imported, machine, tiles, tuning.variants)
-        code = machine_code.DeviceCode()
-        if architectures:
-            show(f"machine code for {', '.join(architectures)}")
-            code = machine_code.compile_source(built.device_source, architectures, built.device_counts)
-        show("linking")
-        manifest = _manifest(imported, optimized, built, targets.describe(target, machine), precision, tiles, tuning)
-        manifest = replace(manifest, device_kernels=code.kernels, device_source=code.source)
-        library = _link(built.executable)
-        path = Path(f"{imported.name}.turbo")
-        artifact = Artifact(manifest, library, built.parameters, imported.tokenizer, path, code.cubins)
-        model = _open(artifact, count)
-        show("comparing with the original")
-        _check_answers(model, imported)
-        return model
+        optimized = pipeline.optimize(imported.mod, wanted.tiles, imported.request_limits.max_length, precision)
+        tuned = tuned_kernels.chosen(optimized.kernels, target, logs)
+        show(f"generating code and packing weights{_tuned_words(tuned)}")
+        built = _build(optimized, imported, wanted, tuned)
+        show(f"machine code for {', '.join(wanted.architectures)}" if wanted.architectures else "linking")
+        code = machine_code.compile_source(built.device_source, wanted.architectures, built.device_counts)
+        artifact = linking.link(imported, built, code, manifest_of(imported, optimized, built, wanted, tuned))
+        compiled = _open(artifact, count)
+        show(f"comparing with the original{_cached_words(built)}")
+        _check_answers(compiled, imported)
+        return compiled
 
 
 def kernels_of(model: Any, target: str, precision: str) -> tuple[tuple[KernelSpec, ...], int]:
-    """The kernels that a model is compiled to, without compiling them, and its longest sequence in tokens."""
-    machine = targets.resolve(target)
-    targets.check_precision(machine, precision)
-    imported = _import(model, None, None, None, None)
-    tiles = CUDA_TILES if targets.architectures(target) else cpu_tiles(machine)
-    optimized = pipeline.optimize(imported.mod, tiles, imported.bounds.max_length, precision)
-    return optimized.kernels, imported.bounds.max_length
+    """Return the kernels that a model is compiled to, without compiling them, and its longest sequence in tokens."""
+    wanted, imported = targets.compile_target(target, precision), import_model(model)
+    longest = imported.request_limits.max_length
+    return pipeline.optimize(imported.mod, wanted.tiles, longest, precision).kernels, longest
 
 
-def _logs(logs: str | PathLike[str] | bool) -> Path:
-    """The directory of the logs. CompileError for one that does not exist."""
-    path = SHIPPED if isinstance(logs, bool) else Path(logs)
-    if not isinstance(logs, bool) and not path.is_dir():
-        raise CompileError(f"there is no directory of tuning logs at {path}")
-    return path
+def _tuned_words(tuned: Applied) -> str:
+    return f", {len(tuned.variants)} kernels as tuned" if tuned.variants else ""
 
 
-def _tuned_words(tuning: Applied) -> str:
-    return f", {len(tuning.variants)} kernels as tuned" if tuning.variants else ""
+def _cached_words(built: lowering.Built) -> str:
+    kernels = built.compiled_kernels + built.cached_kernels
+    return f"; {built.cached_kernels} of {kernels} kernels were in the cache" if built.cached_kernels else ""
 
 
 def _check_answers(compiled: CompiledModel, imported: Imported) -> None:
@@ -172,185 +126,11 @@ def _open(artifact: Artifact, threads: int) -> CompiledModel:
     return open_model(artifact, threads)
 
 
-def _import(
-    model: Any,
-    name: str | None,
-    max_length: int | None,
-    tokenizer: str | PathLike[str] | None,
-    image_size: int | tuple[int, int] | None,
-) -> Imported:
-    text = _read_tokenizer(tokenizer)
-    if isinstance(model, str | PathLike):
-        return _import_path(Path(model), name, max_length, text, image_size)
-    _need_torch()
-    from turbo_tvm.frontends.torch.module import import_module
-
-    return import_module(model, name, max_length, text, image_size)
-
-
-def _import_path(
-    path: Path,
-    name: str | None,
-    max_length: int | None,
-    tokenizer: str | None,
-    image_size: int | tuple[int, int] | None,
-) -> Imported:
-    if not path.exists():
-        raise UnsupportedModelError(f"there is no model at {path}")
-    exported = path if path.suffix == ".onnx" else onnx_folder.file_in(path)
-    if exported is not None:
-        return _import_onnx(exported, name, max_length, tokenizer, image_size)
-    if not path.is_dir():
-        raise UnsupportedModelError(
-            f"{path} is a file; an ONNX file (.onnx) or a model folder with config.json and model.safetensors is needed"
-        )
-    _need_torch()
-    from turbo_tvm.frontends.torch.folder import load_folder
-    from turbo_tvm.frontends.torch.module import import_module
-
-    module, own_tokenizer, own_length = load_folder(path)
-    return import_module(
-        module, name or path.resolve().name, max_length or own_length, tokenizer or own_tokenizer, image_size
-    )
-
-
-def _import_onnx(
-    path: Path,
-    name: str | None,
-    max_length: int | None,
-    tokenizer: str | None,
-    image_size: int | tuple[int, int] | None,
-) -> Imported:
+def _build(optimized: Optimized, imported: Imported, wanted: CompileTarget, tuned: Applied) -> lowering.Built:
+    """Return code and weights. Raises CompileError for whatever TVM's lowering raises."""
     try:
-        import onnx  # noqa: F401
-    except ImportError as error:
-        raise CompileError(f"compiling ONNX files needs onnx ({error}): pip install 'turbo-tvm[onnx]'") from error
-    from turbo_tvm.frontends.onnx.model import import_file
-
-    return import_file(path, name, max_length, tokenizer, image_size)
-
-
-def _need_torch() -> None:
-    try:
-        import torch  # noqa: F401
-        import transformers  # noqa: F401
-    except ImportError as error:
-        raise CompileError(
-            f"compiling needs PyTorch and transformers ({error}): pip install 'turbo-tvm[torch]'"
-        ) from error
-
-
-def _read_tokenizer(path: str | PathLike[str] | None) -> str | None:
-    if path is None:
-        return None
-    try:
-        text = Path(path).read_text()
-        TextTokenizer(text, max_length=1)  # refuse here what `encode` would refuse later
-        return text
-    except (OSError, ValueError, ArtifactError) as error:
-        reason = getattr(error, "strerror", None) or summary(error)
-        raise UnsupportedModelError(f"the tokenizer {path} cannot be used: {reason}") from error
-
-
-def _check_compiler() -> None:
-    from tvm.support import cc
-
-    found = cc.get_cc()
-    if not found or shutil.which(found) is None:
-        raise CompileError("no C++ compiler was found to link the code: install g++ or clang, or name one in CXX")
-
-
-def _build(
-    optimized: pipeline.Optimized, imported: Imported, machine: Any, tiles: pipeline.Tiles, tuned: Tuned
-) -> pipeline.Built:
-    try:
-        return pipeline.build(optimized, imported.weights, machine, targets.resolve("cpu"), tiles, tuned=tuned)
+        return lowering.build(optimized, imported.weights, wanted.machine, tuned=tuned.variants)
     except TurboError:
         raise
-    except Exception as error:  # whatever TVM's lowering raises for a graph that it cannot compile
+    except Exception as error:
         raise CompileError(f"TVM cannot compile {imported.name}: {summary(error)}") from error
-
-
-def _link(executable: relax.VMExecutable) -> bytes:
-    with tempfile.TemporaryDirectory(prefix="turbo_tvm_") as directory:
-        path = Path(directory) / "library.so"
-        try:
-            executable.export_library(str(path))
-            return path.read_bytes()
-        except (OSError, RuntimeError) as error:
-            raise CompileError(f"linking the code failed: {summary(error)}") from error
-
-
-def _manifest(
-    imported: Imported,
-    optimized: pipeline.Optimized,
-    built: pipeline.Built,
-    target: Any,
-    precision: str,
-    tiles: pipeline.Tiles,
-    tuning: Applied,
-) -> Manifest:
-    func = optimized.mod["main"]
-    inputs = [(p.name, str(p.ty.dtype)) for p in func.params[: int(func.attrs["num_input"])]]
-    outputs = tuple(
-        _output(name, ty, tiles, optimized) for name, ty in zip(imported.output_names, built.outputs, strict=True)
-    )
-    return Manifest(
-        turbo_version=turbo_tvm.__version__,
-        tvm_version=tvm.__version__,
-        name=imported.name,
-        model_type=imported.model_type,
-        target=target,
-        precision=precision,  # type: ignore[arg-type]
-        layout=optimized.layout,  # type: ignore[arg-type]
-        row_tile=tiles.row_tile,
-        query_tile=tiles.query_tile,
-        inputs=tuple(TensorSpec(n, dtype, _KINDS.get(n, n)) for n, dtype in inputs),  # type: ignore[arg-type]
-        outputs=outputs,
-        primary=_primary(imported.output_names),
-        labels=_labels(imported, outputs),
-        bounds=imported.bounds,
-        positions=imported.positions,
-        relative_positions=optimized.relative_positions,
-        pools_first=optimized.pools_first,
-        pooled=_pooled(optimized.pooled_token),
-        buffers=tuple(BufferSpec(**vars(b)) for b in built.memory.buffers),
-        steps=built.memory.steps,
-        parameters=tuple(ParameterSpec(n, tuple(a.shape), str(a.dtype)) for n, a in built.parameters.items()),  # type: ignore[arg-type]
-        kernels=optimized.kernels_in(tuning.variants),
-        tuning=tuple(f"{kernel}: {why}" for kernel, why in tuning.refused.items()),
-        declined=optimized.declined,
-        source_parameters=imported.parameter_count,
-    )
-
-
-def _labels(imported: Imported, outputs: tuple[OutputSpec, ...]) -> tuple[str, ...]:
-    """The labels of the logits: every configuration of transformers names two, also of models without a classifier."""
-    columns = next((output.columns for output in outputs if output.name == LABELLED), 0)
-    return imported.labels if len(imported.labels) == columns else ()
-
-
-def _pooled(token: int | None) -> PooledToken:
-    if token is None:
-        return PooledToken()
-    return PooledToken("largest") if token == LARGEST else PooledToken("first_of", token)
-
-
-def _output(name: str, ty: ir.Type, tiles: pipeline.Tiles, optimized: pipeline.Optimized) -> OutputSpec:
-    """How to read one output, from its type: rows per token or per sequence, and how many columns."""
-    dims = dims_of(ty)
-    if optimized.layout == "packed":
-        per_token = dims[0].same_as(dims_of(optimized.mod["main"].params[0].ty)[0])
-        return OutputSpec(name, "token" if per_token else "sequence", dims[2] if len(dims) > 2 else 1, len(dims) == 2)
-    length = dims_of(optimized.mod["main"].params[0].ty)[1]  # of images it is a number
-    per_token = len(dims) > 1 and (
-        not isinstance(dims[1], int) or (isinstance(length, int) and len(dims) == 3 and dims[1] == length)
-    )
-    columns = dims[1 + per_token :]
-    if len(columns) > 1:
-        raise UnsupportedModelError(f"output {name!r} has rank {len(dims)}; at most a vector per token is supported")
-    return OutputSpec(name, "token" if per_token else "sequence", columns[0] if columns else 1, not columns)
-
-
-def _primary(names: tuple[str, ...]) -> str | None:
-    return next((n for n in _MAIN_OUTPUTS if n in names), names[0] if len(names) == 1 else None)

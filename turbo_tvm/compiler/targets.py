@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import platform
 import re
+from dataclasses import dataclass
 
 import tvm
 from tvm.target import codegen
 
 from turbo_tvm.artifact.manifest import TargetSpec
 from turbo_tvm.errors import TargetError
+from turbo_tvm.ops import formats
 from turbo_tvm.runtime.device import cpu_features
+from turbo_tvm.schedules.cpu.tiles import cpu_tiles
+from turbo_tvm.schedules.cuda.tiles import CUDA_TILES
+from turbo_tvm.schedules.registry import Tiles
 
+PRECISIONS = tuple(known.name for known in formats.FORMATS)
 CUDA_EXAMPLE = "cuda:sm_80"
 _OLDEST_GPU, _OLDEST_BF16 = 70, 80  # tensor cores; and those that know bf16
 _HOST_CPU = "x86-64"  # launching kernels needs no more, and runs anywhere
@@ -51,6 +57,27 @@ def resolve(name: str) -> tvm.target.Target:
             "'sapphirerapids' on x86-64"
         )
     return tvm.target.Target(target)
+
+
+@dataclass(frozen=True)
+class CompileTarget:
+    """What code is made for."""
+
+    name: str  # as the user gave it
+    machine: tvm.target.Target
+    architectures: tuple[str, ...]  # of GPUs; none for a CPU
+    tiles: Tiles  # the layout of rows and weights
+    precision: str  # "fp32", "bf16" or "fp16"
+
+
+def compile_target(name: str, precision: str) -> CompileTarget:
+    """Return what code is made for. Raises TargetError for a target or a precision that there is not."""
+    if precision not in PRECISIONS:
+        raise TargetError(f"precision {precision!r} is not supported; use one of {', '.join(PRECISIONS)}")
+    machine = resolve(name)
+    check_precision(machine, precision)
+    gpus = architectures(name)
+    return CompileTarget(name, machine, gpus, CUDA_TILES if gpus else cpu_tiles(machine), precision)
 
 
 def architectures(name: str) -> tuple[str, ...]:

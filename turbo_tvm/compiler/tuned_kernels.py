@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from os import PathLike
 from pathlib import Path
 
 import tvm
@@ -12,7 +13,7 @@ from turbo_tvm.artifact.manifest import KernelSpec
 from turbo_tvm.compiler import targets
 from turbo_tvm.compiler.kernel_recipe import KernelRecipe
 from turbo_tvm.compiler.tuning_log import KernelLog, TaskRecord, TuningLog
-from turbo_tvm.errors import TuningLogError
+from turbo_tvm.errors import CompileError, TuningLogError
 from turbo_tvm.schedules.common.space import Variant, checked
 
 SHIPPED = Path(__file__).resolve().parents[1] / "tuning_logs"
@@ -28,6 +29,20 @@ class Applied:
     variants: dict[str, tuple[Variant, ...]] = field(default_factory=dict)
     as_default: tuple[str, ...] = ()
     refused: dict[str, str] = field(default_factory=dict)
+
+
+def chosen(kernels: Iterable[KernelSpec], target: str, logs: str | PathLike[str] | bool) -> Applied:
+    """Return what logs say of these kernels.
+
+    logs: their directory; True for those that come with turbo_tvm, False for none. Raises CompileError for a directory
+    that does not exist, TuningLogError for a damaged log.
+    """
+    if logs is False:
+        return Applied()
+    path = SHIPPED if logs is True else Path(logs)
+    if logs is not True and not path.is_dir():
+        raise CompileError(f"there is no directory of tuning logs at {path}")
+    return applied(kernels, target, path)
 
 
 def applied(kernels: Iterable[KernelSpec], target: str, logs: Path) -> Applied:

@@ -1,7 +1,8 @@
 """Tuning logs: a file of JSON lines per kernel, in a directory per target, that several tuners may write at once.
 
     {"kind": "task", ...}    which kernel, target and versions; what follows belongs to it
-    {"kind": "trial", ...}   a setting, and every sample of it and of the default beside it; or why it failed
+    {"kind": "trial", ...}   a setting, and the samples of it and of the default beside it (one pair of them once the
+                             log was compacted: turbo_tvm/tuning/compact.py); or why it failed
     {"kind": "result", ...}  the variants chosen of these trials; the last one counts
 
 A line ends with a checksum of itself. It is appended in one piece while the directory is locked, so that a process
@@ -14,7 +15,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from turbo_tvm.errors import TuningLogError
 from turbo_tvm.schedules.common.space import Variant
 
 FORMAT = 1
-_LOCK = ".lock"
+LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ class TuningLog:
         path = self.path(task.kernel)
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            with FileLock(self.directory / _LOCK), path.open("a+b") as file:
+            with FileLock(self.directory / LOCK), path.open("a+b") as file:
                 _check_end(path, file)
                 file.write(b"".join(encode(record) for record in self._headed(task, records)))
         except OSError as error:
@@ -165,9 +166,11 @@ class TuningLog:
 
 
 def encode(record: Record) -> bytes:
-    """A line."""
+    """Return the line of a record. A field that is empty, as it is by default, is left out."""
     kind = next(name for name, cls in _KINDS.items() if isinstance(record, cls))
-    text = json.dumps({"kind": kind, **asdict(record)}, separators=(",", ":"))
+    default = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(record)}
+    said = {name: value for name, value in asdict(record).items() if value or value != default[name]}
+    text = json.dumps({"kind": kind, **said}, separators=(",", ":"))
     return f'{text[:-1]},"crc":"{_crc(text)}"}}\n'.encode()
 
 
@@ -193,7 +196,7 @@ def _settled(path: Path) -> bytes:
     if data[-1:] in (b"", b"\n"):
         return data
     try:
-        with FileLock(path.parent / _LOCK):
+        with FileLock(path.parent / LOCK):
             return path.read_bytes()
     except OSError:  # a directory in which nobody can write
         return data
@@ -241,7 +244,7 @@ def repair(directory: Path) -> dict[Path, int]:
     """
     moved: dict[Path, int] = {}
     for path in sorted(directory.rglob("*.jsonl")):
-        with FileLock(path.parent / _LOCK):
+        with FileLock(path.parent / LOCK):
             lines = [line for line in path.read_bytes().split(b"\n") if line]
             good, bad = _sorted(lines)
             if not bad and path.read_bytes().endswith(b"\n"):

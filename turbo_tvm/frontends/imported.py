@@ -6,105 +6,51 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import tvm
 from tvm import ir
 
-from turbo_tvm.artifact.manifest import Bounds, PositionRule
-
-DEFAULT_MAX_LENGTH = 512  # tokens, of models that name no limit
-
-# Of an output's largest value: well above rounding, well below another answer.
-TOLERANCES = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.02}
+from turbo_tvm.artifact.manifest import PositionRule, RequestLimits
+from turbo_tvm.frontends.sample import ImageSample, Sample
+from turbo_tvm.ops.entry import ENCODE
+from turbo_tvm.ops.inputs import InputKind, input_params, kind_of
 
 
 @dataclass(frozen=True)
-class Sample:
-    """A padded batch and what the model itself answers, to hold the compiled model to.
+class Imported:
+    """A model as a Relax module with symbolic batch and length."""
 
-    token_ids, mask, token_type_ids: int64 (batch, length), padding on the right. outputs: by name.
-    """
-
-    token_ids: np.ndarray
-    mask: np.ndarray
-    outputs: dict[str, np.ndarray]
-    token_type_ids: np.ndarray | None = None
-
-    @property
-    def inputs(self) -> dict[str, np.ndarray]:
-        """The arguments of the model's call."""
-        types = {} if self.token_type_ids is None else {"token_type_ids": self.token_type_ids}
-        return {"input_ids": self.token_ids, "attention_mask": self.mask, **types}
-
-    def differences(self, answers: Mapping[str, Any]) -> dict[str, float]:
-        """How far each output is from the model's own, relative to its largest value; padding does not count."""
-        return {name: _difference(*pair) for name, pair in self.pairs(answers).items()}
-
-    def pairs(self, answers: Mapping[str, Any]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """Each output as answered and as the model's own, for real tokens."""
-        found = {}
-        for name, wanted in self.outputs.items():
-            got, real = np.asarray(answers[name]), self.mask.astype(bool)
-            found[name] = (got[real], wanted[real]) if wanted.shape[:2] == real.shape else (got, wanted)
-        return found
-
-
-@dataclass(frozen=True)
-class ImageSample:
-    """The same for images: pixels fp32 (batch, channels, height, width)."""
-
-    pixels: np.ndarray
-    outputs: dict[str, np.ndarray]
+    name: str  # what the model is called
+    model_type: str  # as its configuration has it: "bert"; "onnx" of a file
+    mod: ir.IRModule  # `encode(inputs..., weights...)`; the function's attribute num_input counts the inputs
+    weights: list[tvm.runtime.Tensor]  # the values of the weight parameters, in their order
+    output_names: tuple[str, ...]  # one per output of the model's function
+    request_limits: RequestLimits  # what a request may hold; `limits.image` is None for a model of texts
+    positions: PositionRule  # how position ids follow from token ids
+    parameter_count: int  # numbers in the source model
+    tokenizer: str | None = None  # the text of a `tokenizer.json`
+    labels: tuple[str, ...] = ()  # of a classifier, by column; models that are none may have some too
+    sample: Sample | ImageSample | None = None  # what the compiled model must answer like the source
 
     @property
-    def inputs(self) -> dict[str, np.ndarray]:
-        """The arguments of the model's call."""
-        return {"pixel_values": self.pixels}
+    def inputs(self) -> tuple[InputKind, ...]:
+        """What the model's function takes before its weights, in order."""
+        return inputs_of(self.mod)
 
-    def differences(self, answers: Mapping[str, Any]) -> dict[str, float]:
-        """How far each output is from the model's own, relative to its largest value."""
-        return {name: _difference(*pair) for name, pair in self.pairs(answers).items()}
+    @property
+    def takes_images(self) -> bool:
+        """Whether requests are images, as patches, rather than texts."""
+        return InputKind.PATCHES in self.inputs
 
-    def pairs(self, answers: Mapping[str, Any]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """Each output as answered and as the model's own."""
-        return {name: (np.asarray(answers[name]), wanted) for name, wanted in self.outputs.items()}
+
+def inputs_of(mod: ir.IRModule) -> tuple[InputKind, ...]:
+    """Return what the the model's function of an imported module takes before its weights, in order."""
+    return tuple(kind_of(p.name) for p in input_params(mod[ENCODE]))
 
 
 def labels_in(named: Any) -> tuple[str, ...]:
-    """The labels in a configuration's `id2label`, whose keys are numbers or their spelling; none if one is missing."""
+    """Return the labels of a configuration's `id2label`, whose keys are numbers or strings of them; () if one lacks."""
     if not isinstance(named, Mapping):
         return ()
     found = {str(number): label for number, label in named.items()}
     labels = [label for i in range(len(found)) if isinstance(label := found.get(str(i)), str)]
     return tuple(labels) if len(labels) == len(found) else ()
-
-
-def _difference(got: np.ndarray, wanted: np.ndarray) -> float:
-    return float(np.abs(got - wanted).max() / max(np.abs(wanted).max(), 1e-6))
-
-
-@dataclass(frozen=True)
-class Imported:
-    """A model as a Relax module with symbolic batch and length.
-
-    mod: `main(inputs..., weights...)`, inputs `(batch, length)` int64 and named input_ids, attention_mask,
-        token_type_ids, position_ids (those that the model takes); of images, patches fp32 (batch, length, columns) in
-        the place of input_ids.
-    weights: the values of `main`'s weight parameters, in order.
-    output_names: one per output of `main`.
-    tokenizer: the text of a `tokenizer.json`, if the model came with one.
-    labels: of a classifier, by column; models that are none may have some too.
-    sample: a batch that the compiled model must answer like the original.
-    """
-
-    name: str
-    model_type: str
-    mod: ir.IRModule
-    weights: list[tvm.runtime.Tensor]
-    output_names: tuple[str, ...]
-    bounds: Bounds
-    positions: PositionRule
-    parameter_count: int
-    tokenizer: str | None = None
-    labels: tuple[str, ...] = ()
-    sample: Sample | ImageSample | None = None

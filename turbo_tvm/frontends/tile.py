@@ -11,7 +11,10 @@ from turbo_tvm.passes.rewriter import shape_of
 
 
 def tile(emit: Callable[[relax.Expr], relax.Var], x: relax.Expr, counts: Sequence[Any]) -> relax.Var:
-    """x, counts[i] times along axis i, as NumPy's tile; counts are at least as many as x has axes."""
+    """Return x repeated counts[i] times along axis i, as NumPy's tile does; x has at most as many axes as counts.
+
+    emit: binds an expression in the function that is being built.
+    """
     shape = [1] * (len(counts) - len(shape_of(x))) + shape_of(x)
     pairs = list(zip(counts, shape, strict=True))
     apart = emit(relax.op.reshape(x, [d for size in shape for d in (1, size)]))

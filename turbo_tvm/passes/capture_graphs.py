@@ -1,8 +1,8 @@
-"""Add a twin of `main` that replays its kernels as one CUDA graph: one launch in place of dozens.
+"""Add a twin of a function that replays its kernels as one CUDA graph: one launch in place of dozens.
 
-    main(x, w, buffers)           { kernel_1(...); kernel_2(...); ... }
-        --> main                  as it was, and
-            main_captured(...)    { run_or_capture(lifted function of the same kernels, ..., shape); ... }
+    encode(x, w, buffers)         { kernel_1(...); kernel_2(...); ... }
+        --> encode                as it was, and
+            encode_captured(...)    { run_or_capture(lifted function of the same kernels, ..., shape); ... }
 
 TVM's own rewrite does the work; it captures what depends on nothing that a later call may change. Here that is
 everything: weights, buffers and inputs all lie where they lay when a batch of that shape ran before, and so do the
@@ -15,25 +15,29 @@ from __future__ import annotations
 import tvm
 from tvm import ir, relax, tirx
 
-from turbo_tvm.passes.rewriter import dims_of
+from turbo_tvm.ops.inputs import NUM_INPUT
+from turbo_tvm.ops.operand import dims
 
-CAPTURED = "main_captured"
+
+def captured(function: str) -> str:
+    """Return the name of a function's twin."""
+    return f"{function}_captured"
 
 
-def capture_graphs(mod: ir.IRModule) -> ir.IRModule:
-    """The module with `main_captured` beside `main`."""
-    main = mod["main"]
+def capture_graphs(mod: ir.IRModule, function: str) -> ir.IRModule:
+    """Return the module with the twin beside the function."""
+    main, name = mod[function], captured(function)
     # TVM 0.27 cannot run a function that returns nothing, and a captured one returns what is read outside of it.
     last = main.params[-1]
-    read, shape = relax.Var("last", last.ty), relax.Var("shape", relax.ShapeType(ndim=len(dims_of(last.ty))))
+    read, shape = relax.Var("last", last.ty), relax.Var("shape", relax.ShapeType(ndim=len(dims(last))))
     size = relax.Call(relax.ExternFunc("vm.builtin.shape_of"), [read], ty_args=[shape.ty])
     end = relax.BindingBlock([relax.VarBinding(read, last), relax.VarBinding(shape, size)])
     body = relax.SeqExpr([*main.body.blocks, end], shape)
     twin = relax.Function(main.params, body, shape.ty, is_pure=False, attrs=main.attrs)
     # Without inputs, every parameter counts as fixed.
-    twin = twin.with_attr("num_input", 0).with_attr("global_symbol", CAPTURED)
+    twin = twin.with_attr(NUM_INPUT, 0).with_attr("global_symbol", name)
     kernels = {var: func for var, func in mod.functions_items() if isinstance(func, tirx.PrimFunc)}
-    alone = ir.IRModule({**kernels, ir.GlobalVar(CAPTURED): relax.utils.copy_with_new_vars(twin)}, attrs=mod.attrs)
+    alone = ir.IRModule({**kernels, ir.GlobalVar(name): relax.utils.copy_with_new_vars(twin)}, attrs=mod.attrs)
     with tvm.transform.PassContext(config={"relax.backend.use_cuda_graph": True}):
         alone = relax.transform.RewriteCUDAGraph()(alone)
     functions = dict(mod.functions_items())

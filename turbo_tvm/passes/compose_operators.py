@@ -17,9 +17,9 @@ from tvm import ir, relax
 from turbo_tvm.passes.rewriter import Rewriter, is_call, scalar, shape_of
 
 
-def compose_operators(mod: ir.IRModule) -> ir.IRModule:
+def compose_operators(mod: ir.IRModule, function: str) -> ir.IRModule:
     """Bring normalisations and activations to single calls."""
-    return _ComposeOperators(mod).run()
+    return _ComposeOperators(mod, function).run()
 
 
 class _ComposeOperators(Rewriter):

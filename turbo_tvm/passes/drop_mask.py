@@ -10,21 +10,20 @@ from __future__ import annotations
 
 from tvm import ir, relax
 
+from turbo_tvm.ops.inputs import Inputs
 from turbo_tvm.passes.analysis.evaluate import equals_for_masks
-from turbo_tvm.passes.normalize import same_shape
-from turbo_tvm.passes.rewriter import Rewriter, is_call, shape_of
+from turbo_tvm.passes.rewriter import Rewriter, is_call, same_shape, shape_of
 
 
-def drop_mask(mod: ir.IRModule) -> ir.IRModule:
+def drop_mask(mod: ir.IRModule, function: str) -> ir.IRModule:
     """Remove multiplications of one row per token with the attention mask."""
-    return _DropMask(mod).run()
+    return _DropMask(mod, function).run()
 
 
 class _DropMask(Rewriter):
-    def __init__(self, mod: ir.IRModule):
-        super().__init__(mod)
-        inputs = self.func.params[: int(self.func.attrs["num_input"])]
-        self.mask = next((p for p in inputs if p.name == "attention_mask"), None)
+    def __init__(self, mod: ir.IRModule, function: str):
+        super().__init__(mod, function)
+        self.mask = Inputs.of(self.func).attention_mask
 
     def rules(self):
         return (self._product,) if self.mask is not None else ()

@@ -19,12 +19,16 @@ from dataclasses import dataclass
 import numpy as np
 from tvm import ir, relax, tirx
 
+from turbo_tvm.ops.inputs import InputKind, Inputs, input_params, weight_params, with_params
 from turbo_tvm.passes.analysis.evaluate import cut, evaluate
-from turbo_tvm.passes.rewriter import Rewriter, is_call, scalar, shape_of, terms_of, with_params
+from turbo_tvm.passes.rewriter import Rewriter, is_call, scalar, shape_of, terms_of, with_function
 
 _LENGTHS = (7, 4, 1)  # of the sample's sequences
 _LONGEST = 1024  # tokens of a sequence that confirms what the sample showed
+_COMPUTED = (InputKind.TOKEN_TYPE_IDS, InputKind.POSITION_IDS)  # what a graph may compute itself
 _COMPARISONS = ("equal", "not_equal", "less", "less_equal", "greater", "greater_equal")
+
+Given = dict[InputKind, np.ndarray]  # values of inputs
 
 
 @dataclass(frozen=True)
@@ -45,65 +49,60 @@ class Positions:
         return self.rows - self.offset - (1 if self.kind == "count_non_pad" else 0)
 
 
-def extract_inputs(mod: ir.IRModule, longest: int = _LONGEST) -> tuple[ir.IRModule, Positions | None]:
+def extract_inputs(mod: ir.IRModule, function: str, longest: int = _LONGEST) -> tuple[ir.IRModule, Positions | None]:
     """The module with inputs in place of computed ids, and the rule of the positions, if there are any.
 
     longest: tokens of a sequence that the graph's constants allow. Inputs are added behind those that there are, as
     int64 (batch, length), named position_ids and token_type_ids.
     """
-    rewriter = _ExtractInputs(mod, longest)
+    rewriter = _ExtractInputs(mod, function, longest)
     return rewriter.run(), rewriter.positions
 
 
 class _ExtractInputs(Rewriter):
-    def __init__(self, mod: ir.IRModule, longest: int):
-        super().__init__(mod)
+    def __init__(self, mod: ir.IRModule, function: str, longest: int):
+        super().__init__(mod, function)
         self.longest = longest
-        count = int(self.func.attrs["num_input"])
-        self.inputs = {p.name: p for p in self.func.params[:count]}
-        self.weights = set(self.func.params[count:])
+        self.inputs = Inputs.of(self.func)
+        self.weights = set(weight_params(self.func))
         self.terms = terms_of(self.func)
         self.positions: Positions | None = None
-        self._added: dict[str, relax.Var] = {}
+        self._added: dict[InputKind, relax.Var] = {}
 
     def rules(self):
         return self._look_up, self._sliced_table, self._looked_up_mask
 
     def run(self) -> ir.IRModule:
         """As every rewriter does, with the inputs that were added."""
-        token_ids = self.inputs.get("input_ids")
+        token_ids = self.inputs.token_ids
         if token_ids is None:
             return self.mod
-        added = [
-            relax.Var(name, token_ids.ty) for name in ("token_type_ids", "position_ids") if name not in self.inputs
-        ]
-        self._added = {var.name: var for var in added}
-        count = len(self.inputs)
-        params = [*self.func.params[:count], *added, *self.func.params[count:]]
-        self.func = with_params(self.func, params, count + len(added))
+        known = self.inputs.given()
+        self._added = {kind: relax.Var(kind.parameter, token_ids.ty) for kind in _COMPUTED if kind not in known}
+        inputs = [*input_params(self.func), *self._added.values()]
+        self.func = with_params(self.func, [*inputs, *weight_params(self.func)], len(inputs))
         mod = super().run()
-        main = mod["main"]
-        used = set(relax.analysis.free_vars(main.body))
-        kept = [p for p in main.params if p in used or p.name not in self._added]
-        number = count + sum(p.name in self._added for p in kept)
-        mod.update_func(mod.get_global_var("main"), with_params(main, kept, number))
-        return mod
+        func = mod[self.name]
+        used = set(relax.analysis.free_vars(func.body))
+        added = set(self._added.values())
+        kept = [p for p in input_params(func) if p in used or p not in added]
+        return with_function(mod, self.name, with_params(func, [*kept, *weight_params(func)], len(kept)))
 
     def _look_up(self, call: relax.Call) -> relax.Expr | None:
         if not is_call(call, "take") or call.attrs.axis is None or int(call.attrs.axis) != 0:
             return None
         table, ids = call.args
         dims = shape_of(ids)
-        if len(shape_of(table)) != 2 or len(dims) != 2 or ids in self.inputs.values() or not self._is_weight(table):
+        if len(shape_of(table)) != 2 or len(dims) != 2 or isinstance(dims[1], int):
             return None
-        if isinstance(dims[1], int):
+        if self.inputs.kind_of(ids) is not None or not self._is_weight(table):
             return None
         new = self._input_for(ids, int(shape_of(table)[0]))
         return None if new is None else relax.op.take(table, new, axis=0, mode="clip")
 
     def _sliced_table(self, call: relax.Call) -> relax.Expr | None:
         """The first rows of a table of positions, as many as the sequence has tokens."""
-        if not is_call(call, "strided_slice") or "position_ids" not in self._added:
+        if not is_call(call, "strided_slice") or InputKind.POSITION_IDS not in self._added:
             return None
         table, dims = call.args[0], shape_of(call.args[0])
         out = shape_of(self.current)
@@ -121,22 +120,22 @@ class _ExtractInputs(Rewriter):
         if not self._agree(Positions("arange", begin, None, int(dims[-2]))):
             return None
         flat = table if len(dims) == 2 else self.emit(relax.op.reshape(table, dims[1:]))
-        return relax.op.take(flat, self._added["position_ids"], axis=0, mode="clip")
+        return relax.op.take(flat, self._added[InputKind.POSITION_IDS], axis=0, mode="clip")
 
     def _looked_up_mask(self, call: relax.Call) -> relax.Expr | None:
         """A look-up that gives the mask of every key of every sequence."""
-        mask, tokens = self.inputs.get("attention_mask"), shape_of(self.inputs["input_ids"])
+        mask, tokens = self.inputs.attention_mask, shape_of(self.inputs.token_ids)
         dims = shape_of(self.current)
         if mask is None or not (is_call(call, "gather_nd") or is_call(call, "take")):
             return None
         keys = [i for i, d in enumerate(dims) if not isinstance(d, int) and d.same_as(tokens[1])]
-        if len(keys) != 1 or [p.name for p in cut(self, call)[0]] != [mask.name]:
+        if len(keys) != 1 or not _is_only(cut(self, call)[0], mask):
             return None
         target = [tokens[0] if i == 0 else tokens[1] if i == keys[0] else 1 for i in range(len(dims))]
         rng = np.random.default_rng(0)
         for shape in ((3, 7), (2, 5)):
             values = rng.integers(0, 2, shape)
-            found, whole = (self._evaluate(x, {"attention_mask": values}, shape) for x in (call, call.args[0]))
+            found, whole = (self._evaluate(x, {InputKind.ATTENTION_MASK: values}, shape) for x in (call, call.args[0]))
             wanted = [shape[0] if i == 0 else shape[1] if i == keys[0] else 1 for i in range(len(dims))]
             if found is None or whole is None or list(found.shape) != wanted or whole.size != found.size:
                 return None
@@ -157,15 +156,15 @@ class _ExtractInputs(Rewriter):
         samples = [(t, v) for t, v in measured if v is not None and v.shape[0] in (1, len(t))]
         if len(samples) < len(measured):
             return None
-        if "token_type_ids" in self._added and all(not value.any() for _, value in samples):
-            return self._added["token_type_ids"]
-        if "position_ids" not in self._added:
+        if InputKind.TOKEN_TYPE_IDS in self._added and all(not value.any() for _, value in samples):
+            return self._added[InputKind.TOKEN_TYPE_IDS]
+        if InputKind.POSITION_IDS not in self._added:
             return None
         for kind, pad in (("arange", None), *(("count_non_pad", n) for n in numbers)):
             offset = pad if pad is not None else int(samples[0][1].flat[0])
             if all(np.array_equal(np.broadcast_to(v, t.shape), _ids(kind, offset, pad, t)) for t, v in samples):
                 found = Positions(kind, offset, pad, rows)
-                return self._added["position_ids"] if self._holds(ids, found) and self._agree(found) else None
+                return self._added[InputKind.POSITION_IDS] if self._holds(ids, found) and self._agree(found) else None
         return None
 
     def _holds(self, ids: relax.Expr, found: Positions) -> bool:
@@ -214,17 +213,22 @@ class _ExtractInputs(Rewriter):
     def _measure(self, ids: relax.Expr, tokens: np.ndarray) -> np.ndarray | None:
         ends = np.array(_LENGTHS)[:, None] if len(tokens) == len(_LENGTHS) else tokens.shape[1]
         mask = np.arange(tokens.shape[1])[None, :] < ends
-        return self._evaluate(ids, {"input_ids": tokens, "attention_mask": mask}, tokens.shape)
+        return self._evaluate(ids, {InputKind.TOKEN_IDS: tokens, InputKind.ATTENTION_MASK: mask}, tokens.shape)
 
-    def _evaluate(self, expr: relax.Expr, given: dict[str, np.ndarray], shape: tuple[int, int]) -> np.ndarray | None:
+    def _evaluate(self, expr: relax.Expr, given: Given, shape: tuple[int, int]) -> np.ndarray | None:
         """The value for these inputs, of (batch, length); None if it needs others."""
-        dims = [d for d in shape_of(self.inputs["input_ids"]) if isinstance(d, tirx.Var)]
+        dims = [d for d in shape_of(self.inputs.token_ids) if isinstance(d, tirx.Var)]
 
         def value_of(param: relax.Var) -> np.ndarray | None:
-            value = given.get(param.name) if param in self.inputs.values() else None
+            kind = self.inputs.kind_of(param)
+            value = None if kind is None else given.get(kind)
             return None if value is None else value.astype(str(param.ty.dtype))
 
         return evaluate(self, expr, dict(zip(dims, shape, strict=False)), value_of)
+
+
+def _is_only(params: list[relax.Var], param: relax.Var) -> bool:
+    return len(params) == 1 and params[0].same_as(param)
 
 
 def _ids(kind: str, offset: int, pad: int | None, tokens: np.ndarray) -> np.ndarray:

@@ -21,21 +21,24 @@ from dataclasses import dataclass
 
 from tvm import ir, relax, tirx
 
-from turbo_tvm.passes import composite
+from turbo_tvm.ops import Attention, Rotary
+from turbo_tvm.ops.call import to_call
+from turbo_tvm.ops.inputs import Inputs
+from turbo_tvm.ops.rotary import joined_spans
 from turbo_tvm.passes.analysis.disentangled import DisentangledAttention
+from turbo_tvm.passes.analysis.disentangled_formula import KEYS, QUERIES
 from turbo_tvm.passes.analysis.evaluate import evaluate
 from turbo_tvm.passes.analysis.head_operands import HeadOperand, HeadOperands
 from turbo_tvm.passes.analysis.measure_bias import Bias, BiasMeasurement
-from turbo_tvm.passes.normalize import same_shape
-from turbo_tvm.passes.rewriter import Rewriter, is_call, scalar, shape_of
+from turbo_tvm.passes.rewriter import Rewriter, is_call, same_shape, scalar, shape_of
 
 
-def fuse_attention(mod: ir.IRModule, max_length: int) -> ir.IRModule:
-    """Replace every recognised attention by a `turbo.attention` composite.
+def fuse_attention(mod: ir.IRModule, function: str, max_length: int) -> ir.IRModule:
+    """Replace every recognised attention by a `Attention` operator.
 
     max_length: the longest sequence, in tokens; tables over positions and distances reach up to it.
     """
-    return _FuseAttention(mod, max_length).run()
+    return _FuseAttention(mod, function, max_length).run()
 
 
 @dataclass(frozen=True)
@@ -50,16 +53,16 @@ class _Attention:
 
 
 class _FuseAttention(Rewriter):
-    def __init__(self, mod: ir.IRModule, max_length: int):
-        super().__init__(mod)
+    def __init__(self, mod: ir.IRModule, function: str, max_length: int):
+        super().__init__(mod, function)
         self.max_length = max_length
-        self.inputs = {p.name: p for p in self.func.params[: int(self.func.attrs["num_input"])]}
+        self.inputs = Inputs.of(self.func)
         self._biases: dict[tuple, Bias | None] = {}
         self._operands: HeadOperands | None = None
         self._disentangled_attention: DisentangledAttention | None = None
 
     def rules(self):
-        return (self._attention, self._disentangled) if "attention_mask" in self.inputs else ()
+        return (self._attention, self._disentangled) if self.inputs.attention_mask is not None else ()
 
     def _attention(self, call: relax.Call) -> relax.Expr | None:
         if not is_call(call, "reshape") or len(call.args[1].values) != 3:
@@ -71,7 +74,7 @@ class _FuseAttention(Rewriter):
         if len(shape) != 4 or not all(isinstance(d, int) for d in shape[2:]):
             return None
         batch, length, heads, head_dim = shape
-        if not isinstance(batch, tirx.Var) or (isinstance(length, int) and "patches" not in self.inputs):
+        if not isinstance(batch, tirx.Var) or (isinstance(length, int) and not self.inputs.are_images):
             return None
         if not same_shape(list(call.args[1].values), [batch, length, heads * head_dim]):
             return None
@@ -79,42 +82,48 @@ class _FuseAttention(Rewriter):
         bias = self._bias(found.biases, (batch, length), heads) if operands is not None else None
         if operands is None or bias is None:
             return None
-        tables = [] if bias.table is None else [bias.table]
-        variant = {"window": bias.window} if bias.window is not None else {}
-        variant |= {"kv_heads": operands[1].heads} if operands[1].heads < heads else {}
-        return composite.make(
-            "attention",
-            [*self._turned(operands), self.inputs["attention_mask"], *tables],
-            relax.TensorType((batch, length, heads * head_dim), "float32"),
+        q, k, v = self._turned(operands)
+        attention = Attention(
+            q=q,
+            k=k,
+            v=v,
+            mask=self.inputs.attention_mask,
+            position_bias=bias.table,
+            out=relax.TensorType((batch, length, heads * head_dim), "float32"),
             heads=heads,
             head_dim=head_dim,
             scale=_rounded(found.scale, head_dim),
-            columns=[[x.width, x.first_column] for x in operands],
             max_length=self.max_length,
-            **variant,
+            first_columns=(operands[0].first_column, operands[1].first_column, operands[2].first_column),
+            kv_heads=operands[1].heads if operands[1].heads < heads else None,
+            window=bias.window,
         )
+        return to_call(attention)
 
     def _disentangled(self, call: relax.Call) -> relax.Expr | None:
         if not is_call(call, "reshape") or len(call.args[1].values) != 3:
             return None
-        mask = self.inputs["attention_mask"]
+        mask = self.inputs.attention_mask
         if self._disentangled_attention is None:
             self._disentangled_attention = DisentangledAttention(self, mask, self.max_length)
         found = self._disentangled_attention.match(call)
         if found is None:
             return None
-        width = found.heads * found.head_dim
-        return composite.make(
-            "attention",
-            [found.q, found.k, found.v, mask, *found.tables.values()],
-            relax.TensorType((*shape_of(mask), width), "float32"),
+        attention = Attention(
+            q=found.q,
+            k=found.k,
+            v=found.v,
+            mask=mask,
+            key_table=found.tables.get(KEYS),
+            query_table=found.tables.get(QUERIES),
+            out=relax.TensorType((*shape_of(mask), found.heads * found.head_dim), "float32"),
             heads=found.heads,
             head_dim=found.head_dim,
             scale=found.scale,
-            columns=[[width, 0]] * 3,
             max_length=self.max_length,
-            **{f"{term}_distances": True for term in found.tables},
+            first_columns=(0, 0, 0),
         )
+        return to_call(attention)
 
     def _heads(self, found: _Attention, tokens: tuple) -> list[HeadOperand] | None:
         """Where queries, keys and values come from; None if that is not columns of rows."""
@@ -122,7 +131,7 @@ class _FuseAttention(Rewriter):
         if not all(same_shape(shape, shape_of(x)) for x in (found.k, found.v)):
             return None
         if self._operands is None:
-            self._operands = HeadOperands(self, tokens, self.max_length, self.inputs.get("position_ids"))
+            self._operands = HeadOperands(self, tokens, self.max_length, self.inputs.position_ids)
         q, k, v = (self._operands.find(x) for x in (found.q, found.k, found.v))
         if q is None or k is None or v is None or q.heads != shape[2] or k.heads != v.heads:
             return None
@@ -138,15 +147,16 @@ class _FuseAttention(Rewriter):
         return [x.rows if x.table is None else self._rotary(x, [x]) for x in operands]
 
     def _rotary(self, x: HeadOperand, turned: list[HeadOperand]) -> relax.Expr:
-        rotary = composite.make(
-            "rotary",
-            [x.rows, self.inputs["position_ids"], x.table],
-            x.rows.ty,
+        rotary = Rotary(
+            x=x.rows,
+            position_ids=self.inputs.position_ids,
+            table=x.table,
+            out=x.rows.ty,
             columns=x.width,
             head_dim=x.head_dim,
-            spans=composite.joined_spans([[y.first_column, y.heads] for y in turned], x.head_dim),
+            spans=joined_spans([(y.first_column, y.heads) for y in turned], x.head_dim),
         )
-        return self.emit(rotary)
+        return self.emit(to_call(rotary))
 
     def _sdpa(self, out: relax.Expr) -> _Attention | None:
         core = self.definition(out)
@@ -222,10 +232,10 @@ class _FuseAttention(Rewriter):
 
     def _bias(self, biases: tuple[relax.Expr, ...], tokens: tuple, heads: int) -> Bias | None:
         """What the biases are beside the key mask; None if they are not recognised."""
-        if "patches" in self.inputs:
+        if self.inputs.are_images:
             return Bias() if self._all_zero(biases, tokens) else None
         if (biases, heads) not in self._biases:
-            mask = self.inputs["attention_mask"]
+            mask = self.inputs.attention_mask
             measurement = BiasMeasurement(self, tokens, self.max_length, mask)
             self._biases[biases, heads] = measurement.analyse(biases, heads)
         return self._biases[biases, heads]

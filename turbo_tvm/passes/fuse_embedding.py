@@ -9,15 +9,18 @@ which may have taken the last sum as a residual.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from tvm import ir, relax
 
-from turbo_tvm.passes import composite
+from turbo_tvm.ops import Embedding, Norm
+from turbo_tvm.ops.call import match, to_call
 from turbo_tvm.passes.rewriter import Rewriter, is_call, shape_of
 
 
-def fuse_embedding(mod: ir.IRModule) -> ir.IRModule:
-    """Replace embedding look-ups by `turbo.embedding` composites."""
-    return _FuseEmbedding(mod).run()
+def fuse_embedding(mod: ir.IRModule, function: str) -> ir.IRModule:
+    """Replace embedding look-ups by `Embedding` operators."""
+    return _FuseEmbedding(mod, function).run()
 
 
 class _FuseEmbedding(Rewriter):
@@ -33,35 +36,34 @@ class _FuseEmbedding(Rewriter):
         if isinstance(shape_of(ids)[0], int):  # a look-up among weights, done once at compile time
             return None
         out = relax.TensorType((*ids.ty.shape.values, shape_of(table)[1]), "float32")
-        return composite.make("embedding", [ids, table], out, tables=1, norm_eps=None)
+        return to_call(Embedding(ids=(ids,), tables=(table,), out=out))
 
     def _sum(self, call: relax.Call) -> relax.Expr | None:
         if not is_call(call, "add"):
             return None
-        return self._merge(call.args, call.args[0].ty)
+        merged = self._merge(call.args, call.args[0].ty)
+        return None if merged is None else to_call(merged)
 
-    def _merge(self, terms: list[relax.Expr], out: relax.Type) -> relax.Expr | None:
-        """One composite for the sum of several, none of them normalised or read elsewhere."""
-        found = [composite.match(self.definition(term), "embedding") for term in terms]
-        parts = [p for p in found if p is not None and p.attrs["norm_eps"] is None]
+    def _merge(self, terms: list[relax.Expr], out: relax.Type) -> Embedding | None:
+        """Return one embedding for the sum of several, none of them normalised or read elsewhere."""
+        found = [match(self.definition(term), Embedding) for term in terms]
+        parts = [p for p in found if p is not None and p.norm_eps is None]
         if len(parts) < len(terms):
             return None
         if not all(self.used_once(term) for term in terms):
             return None
-        ids = [t for p in parts for t in p.tensors[: p.attrs["tables"]]]
-        tables = [t for p in parts for t in p.tensors[p.attrs["tables"] :]]
-        return composite.make("embedding", [*ids, *tables], out, tables=len(ids), norm_eps=None)
+        ids = tuple(t for p in parts for t in p.ids)
+        tables = tuple(t for p in parts for t in p.tables)
+        return Embedding(ids=ids, tables=tables, out=out)
 
     def _norm(self, call: relax.Call) -> relax.Expr | None:
-        norm = composite.match(call, "norm")
-        if norm is None or norm.attrs.get("kind") == "rms":
+        norm = match(call, Norm)
+        if norm is None or norm.is_rms:
             return None
-        *terms, gamma, beta = norm.tensors
-        merged = self._merge(terms, call.ty_args[0]) if len(terms) > 1 else self.definition(terms[0])
-        summed = composite.match(merged, "embedding")
-        if summed is None or summed.attrs["norm_eps"] is not None:
+        if norm.residual is not None:
+            summed = self._merge([norm.x, norm.residual], norm.out)
+        else:
+            summed = match(self.definition(norm.x), Embedding) if self.used_once(norm.x) else None
+        if summed is None or summed.norm_eps is not None:
             return None
-        if len(terms) == 1 and not self.used_once(terms[0]):
-            return None
-        attrs = summed.attrs | {"norm_eps": norm.attrs["eps"]}
-        return composite.Composite("embedding", (*summed.tensors, gamma, beta), attrs).call(call.ty_args[0])
+        return to_call(replace(summed, gamma=norm.gamma, beta=norm.beta, norm_eps=norm.eps, out=norm.out))

@@ -9,19 +9,19 @@ activation into its product. Left alone where the projections read other rows th
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from tvm import ir, relax
 
-from turbo_tvm.passes import composite
-from turbo_tvm.passes.fuse_linear import ACTIVATIONS
-from turbo_tvm.passes.normalize import same_shape
-from turbo_tvm.passes.rewriter import Rewriter, is_call, shape_of
-
-_PLAIN = {"residual": False, "norm_eps": None}
+from turbo_tvm.ops import Gate, Linear
+from turbo_tvm.ops.activations import activation_of
+from turbo_tvm.ops.call import match, to_call
+from turbo_tvm.passes.rewriter import Rewriter, is_call, operator_name, same_shape, shape_of
 
 
-def fuse_gate(mod: ir.IRModule) -> ir.IRModule:
-    """Replace products of an activated and a linear half by `turbo.gate` composites."""
-    return _FuseGate(mod).run()
+def fuse_gate(mod: ir.IRModule, function: str) -> ir.IRModule:
+    """Replace products of an activated and a linear half by `Gate` operators."""
+    return _FuseGate(mod, function).run()
 
 
 class _FuseGate(Rewriter):
@@ -33,33 +33,33 @@ class _FuseGate(Rewriter):
             return None
         for active, other in (call.args, reversed(call.args)):
             first, second = self._product(active), self._product(other)
-            if first is None or second is None or first.attrs["activation"] is None:
+            if first is None or second is None or first.activation is None:
                 continue
-            rows, width = first.tensors[0], shape_of(active)[-1]
-            if second.attrs["activation"] is not None or not second.tensors[0].same_as(rows):
+            width = shape_of(active)[-1]
+            if second.activation is not None or not second.x.same_as(first.x):
                 return None
             if not same_shape(shape_of(active), shape_of(other)):
                 return None
-            parts = zip(first.tensors[1:3], second.tensors[1:3], strict=True)
+            parts = ((first.weight, second.weight), (first.bias, second.bias))
             weight, bias = (self.emit(relax.op.concat(list(pair), axis=0)) for pair in parts)
             both = relax.TensorType((*shape_of(active)[:-1], 2 * width), "float32")
-            merged = composite.Composite("linear", (rows, weight, bias), second.attrs).call(both)
-            return self._gate(self.emit(merged), width, first.attrs["activation"], second=False)
+            merged = to_call(replace(second, weight=weight, bias=bias, out=both))
+            return self._gate(self.emit(merged), width, first.activation, second=False)
         return None
 
-    def _product(self, expr: relax.Expr) -> composite.Composite | None:
-        """A product without residual and norm that nothing else reads."""
-        linear = composite.match(self.definition(expr), "linear")
+    def _product(self, expr: relax.Expr) -> Linear | None:
+        """Return a product without residual and norm that nothing else reads."""
+        linear = match(self.definition(expr), Linear)
         if linear is None or not self.used_once(expr):
             return None
-        return linear if all(linear.attrs[key] == value for key, value in _PLAIN.items()) else None
+        return linear if linear.residual is None and linear.norm_eps is None else None
 
     def _two_halves(self, call: relax.Call) -> relax.Expr | None:
         if not is_call(call, "multiply"):
             return None
         for active, other in (call.args, reversed(call.args)):
             value = self.definition(active)
-            name = next((name for op, name in ACTIVATIONS.items() if is_call(value, op)), None)
+            name = activation_of(operator_name(value))
             first, second = (self._half(value.args[0]) if name is not None else None), self._half(other)
             if name is None or first is None or second is None:
                 continue
@@ -91,5 +91,4 @@ class _FuseGate(Rewriter):
 
     def _gate(self, rows: relax.Expr, columns: int, activation: str, second: bool) -> relax.Call:
         out = relax.TensorType((*shape_of(rows)[:-1], columns), "float32")
-        attrs = {"activation": activation, "columns": columns} | ({"second": True} if second else {})
-        return composite.make("gate", [rows], out, **attrs)
+        return to_call(Gate(x=rows, out=out, activation=activation, columns=columns, second=second))

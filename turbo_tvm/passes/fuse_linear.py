@@ -11,25 +11,20 @@ or with a weight of other rank, is left alone. An activation whose product has o
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 from tvm import ir, relax
 
-from turbo_tvm.passes import composite
-from turbo_tvm.passes.rewriter import Rewriter, is_call, scalar, shape_of
-
-ACTIVATIONS = {
-    "nn.gelu": "gelu",
-    "nn.gelu_tanh": "gelu_tanh",
-    "nn.relu": "relu",
-    "nn.silu": "silu",
-    "tanh": "tanh",
-}
+from turbo_tvm.ops import Linear
+from turbo_tvm.ops.activations import activation_of
+from turbo_tvm.ops.call import match, to_call
+from turbo_tvm.passes.rewriter import Rewriter, is_call, operator_name, scalar, shape_of
 
 
-def fuse_linear(mod: ir.IRModule) -> ir.IRModule:
-    """Replace products with weights by `turbo.linear` composites."""
-    return _FuseLinear(mod).run()
+def fuse_linear(mod: ir.IRModule, function: str) -> ir.IRModule:
+    """Replace products with weights by `Linear` operators."""
+    return _FuseLinear(mod, function).run()
 
 
 class _FuseLinear(Rewriter):
@@ -46,7 +41,7 @@ class _FuseLinear(Rewriter):
         weight = stored if stored is not None else self.emit(relax.op.permute_dims(call.args[1]))
         n = shape[1]
         zero = relax.const(np.zeros(n, "float32"))
-        return composite.make("linear", [x, weight, zero], _like(x, n), activation=None, residual=False, norm_eps=None)
+        return to_call(Linear(x=x, weight=weight, bias=zero, out=_like(x, n)))
 
     def _transposed(self, expr: relax.Expr) -> relax.Expr | None:
         """The matrix that `expr` is the transpose of."""
@@ -62,17 +57,15 @@ class _FuseLinear(Rewriter):
         for product, bias in (call.args, reversed(call.args)):
             linear = self._bare(product)
             if linear and self.used_once(product) and self._is_vector(bias, shape_of(product)[-1]):
-                x, weight, _ = linear.tensors
-                return composite.Composite("linear", (x, weight, bias), linear.attrs).call(product.ty)
+                return to_call(replace(linear, bias=bias))
         return None
 
-    def _bare(self, expr: relax.Expr) -> composite.Composite | None:
-        """A product that has neither a bias nor an activation yet."""
-        linear = composite.match(self.definition(expr), "linear")
-        if linear is None or linear.attrs["activation"] is not None:
+    def _bare(self, expr: relax.Expr) -> Linear | None:
+        """Return a product that has neither a bias nor an activation yet."""
+        linear = match(self.definition(expr), Linear)
+        if linear is None or linear.activation is not None:
             return None
-        bias = linear.tensors[2]
-        return linear if isinstance(bias, ir.GenericConst) and not bias.value.numpy().any() else None
+        return linear if isinstance(linear.bias, ir.GenericConst) and not linear.bias.value.numpy().any() else None
 
     def _is_vector(self, bias: relax.Expr, columns: object) -> bool:
         return len(shape_of(bias)) == 1 and shape_of(bias)[0] == columns and self.is_weight(bias)
@@ -82,18 +75,17 @@ class _FuseLinear(Rewriter):
         if not is_call(call, "multiply"):
             return None
         for product, factors in (call.args, reversed(call.args)):
-            linear = composite.match(self.definition(product), "linear")
-            if linear is None or linear.attrs["activation"] is not None or not self.used_once(product):
+            linear = match(self.definition(product), Linear)
+            if linear is None or linear.activation is not None or not self.used_once(product):
                 continue
             if self._is_vector(factors, shape_of(product)[-1]):
-                x, weight, bias = linear.tensors
-                scaled = self.emit(relax.op.multiply(weight, self.emit(relax.op.expand_dims(factors, [1]))))
-                shifted = self.emit(relax.op.multiply(bias, factors))
-                return composite.Composite("linear", (x, scaled, shifted), linear.attrs).call(product.ty)
+                scaled = self.emit(relax.op.multiply(linear.weight, self.emit(relax.op.expand_dims(factors, [1]))))
+                shifted = self.emit(relax.op.multiply(linear.bias, factors))
+                return to_call(replace(linear, weight=scaled, bias=shifted))
         return None
 
     def _activation(self, call: relax.Call) -> relax.Expr | None:
-        name = next((value for op, value in ACTIVATIONS.items() if is_call(call, op)), None)
+        name = activation_of(operator_name(call))
         return self._activated(call.args[0], name, readers=1) if name else None
 
     def _quick_gelu(self, call: relax.Call) -> relax.Expr | None:
@@ -112,10 +104,10 @@ class _FuseLinear(Rewriter):
 
     def _activated(self, product: relax.Expr, name: str, readers: int) -> relax.Expr | None:
         """The product with that activation, if it has none and is read by nothing else."""
-        linear = composite.match(self.definition(product), "linear")
-        if linear is None or linear.attrs["activation"] is not None or self.uses(product) != readers:
+        linear = match(self.definition(product), Linear)
+        if linear is None or linear.activation is not None or self.uses(product) != readers:
             return None
-        return composite.Composite("linear", linear.tensors, linear.attrs | {"activation": name}).call(product.ty)
+        return to_call(replace(linear, activation=name))
 
 
 def _like(x: relax.Expr, columns: int) -> relax.TensorType:

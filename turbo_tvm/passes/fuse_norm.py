@@ -14,26 +14,26 @@ once.
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 from tvm import ir, relax
 
-from turbo_tvm.passes import composite
-from turbo_tvm.passes.normalize import same_shape
-from turbo_tvm.passes.rewriter import Rewriter, is_call, scalar, shape_of
+from turbo_tvm.ops import Linear, Norm
+from turbo_tvm.ops.call import match, to_call
+from turbo_tvm.passes.rewriter import Rewriter, is_call, same_shape, scalar, shape_of
 
 
-def fuse_norm(mod: ir.IRModule, in_products: bool = True) -> ir.IRModule:
-    """Fuse residual sums and LayerNorm over the last axis into composites.
+def fuse_norm(mod: ir.IRModule, function: str, in_products: bool = True) -> ir.IRModule:
+    """Fuse residual sums and LayerNorm over the last axis into operators of ours.
 
     in_products: whether a product's kernel can normalise its rows.
     """
-    return _FuseNorm(mod, in_products).run()
+    return _FuseNorm(mod, function, in_products).run()
 
 
 class _FuseNorm(Rewriter):
-    def __init__(self, mod: ir.IRModule, in_products: bool):
-        super().__init__(mod)
+    def __init__(self, mod: ir.IRModule, function: str, in_products: bool):
+        super().__init__(mod, function)
         self.in_products = in_products
 
     def rules(self):
@@ -45,15 +45,15 @@ class _FuseNorm(Rewriter):
         for product, other in (call.args, reversed(call.args)):
             linear = self._open_linear(product)
             if linear is not None and same_shape(shape_of(product), shape_of(other)):
-                fused = composite.Composite("linear", (*linear.tensors, other), linear.attrs | {"residual": True})
-                return fused.call(product.ty)
+                return to_call(replace(linear, residual=other, out=product.ty))
         return None
 
-    def _open_linear(self, expr: relax.Expr) -> composite.Composite | None:
-        """A product without residual or norm that nothing else reads."""
-        linear = composite.match(self.definition(expr), "linear")
-        closed = linear is None or linear.attrs["residual"] or linear.attrs["norm_eps"] is not None
-        return None if closed or not self.used_once(expr) else linear
+    def _open_linear(self, expr: relax.Expr) -> Linear | None:
+        """Return a product without residual or norm that nothing else reads."""
+        linear = match(self.definition(expr), Linear)
+        if linear is None or linear.residual is not None or linear.norm_eps is not None:
+            return None
+        return linear if self.used_once(expr) else None
 
     def _norm(self, call: relax.Call) -> relax.Expr | None:
         if not is_call(call, "nn.layer_norm") or [int(a) for a in call.attrs.axes] != [-1]:
@@ -64,18 +64,18 @@ class _FuseNorm(Rewriter):
         if len(shape_of(x)) < 2 or len(shape_of(gamma)) != 1 or self.is_weight(x):
             return None
         eps = float(call.attrs.epsilon)
-        linear = composite.match(self.definition(x), "linear")
-        if self.in_products and linear is not None and linear.attrs["norm_eps"] is None and self.used_once(x):
-            tensors = (*linear.tensors, gamma, beta)
-            return composite.Composite("linear", tensors, linear.attrs | {"norm_eps": eps}).call(x.ty)
-        return self._of_sum(x, [gamma, beta], 1, eps=eps)
+        linear = match(self.definition(x), Linear)
+        if self.in_products and linear is not None and linear.norm_eps is None and self.used_once(x):
+            return to_call(replace(linear, gamma=gamma, beta=beta, norm_eps=eps, out=x.ty))
+        return self._of_sum(Norm(x=x, gamma=gamma, beta=beta, eps=eps, out=x.ty), readers=1)
 
-    def _of_sum(self, x: relax.Expr, vectors: list[relax.Expr], readers: int, **attrs: Any) -> relax.Expr:
-        """The norm of x, which reads the two summands if nobody else needs their sum: `readers` are the norm's own."""
-        add = self.call_of(x, "add")
-        if add is not None and self.uses(x) == readers and same_shape(*(shape_of(arg) for arg in add.args)):
-            return composite.make("norm", [*add.args, *vectors], x.ty, residual=True, **attrs)
-        return composite.make("norm", [x, *vectors], x.ty, residual=False, **attrs)
+    def _of_sum(self, norm: Norm, readers: int) -> relax.Expr:
+        """Return the norm, which reads the two summands of x if nobody else needs their sum: `readers` are its own."""
+        add = self.call_of(norm.x, "add")
+        if add is not None and self.uses(norm.x) == readers and same_shape(*(shape_of(arg) for arg in add.args)):
+            x, residual = add.args
+            return to_call(replace(norm, x=x, residual=residual))
+        return to_call(norm)
 
     def _rms_norm(self, call: relax.Call) -> relax.Expr | None:
         found = self._gained(call)
@@ -86,7 +86,7 @@ class _FuseNorm(Rewriter):
             return None
         if self.is_weight(x):
             return None
-        return self._of_sum(x, [gamma], readers, eps=eps, kind="rms")
+        return self._of_sum(Norm(x=x, gamma=gamma, eps=eps, out=x.ty), readers)
 
     def _gained(self, call: relax.Call) -> tuple[relax.Expr, relax.Expr, float, int] | None:
         """(x, gamma, eps, readers of x) of an RMS norm."""

@@ -20,8 +20,9 @@ from dataclasses import dataclass
 import numpy as np
 from tvm import ir, relax, tirx
 
+from turbo_tvm.ops.inputs import InputKind, input_params, with_params
 from turbo_tvm.passes.analysis.evaluate import evaluate, specialized
-from turbo_tvm.passes.rewriter import Rewriter, is_call, shape_of, with_params
+from turbo_tvm.passes.rewriter import Rewriter, is_call, shape_of, with_function
 
 # What may stand between the convolution and the tokens; what it does is measured.
 _ARRANGING = ("reshape", "permute_dims", "concat", "add", "expand_dims", "squeeze", "flatten")
@@ -39,23 +40,23 @@ class Patches:
     prefix: int
 
 
-def fuse_patches(mod: ir.IRModule) -> tuple[ir.IRModule, Patches | None]:
-    """`main(pixels, weights...)` as `main(patches, attention_mask, position_ids, weights...)`; None: it is left alone.
+def fuse_patches(mod: ir.IRModule, function: str) -> tuple[ir.IRModule, Patches | None]:
+    """Turn `f(pixels, weights...)` into `f(patches, attention_mask, position_ids, weights...)`; None: it is left alone.
 
     pixels: fp32 (batch, channels, height, width), batch symbolic, the only input.
     """
-    found = _stem(mod["main"])
+    found = _stem(mod[function])
     if found is None:
         return mod, None
     stem = _Stem(*found)
-    rewriter = _FusePatches(_with_inputs(mod, stem), stem)
+    rewriter = _FusePatches(_with_inputs(mod, function, stem), function, stem)
     rewritten = rewriter.run()
-    if rewriter.prefix is None or _reads_pixels(rewritten["main"]):
+    if rewriter.prefix is None or _reads_pixels(rewritten[function]):
         return mod, None
     _, channels, height, width = shape_of(stem.pixels)
     patch_height, patch_width = shape_of(stem.weight)[2:]
     patches = Patches(channels, height, width, patch_height, patch_width, rewriter.prefix)
-    return _without_pixels(rewritten), patches
+    return _without_pixels(rewritten, function), patches
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class _Stem:
 
 def _stem(main: relax.Function) -> tuple[relax.Var, relax.Var, relax.Var, relax.Expr] | None:
     """What `_Stem` holds, or None if the graph does not begin like that."""
-    inputs = main.params[: int(main.attrs["num_input"])]
+    inputs = input_params(main)
     if len(inputs) != 1 or len(shape_of(inputs[0])) != 4 or str(inputs[0].ty.dtype) != "float32":
         return None
     batch, *pixels = shape_of(inputs[0])
@@ -129,8 +130,8 @@ def _cuts_patches(conv: relax.Expr, pixels: relax.Var) -> bool:
 
 
 class _FusePatches(Rewriter):
-    def __init__(self, mod: ir.IRModule, stem: _Stem):
-        super().__init__(mod)
+    def __init__(self, mod: ir.IRModule, function: str, stem: _Stem):
+        super().__init__(mod, function)
         self.stem = stem
         self.patches, _, self.position_ids = self.func.params[:3]
         self.batch = shape_of(stem.pixels)[0]
@@ -180,24 +181,20 @@ class _FusePatches(Rewriter):
         return prefix if np.allclose(values[0] - values[1], wanted, atol=1e-4) else None
 
 
-def _with_inputs(mod: ir.IRModule, stem: _Stem) -> ir.IRModule:
-    """`main` with the inputs that tokens need in front of its own."""
+def _with_inputs(mod: ir.IRModule, function: str, stem: _Stem) -> ir.IRModule:
+    """Return the module with the inputs that tokens need in front of the function's own."""
     shape = (shape_of(stem.pixels)[0], stem.length)
-    patches = relax.Var("patches", relax.TensorType((*shape, stem.columns), "float32"))
-    others = [relax.Var(name, relax.TensorType(shape, "int64")) for name in ("attention_mask", "position_ids")]
-    return _with_params(mod, [patches, *others, *mod["main"].params], 4)
+    patches = relax.Var(InputKind.PATCHES.parameter, relax.TensorType((*shape, stem.columns), "float32"))
+    ids = relax.TensorType(shape, "int64")
+    others = [relax.Var(kind.parameter, ids) for kind in (InputKind.ATTENTION_MASK, InputKind.POSITION_IDS)]
+    func = mod[function]
+    return with_function(mod, function, with_params(func, [patches, *others, *func.params], 4))
 
 
-def _without_pixels(mod: ir.IRModule) -> ir.IRModule:
-    params = mod["main"].params
-    return _with_params(mod, [*params[:3], *params[4:]], 3)
+def _without_pixels(mod: ir.IRModule, function: str) -> ir.IRModule:
+    func = mod[function]
+    return with_function(mod, function, with_params(func, [*func.params[:3], *func.params[4:]], 3))
 
 
-def _reads_pixels(main: relax.Function) -> bool:
-    return main.params[3] in relax.analysis.free_vars(main.body)
-
-
-def _with_params(mod: ir.IRModule, params: list[relax.Var], inputs: int) -> ir.IRModule:
-    new = ir.IRModule(dict(mod.functions_items()), attrs=mod.attrs)
-    new.update_func(new.get_global_var("main"), with_params(mod["main"], params, inputs))
-    return new
+def _reads_pixels(func: relax.Function) -> bool:
+    return func.params[3] in relax.analysis.free_vars(func.body)

@@ -17,37 +17,37 @@ from __future__ import annotations
 import numpy as np
 from tvm import ir, relax, tirx
 
-from turbo_tvm.passes import composite
+from turbo_tvm.ops import L2Normalize, Pool
+from turbo_tvm.ops.call import to_call
+from turbo_tvm.ops.inputs import Inputs
+from turbo_tvm.ops.pool import LARGEST, PoolMode
 from turbo_tvm.passes.analysis.evaluate import cut, equals_for_masks, evaluate
-from turbo_tvm.passes.normalize import same_shape
-from turbo_tvm.passes.rewriter import Rewriter, is_call, scalar, shape_of
-
-LARGEST = -1  # in the place of a token id: the largest one of a sequence
+from turbo_tvm.passes.rewriter import Rewriter, is_call, same_shape, scalar, shape_of
 
 
-def fuse_pooling(mod: ir.IRModule) -> ir.IRModule:
-    """Replace pooling over tokens, and L2 normalisation of its result, by composites."""
-    return _FusePooling(mod).run()
+def fuse_pooling(mod: ir.IRModule, function: str) -> ir.IRModule:
+    """Replace pooling over tokens, and L2 normalisation of its result, by operators of ours."""
+    return _FusePooling(mod, function).run()
 
 
 class _FusePooling(Rewriter):
-    def __init__(self, mod: ir.IRModule):
-        super().__init__(mod)
-        self.inputs = {p.name: p for p in self.func.params[: int(self.func.attrs["num_input"])]}
+    def __init__(self, mod: ir.IRModule, function: str):
+        super().__init__(mod, function)
+        self.inputs = Inputs.of(self.func)
 
     def rules(self):
-        return (self._first, self._at, self._mean, self._normalize) if "attention_mask" in self.inputs else ()
+        return (self._first, self._at, self._mean, self._normalize) if self.inputs.attention_mask is not None else ()
 
-    def _pool(self, x: relax.Expr, mode: str, **attrs: int) -> relax.Call:
+    def _pool(self, x: relax.Expr, mode: PoolMode, row: int = 0, token: int | None = None) -> relax.Call:
         batch, _, hidden = shape_of(x)
         out = relax.TensorType((batch, hidden), "float32")
-        return composite.make("pool", [x, self.inputs["attention_mask"]], out, mode=mode, **attrs)
+        return to_call(Pool(x=x, mask=self.inputs.attention_mask, out=out, mode=mode, row=row, token=token))
 
     def _first(self, call: relax.Call) -> relax.Expr | None:
         if not is_call(call, "take") or len(shape_of(call.args[0])) != 3:
             return None
-        tokens, of_images = shape_of(call.args[0])[1], "patches" in self.inputs
-        if isinstance(tokens, int) and not (of_images and tokens == shape_of(self.inputs["attention_mask"])[1]):
+        tokens, of_images = shape_of(call.args[0])[1], self.inputs.are_images
+        if isinstance(tokens, int) and not (of_images and tokens == shape_of(self.inputs.attention_mask)[1]):
             return None  # not tokens: the head axis of a 4-D mask, say
         axis, index = call.attrs.axis, scalar(call.args[1]) if not shape_of(call.args[1]) else None
         if axis is None or int(axis) != 1 or index is None:
@@ -102,7 +102,7 @@ class _FusePooling(Rewriter):
 
     def _is_index(self, expr: relax.Expr, wanted: np.ndarray, ids: np.ndarray, tokens: list) -> bool:
         def value_of(param: relax.Var) -> np.ndarray | None:
-            is_ids = "input_ids" in self.inputs and param.same_as(self.inputs["input_ids"])
+            is_ids = self.inputs.token_ids is not None and param.same_as(self.inputs.token_ids)
             return ids.astype(str(param.ty.dtype)) if is_ids else None
 
         value = evaluate(self, expr, dict(zip(tokens, ids.shape, strict=True)), value_of)
@@ -127,7 +127,7 @@ class _FusePooling(Rewriter):
         return self._equals(divisor, shape_of(x), lambda mask: mask.sum(1, keepdims=True))
 
     def _equals(self, expr: relax.Expr, shape: list, expected) -> bool:
-        mask = self.inputs["attention_mask"]
+        mask = self.inputs.attention_mask
         return same_shape(shape[:2], shape_of(mask)) and equals_for_masks(self, mask, expr, expected)
 
     def _normalize(self, call: relax.Call) -> relax.Expr | None:
@@ -139,9 +139,9 @@ class _FusePooling(Rewriter):
         if is_call(divisor, "broadcast_to"):
             divisor = self.definition(divisor.args[0])
         norm, eps = self._clamped(divisor)
-        if norm is None or not self._is_row_norm(norm, x):
+        if norm is None or eps is None or not self._is_row_norm(norm, x):
             return None
-        return composite.make("normalize", [x], relax.TensorType(tuple(shape_of(x)), "float32"), eps=eps)
+        return to_call(L2Normalize(x=x, out=relax.TensorType(tuple(shape_of(x)), "float32"), eps=eps))
 
     def _clamped(self, expr: relax.Expr) -> tuple[relax.Expr | None, float | None]:
         if is_call(expr, "clip"):

@@ -12,71 +12,79 @@ kernels that read them with every row from beyond a cache (`vectors`).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
 from tvm import ir, relax
 
 from turbo_tvm.errors import CompileError
-from turbo_tvm.passes import composite
-from turbo_tvm.passes.rewriter import Rewriter, dims_of, shape_of
+from turbo_tvm.ops import Attention, CastRows, CastWeight, Embedding, Gate, L2Normalize, Linear, Norm, Operator, Rotary
+from turbo_tvm.ops.call import match, to_call
+from turbo_tvm.ops.formats import Format
+from turbo_tvm.ops.operand import dims
+from turbo_tvm.passes.rewriter import Rewriter, read_by_others, shape_of
 
-BF16 = "uint16"
-_STORED = frozenset(
-    ["linear", "attention", "norm", "normalize", "embedding", "gate", "rotary"]
-)  # kernels that can write bf16
+_STORED = (Linear, Attention, Norm, L2Normalize, Embedding, Gate, Rotary)  # kernels that can write narrow rows
 
 
-def lower_precision(mod: ir.IRModule, storage: str = BF16, pairs: bool = True, vectors: bool = False) -> ir.IRModule:
-    """16-bit numbers for the products and the rows between composites of `main`.
+def lower_precision(
+    mod: ir.IRModule, function: str, storage: Format, pairs: bool = True, vectors: bool = False
+) -> ir.IRModule:
+    """Store the operands of products, and the rows between operators, in a narrow format.
 
-    storage: "uint16" for bf16, or "float16". pairs: kernels multiply pairs of numbers; CompileError if a width is odd.
+    storage: that format, bf16 or fp16. pairs: kernels multiply pairs of numbers; CompileError if a width is odd.
     vectors: norms' gains and shifts too.
     """
-    return _LowerPrecision(mod, storage, pairs, vectors).run()
+    return _LowerPrecision(mod, function, storage, pairs, vectors).run()
 
 
 class _LowerPrecision(Rewriter):
-    def __init__(self, mod: ir.IRModule, storage: str, pairs: bool, vectors: bool):
-        super().__init__(mod)
-        self.storage, self.pairs, self.vectors = storage, pairs, vectors
-        self._fixed = composite.read_by_operators(self.func)
+    def __init__(self, mod: ir.IRModule, function: str, storage: Format, pairs: bool, vectors: bool):
+        super().__init__(mod, function)
+        self.format, self.pairs, self.vectors = storage, pairs, vectors
+        self._fixed = read_by_others(self.func)
         self._lowered: dict[relax.Expr, relax.Var] = {}
 
     def rules(self):
         return (self._lower,)
 
     def _lower(self, call: relax.Call) -> relax.Expr | None:
-        fused = composite.match(call)
-        if fused is None or fused.name not in _STORED:
+        found = match(call, Operator)
+        if not isinstance(found, _STORED):
             return None
-        tensors, out = list(fused.tensors), call.ty_args[0]
-        if fused.name == "linear" and len(shape_of(tensors[1])) == 2:
-            self._check_even(int(shape_of(tensors[1])[1]), "a product's")
-            tensors[0] = self._rows(tensors[0])
-        elif fused.name == "attention":
-            self._check_even(int(fused.attrs["head_dim"]), "an attention head's")
-            tensors[:3] = [self._rows(x) for x in tensors[:3]]
-        elif fused.name == "embedding":
-            count = int(fused.attrs["tables"])
-            tensors[count : 2 * count] = [self._weight(x) for x in tensors[count : 2 * count]]
-        if self.vectors and (fused.name == "norm" or fused.attrs.get("norm_eps") is not None):
-            count = 1 if fused.attrs.get("kind") == "rms" else 2  # a gain, and a shift
-            tensors[-count:] = [self._weight(x) for x in tensors[-count:]]
+        changed: dict[str, Any] = self._operands(found)
+        if self.vectors and isinstance(found, Norm | Linear | Embedding):
+            vectors = {"gamma": found.gamma, "beta": found.beta}
+            changed |= {name: self._weight(vector) for name, vector in vectors.items() if vector is not None}
         if self.current not in self._fixed:
-            out = relax.TensorType(dims_of(out), self.storage)
-        return composite.Composite(fused.name, tuple(tensors), fused.attrs).call(out)
+            changed["out"] = relax.TensorType(dims(found.out), self.format.storage)
+        return to_call(replace(found, **changed))
+
+    def _operands(self, found: Operator) -> dict[str, Any]:
+        """Return what a kernel multiplies or looks up, in the narrow format."""
+        if isinstance(found, Linear) and len(shape_of(found.weight)) == 2:
+            self._check_even(int(shape_of(found.weight)[1]), "a product's")
+            return {"x": self._rows(found.x)}
+        if isinstance(found, Attention):
+            self._check_even(found.head_dim, "an attention head's")
+            return {"q": self._rows(found.q), "k": self._rows(found.k), "v": self._rows(found.v)}
+        if isinstance(found, Embedding):
+            return {"tables": tuple(self._weight(table) for table in found.tables)}
+        return {}
 
     def _rows(self, x: relax.Expr) -> relax.Expr:
-        return self._converted("cast_rows", x)
+        return self._converted(x, lambda out: CastRows(x=x, out=out))
 
-    def _weight(self, x: relax.Expr) -> relax.Expr:
-        return self._converted("cast_weight", x, shape=[int(d) for d in shape_of(x)])
+    def _weight(self, weight: relax.Expr) -> relax.Expr:
+        return self._converted(weight, lambda out: CastWeight(weight=weight, out=out))
 
-    def _converted(self, name: str, x: relax.Expr, **attrs: list[int]) -> relax.Expr:
-        """The value in 16 bits; shared by all its readers."""
-        if str(x.ty.dtype) == self.storage:
+    def _converted(self, x: relax.Expr, cast: Callable[[relax.Type], Operator]) -> relax.Expr:
+        """Return the value in the narrow format; shared by all its readers."""
+        if str(x.ty.dtype) == self.format.storage:
             return x
         if x not in self._lowered:
-            out = relax.TensorType(dims_of(x.ty), self.storage)
-            self._lowered[x] = self.emit(composite.make(name, [x], out, **attrs))
+            self._lowered[x] = self.emit(to_call(cast(relax.TensorType(dims(x), self.format.storage))))
         return self._lowered[x]
 
     def _check_even(self, columns: int, what: str) -> None:

@@ -11,74 +11,85 @@
 
 Kernels that multiply no pairs get weights in the format of x.
 
-Layers that share a weight share its packed form. `hoist_weights` then moves the packing out of `main`.
+Layers that share a weight share its packed form. `lift_transform_params` then moves the packing out of `main`.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from tvm import ir, relax
 
-from turbo_tvm.passes import composite
-from turbo_tvm.passes.lower_precision import BF16
+from turbo_tvm.ops import Attention, Linear, Operator, PackBias, PackDistances, PackWeight
+from turbo_tvm.ops.call import match, to_call
+from turbo_tvm.ops.formats import FP32, LINE_BYTES, of_storage
 from turbo_tvm.passes.rewriter import Rewriter, shape_of
 
-_LINE = 16  # elements of 4 bytes in a cache line
+_LINE = LINE_BYTES // 4  # elements of a packed table in a cache line
 
 
-def pack_weights(mod: ir.IRModule, col_tile: int, pairs: bool = True) -> ir.IRModule:
+def pack_weights(mod: ir.IRModule, function: str, col_tile: int, pairs: bool = True) -> ir.IRModule:
     """Insert the packing of weights in front of every `turbo.linear`.
 
     col_tile: columns per panel of the target's matrix kernel. pairs: whether it multiplies bf16 in pairs.
     """
-    return _PackWeights(mod, col_tile, pairs).run()
+    return _PackWeights(mod, function, col_tile, pairs).run()
 
 
 class _PackWeights(Rewriter):
-    def __init__(self, mod: ir.IRModule, col_tile: int, pairs: bool):
-        super().__init__(mod)
+    def __init__(self, mod: ir.IRModule, function: str, col_tile: int, pairs: bool):
+        super().__init__(mod, function)
         self.col_tile, self.pairs = col_tile, pairs
-        self._packed: dict[tuple[str, str, relax.Expr], relax.Var] = {}
+        self._packed: dict[tuple[type[Operator], str, relax.Expr], relax.Var] = {}
 
     def rules(self):
         return self._linear, self._attention
 
     def _linear(self, call: relax.Call) -> relax.Expr | None:
-        linear = composite.match(call, "linear")
-        if linear is None or len(shape_of(linear.tensors[1])) != 2:
+        linear = match(call, Linear)
+        if linear is None or len(shape_of(linear.weight)) != 2:
             return None
-        x, weight, bias, *rest = linear.tensors
-        n, k = shape_of(weight)
+        n, k = shape_of(linear.weight)
         panels = -(-n // self.col_tile)
-        stored = str(x.ty.dtype)
-        if self.pairs and stored == BF16:
-            packed = self._pack("pack_weight", weight, (panels, k // 2, self.col_tile), "int32", k=k, n=n, pairs=True)
-        else:
-            packed = self._pack("pack_weight", weight, (panels, k, self.col_tile), stored, k=k, n=n)
-        packed_bias = self._pack("pack_bias", bias, (panels * self.col_tile,), "float32", n=n)
-        return composite.Composite("linear", (x, packed, packed_bias, *rest), linear.attrs).call(call.ty_args[0])
+        dtype, per_element = self._elements(linear.x)
+        packed = relax.TensorType((panels, k // per_element, self.col_tile), dtype)
+        padded = relax.TensorType((panels * self.col_tile,), FP32.storage)
+        weight = self._pack(linear.weight, PackWeight(weight=linear.weight, out=packed))
+        bias = self._pack(linear.bias, PackBias(bias=linear.bias, out=padded))
+        return to_call(replace(linear, weight=weight, bias=bias))
 
     def _attention(self, call: relax.Call) -> relax.Expr | None:
-        attention = composite.match(call, "attention")
-        count = composite.distance_tables(attention) if attention is not None else 0
-        if attention is None or not count or len(shape_of(attention.tensors[-1])) != 3:
+        attention = match(call, Attention)
+        tables = attention.distance_tables if attention is not None else ()
+        if attention is None or not tables or len(shape_of(tables[0])) != 3:
             return None
-        tables = attention.tensors[-count:]
-        heads, head_dim, columns = shape_of(tables[0])
-        pairs = self.pairs and str(attention.tensors[0].ty.dtype) == BF16
+        packed = {
+            name: self._distances(table, attention.q)
+            for name, table in (("key_table", attention.key_table), ("query_table", attention.query_table))
+            if table is not None
+        }
+        return to_call(replace(attention, **packed))
+
+    def _distances(self, table: relax.Expr, rows: relax.Expr) -> relax.Var:
+        """Return the packed table, which is multiplied with rows like these."""
+        heads, head_dim, columns = shape_of(table)
         # the lanes of a query tile may reach past the last column; an odd number of cache lines
         width = (-(-(columns + self.col_tile - 1) // _LINE) | 1) * _LINE
-        sizes = {"heads": heads, "head_dim": head_dim, "columns": columns, "width": width}
-        shape, dtype = (heads * head_dim * width,), "float32"
-        if pairs:
-            shape, dtype, sizes["pairs"] = (heads * (head_dim // 2) * width,), "int32", True
-        packed = [self._pack("pack_distances", table, shape, dtype, **sizes) for table in tables]
-        tensors = (*attention.tensors[:-count], *packed)
-        return composite.Composite("attention", tensors, attention.attrs).call(call.ty_args[0])
+        dtype, per_element = self._elements(rows) if self.pairs else (FP32.storage, 1)
+        out = relax.TensorType((heads * (head_dim // per_element) * width,), dtype)
+        return self._pack(table, PackDistances(table=table, row_width=width, out=out))
 
-    def _pack(self, name: str, weight: relax.Expr, shape: tuple, dtype: str, **attrs: int) -> relax.Var:
-        """The packed weight; shared when several products read the same one (tied layers)."""
-        key = (name, dtype, weight)
+    def _elements(self, rows: relax.Expr) -> tuple[str, int]:
+        """Return the dtype of weights that are multiplied with these rows, and how many numbers an element holds."""
+        dtype = str(rows.ty.dtype)
+        stored = of_storage(dtype)
+        if self.pairs and stored is not None and stored.word is not None:
+            return stored.word, stored.per_word
+        return dtype, 1
+
+    def _pack(self, weight: relax.Expr, packing: Operator) -> relax.Var:
+        """Return the packed weight; shared when several products read the same one (tied layers)."""
+        key = (type(packing), str(packing.out.dtype), weight)
         if key not in self._packed:
-            out = relax.TensorType(shape, dtype)
-            self._packed[key] = self.emit(composite.make(name, [weight], out, **attrs))
+            self._packed[key] = self.emit(to_call(packing))
         return self._packed[key]

@@ -1,41 +1,41 @@
-"""Let the executor supply every intermediate and output tensor of `main`, and say when each of them lives.
+"""Let the executor supply every intermediate and output tensor of a function, and say when each of them lives.
 
-    main(...) { t = R.builtin.alloc_tensor((tiles, 12, 768)); kernel(x, t) }
-        --> main(..., buffer_0) { kernel(x, buffer_0) }
+    encode(...) { t = R.builtin.alloc_tensor((tiles, 12, 768)); kernel(x, t) }
+        --> encode(..., buffer_0) { kernel(x, buffer_0) }
 
 Runs on the lowered, ordered function, after CallTIRRewrite. A step is a call of a kernel. A tensor lives from the step
 that writes it to the last one that reads it, through views of it; an output to the end. Sizes stay symbolic: a
 dimension is a product of numbers and of what a batch says about itself (`symbols`), so that placing the tensors is left
-to the runtime, which does it once per shape (`runtime/memory_planner.py`). Tensors of any other shape or type are left
+to the runtime, which does it once per shape (`runtime/memory/planner.py`). Tensors of any other shape or type are left
 to TVM's own allocation.
 
 In place: a kernel may overwrite an input that has no later reader, if it is of the same type and the kernel allows it:
-its attribute `OVERWRITES` lists such parameters, and TVM's element-wise kernels allow all of theirs. The runtime may
-then give both tensors one place.
+its attribute `OVERWRITES` lists such parameters (of a kernel outside the module, `overwrites`), and TVM's element-wise
+kernels allow all of theirs. The runtime may then give both tensors one place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tvm import ir, relax, tirx
 from tvm.ir import Expr
 
-from turbo_tvm.passes.normalize import same_shape
-from turbo_tvm.passes.rewriter import is_call, shape_of, substitute
-
-OVERWRITES = "turbo_tvm.overwrites"  # of a PrimFunc: positions of parameters that may be the memory of its output
+from turbo_tvm import tvm_compat
+from turbo_tvm.ops.inputs import Inputs
+from turbo_tvm.ops.operand import dims
+from turbo_tvm.ops.operator import OVERWRITES
+from turbo_tvm.passes.remove_padding import sequence_tiles
+from turbo_tvm.passes.rewriter import is_call, same_shape, shape_of, substitute
 
 # What the runtime can name; TVM keeps tensors of other types.
 DTYPES = ("float64", "float32", "float16", "int64", "int32", "uint16", "int8", "uint8", "bool")
 
-_ELEMENTWISE = 0  # TVM's operator pattern
-
 
 @dataclass(frozen=True)
 class Buffer:
-    """One parameter added to `main`: a tensor that the executor supplies.
+    """One parameter that is added: a tensor that the executor supplies.
 
     shape: a product per dimension, such as "token_tiles", "4" or "12*batch". first, last: the steps, inclusive, between
     which it must keep its place; an output's last is the number of steps. replaces: the buffer, last read in the step
@@ -52,18 +52,46 @@ class Buffer:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """buffers: the last parameters of `main`, in order. steps: the names of the kernels that it calls, in order."""
+    """What a function needs of memory."""
 
-    buffers: tuple[Buffer, ...] = ()
-    steps: tuple[str, ...] = ()
+    buffers: tuple[Buffer, ...] = ()  # its last parameters, in order
+    steps: tuple[str, ...] = ()  # the names of the kernels that it calls, in order
 
 
-def plan_memory(mod: ir.IRModule, symbols: Mapping[str, Expr]) -> tuple[ir.IRModule, MemoryPlan]:
-    """The module with `main` taking its buffers as last parameters, and what the runtime must know of them.
+def plan_memory(
+    mod: ir.IRModule,
+    function: str,
+    symbols: Mapping[str, Expr],
+    overwrites: Mapping[str, Sequence[int]] | None = None,
+) -> tuple[ir.IRModule, MemoryPlan]:
+    """Return the module with the function taking buffers as last parameters, and what the runtime must know of them.
 
-    symbols: what dimensions may be made of, by the names that the runtime knows them by.
+    symbols: what dimensions may be made of, by the names that the runtime knows them by. overwrites: of kernels outside
+    the module, by name, the positions of parameters that may be the memory of their output.
     """
-    return _PlanMemory(mod, symbols).run()
+    return _PlanMemory(mod, function, symbols, overwrites or {}).run()
+
+
+def plan_batch_memory(
+    mod: ir.IRModule, function: str, row_tile: int | None, overwrites: Mapping[str, Sequence[int]] | None = None
+) -> tuple[ir.IRModule, MemoryPlan]:
+    """Plan the memory of a function by what a batch says of itself.
+
+    row_tile: rows per tile of the target's layout; None to leave all memory to TVM.
+    """
+    if row_tile is None:
+        return mod, MemoryPlan()
+    return plan_memory(mod, function, _symbols(mod[function], row_tile), overwrites)
+
+
+def _symbols(func: relax.Function, row_tile: int) -> dict[str, Expr]:
+    """Return what sizes are made of, by `manifest.SYMBOLS`: the first input's dimensions, and what follows."""
+    first, second = dims(func.params[0])[:2]
+    inputs = Inputs.of(func)
+    if inputs.are_packed:
+        (boundaries,) = dims(inputs.cu_seqlens)
+        return {"token_tiles": first, "sequence_tiles": sequence_tiles(boundaries, row_tile)}
+    return {"batch": first, "length": second, "row_tiles": (first * second + row_tile - 1) // row_tile}
 
 
 @dataclass
@@ -79,10 +107,13 @@ class _Life:
 
 
 class _PlanMemory:
-    def __init__(self, mod: ir.IRModule, symbols: Mapping[str, Expr]):
+    def __init__(
+        self, mod: ir.IRModule, function: str, symbols: Mapping[str, Expr], overwrites: Mapping[str, Sequence[int]]
+    ):
         self.mod = mod
         self.symbols = symbols
-        self.var, self.func = mod.get_global_var("main"), mod["main"]
+        self.overwrites = overwrites
+        self.var, self.func = mod.get_global_var(function), mod[function]
         self.bindings = [b for block in self.func.body.blocks for b in block.bindings]
         self.views: dict[relax.Var, list[relax.Var]] = {}  # view or tuple -> what it looks at
         self.lives: dict[relax.Var, _Life] = {}
@@ -106,7 +137,7 @@ class _PlanMemory:
                 shape = self._shape(var)
                 if shape is not None and str(var.ty.dtype) in DTYPES:
                     self.lives[var] = _Life(f"buffer_{len(self.lives)}", var, shape)
-            elif self._is_view(value):
+            elif tvm_compat.is_view(value):
                 self.views[var] = read
             else:
                 self._use(read)
@@ -124,21 +155,19 @@ class _PlanMemory:
         """A kernel makes a step; what the VM does itself belongs to the step that follows."""
         if not isinstance(value, relax.Call):
             return
-        if isinstance(value.op, ir.GlobalVar):
+        name = _callee(value)
+        if name is not None:
             self.calls.append((len(self.steps), value))
-            self.steps.append(value.op.name_hint)
-        elif isinstance(value.op, relax.ExternFunc) and not str(value.op.global_symbol).startswith("vm."):
-            self.steps.append(str(value.op.global_symbol))
+            self.steps.append(name)
 
     def _overwrite(self, step: int, call: relax.Call) -> None:
         """Note that the output of a kernel may take the place of an input that dies there, if the kernel allows it."""
-        kernel = self.mod[call.op]
-        *inputs, out = call.args
+        *inputs, out = call.args or [None]
         made = self.lives.get(out)
-        if not isinstance(kernel, tirx.PrimFunc) or made is None or made.first != step:
+        if made is None or made.first != step:
             return
         roots = [self._roots(a) if isinstance(a, relax.Var) else [] for a in inputs]
-        for position in _overwrites(kernel, len(inputs)):
+        for position in self._overwritten(call, len(inputs)):
             if len(roots[position]) != 1 or roots[position][0] not in self.lives:
                 continue
             source = self.lives[roots[position][0]]
@@ -147,6 +176,13 @@ class _PlanMemory:
             if alike and alone and source.first < step and source.last == step:
                 made.replaces = source.name
                 return
+
+    def _overwritten(self, call: relax.Call, inputs: int) -> Sequence[int]:
+        """Return the positions of the inputs that the called kernel's output may overwrite."""
+        if isinstance(call.op, relax.ExternFunc):
+            return self.overwrites.get(str(call.op.global_symbol), ())
+        kernel = self.mod[call.op]
+        return _overwrites(kernel, inputs) if isinstance(kernel, tirx.PrimFunc) else ()
 
     def _rebuild(self, new: dict[relax.Var, relax.Var]) -> ir.IRModule:
         kept = [relax.VarBinding(b.var, substitute(b.value, new)) for b in self.bindings if b.var not in new]
@@ -161,15 +197,6 @@ class _PlanMemory:
     def _roots(self, var: relax.Var) -> list[relax.Var]:
         """The tensors whose memory a variable looks at: itself, unless it is a view or a tuple."""
         return [root for seen in self.views[var] for root in self._roots(seen)] if var in self.views else [var]
-
-    def _is_view(self, value: relax.Expr) -> bool:
-        if isinstance(value, relax.Var | relax.Tuple | relax.TupleGetItem) or is_call(value, "reshape"):
-            return True
-        return (
-            isinstance(value, relax.Call)
-            and isinstance(value.op, relax.ExternFunc)
-            and "reshape" in str(value.op.global_symbol)
-        )
 
     def _shape(self, var: relax.Var) -> tuple[str, ...] | None:
         dims = [self._product(d) for d in shape_of(var)]
@@ -195,10 +222,16 @@ class _PlanMemory:
         return (left[0] * right[0], [*left[1], *right[1]]) if left and right else None
 
 
+def _callee(call: relax.Call) -> str | None:
+    """Return the name of the kernel that is called, in the module or outside; None if the VM does this itself."""
+    if isinstance(call.op, ir.GlobalVar):
+        return call.op.name_hint
+    return tvm_compat.calls_outside(call)
+
+
 def _overwrites(kernel: tirx.PrimFunc, inputs: int) -> list[int]:
     """Positions of the inputs that a kernel's output may overwrite."""
     attrs = dict(kernel.attrs or {})
     if OVERWRITES in attrs:
         return [int(i) for i in attrs[OVERWRITES]]
-    pattern = attrs.get("op_pattern")
-    return list(range(inputs)) if pattern is not None and int(pattern) == _ELEMENTWISE else []
+    return list(range(inputs)) if tvm_compat.is_elementwise(attrs) else []

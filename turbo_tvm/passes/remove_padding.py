@@ -1,6 +1,6 @@
 """Remove padding: from `(batch, length, columns)` to packed rows `(tiles, row_tile, columns)`.
 
-    main(input_ids (b, s) i64, attention_mask (b, s) i64, ...)      --> main(input_ids (t, R) i32, ...,
+    encode(input_ids (b, s) i64, attention_mask (b, s) i64, ...)    --> encode(input_ids (t, R) i32, ...,
     h (b, s, 768) = layer_norm(...)                                        cu_seqlens (n,) i32, query_tiles (q, 3) i32)
     turbo.attention(q, k, v, mask)                                        turbo.attention(q, k, v, query_tiles)
     turbo.pool(h, mask) -> (b, 768)                                       turbo.pool(h, cu_seqlens) -> (p, R, 768)
@@ -10,20 +10,31 @@ Row-wise operators never mix tokens, so they carry over unchanged once their bat
 tile and row of the tile. Pooled rows are packed into tiles in the same way. Everything computed from the mask or from
 the padded length alone disappears.
 
-The pass is all or nothing. An operator that mixes rows in a way no composite covers raises `Declined`, and the pipeline
-compiles the padded graph instead.
+The pass is all or nothing. An operator that mixes rows in a way no operator of ours covers raises `Declined`, and the
+pipeline compiles the padded graph instead.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+import tvm_ffi
 from tvm import ir, relax, tirx
 
-from turbo_tvm.passes import composite
-from turbo_tvm.passes.normalize import same_shape
-from turbo_tvm.passes.rewriter import builder_without_main, has_symbolic_shape, is_tensor, shape_of, substitute, tidy
+from turbo_tvm.ops import Attention, L2Normalize, Operator, Pool, Rotary
+from turbo_tvm.ops.call import match, operators, to_call
+from turbo_tvm.ops.inputs import NUM_INPUT, InputKind, Inputs, input_params, weight_params
+from turbo_tvm.passes.rewriter import (
+    builder_without,
+    has_symbolic_shape,
+    is_tensor,
+    same_shape,
+    shape_of,
+    substitute,
+    tidy,
+)
 
 ELEMENTWISE = frozenset(
     [
@@ -54,8 +65,12 @@ ELEMENTWISE = frozenset(
 INDEPENDENT = "an output does not depend on the tokens"
 
 
+@tvm_ffi.register_error
 class Declined(Exception):
-    """A pass met something it does not handle; its text says what, for `turbo-tvm inspect`."""
+    """A pass met something it does not handle; its text says what, for `turbo-tvm inspect`.
+
+    It is registered so that TVM, which runs the passes, raises it again as what it was.
+    """
 
 
 def sequence_tiles(boundaries: tirx.Var, row_tile: int) -> relax.Expr:
@@ -63,37 +78,37 @@ def sequence_tiles(boundaries: tirx.Var, row_tile: int) -> relax.Expr:
     return boundaries - 1 if row_tile == 1 else (boundaries - 1 + row_tile - 1) // row_tile
 
 
-def remove_padding(mod: ir.IRModule, row_tile: int) -> ir.IRModule:
-    """Rewrite `main` to packed rows; raises `Declined` and changes nothing if any part does not fit.
+def remove_padding(mod: ir.IRModule, function: str, row_tile: int) -> ir.IRModule:
+    """Rewrite a function to packed rows; raises `Declined` and changes nothing if any part does not fit.
 
     row_tile: rows per tile of the target's matrix kernel; the row count of a batch is rounded up to it once.
     """
-    return _RemovePadding(mod, row_tile).run()
+    return _RemovePadding(mod, function, row_tile).run()
 
 
 class _RemovePadding:
     """Maps every old variable to its packed form ("token" or "sequence" rows), or to why it has none."""
 
-    def __init__(self, mod: ir.IRModule, row_tile: int):
-        self.func: relax.Function = mod["main"]
-        self.row_tile = row_tile
-        self.builder = builder_without_main(mod)
-        self.num_input = int(self.func.attrs["num_input"])
+    def __init__(self, mod: ir.IRModule, function: str, row_tile: int):
+        self.name, self.row_tile = function, row_tile
+        self.func: relax.Function = mod[function]
+        self.builder = builder_without(mod, function)
+        self.mask = Inputs.of(self.func).attention_mask
         self.batch, self.length = shape_of(self.func.params[0])[:2]
         self.new: dict[relax.Var, relax.Expr] = {}
         self.kind: dict[relax.Var, str] = {}
         self.reason: dict[relax.Var, str] = {}
         tiles, boundaries, queries = (tirx.Var(name, "int64") for name in ("tiles", "boundaries", "queries"))
         self.rows = (tiles, row_tile)
-        self.cu_seqlens = relax.Var("cu_seqlens", relax.TensorType((boundaries,), "int32"))
-        self.query_tiles = relax.Var("query_tiles", relax.TensorType((queries, 3), "int32"))
-        self.pooled_rows = relax.Var("pooled_rows", relax.TensorType((boundaries,), "int32"))
+        self.cu_seqlens = relax.Var(InputKind.CU_SEQLENS.parameter, relax.TensorType((boundaries,), "int32"))
+        self.query_tiles = relax.Var(InputKind.QUERY_TILES.parameter, relax.TensorType((queries, 3), "int32"))
+        self.pooled_rows = relax.Var(InputKind.POOLED_ROWS.parameter, relax.TensorType((boundaries,), "int32"))
         self.pooled = sequence_tiles(boundaries, row_tile)
 
     def run(self) -> ir.IRModule:
-        params = [*self._inputs(), *self._weights()]
-        num_input = len(params) - (len(self.func.params) - self.num_input)
-        with self.builder.function("main", params, attrs={"num_input": num_input}):
+        inputs = self._inputs()
+        params = [*inputs, *self._weights()]
+        with self.builder.function(self.name, params, attrs={NUM_INPUT: len(inputs)}):
             with self.builder.dataflow():
                 for block in self.func.body.blocks:
                     for binding in block.bindings:
@@ -109,8 +124,8 @@ class _RemovePadding:
 
     def _inputs(self) -> list[relax.Var]:
         packed = []
-        for old in self.func.params[: self.num_input]:
-            if old.name == "attention_mask":
+        for old in input_params(self.func):
+            if self._is_mask(old):
                 self._leave(old, "it reads the attention mask")
                 continue
             tokens, columns = shape_of(old)[:2], shape_of(old)[2:]
@@ -126,12 +141,11 @@ class _RemovePadding:
 
     def _pooled_tokens(self) -> set[int]:
         """The ids of tokens that are pooled."""
-        bindings = [binding for block in self.func.body.blocks for binding in block.bindings]
-        pools = [fused for b in bindings if (fused := composite.match(b.value, "pool")) is not None]
-        return {pool.attrs["token"] for pool in pools if "token" in pool.attrs}
+        pools = [found for found in operators(self.func) if isinstance(found, Pool)]
+        return {pool.token for pool in pools if pool.token is not None}
 
     def _weights(self) -> list[relax.Var]:
-        weights = list(self.func.params[self.num_input :])
+        weights = weight_params(self.func)
         for weight in weights:
             self._keep(weight, weight, "weight")
         return weights
@@ -152,8 +166,8 @@ class _RemovePadding:
 
     def _map(self, var: relax.Var, value: relax.Expr) -> tuple[relax.Expr, str]:
         """The packed form of one binding's value, and its kind."""
-        fused = composite.match(value)
-        args = [arg for arg in _variables(value) if fused is None or not self._is_mask(arg)]
+        found = match(value, Operator)
+        args = [arg for arg in _variables(value) if found is None or not self._is_mask(arg)]
         kinds = {self.kind[arg] for arg in args} - {"weight"}
         for arg in args:
             if self.kind[arg] == "unmapped":
@@ -167,32 +181,31 @@ class _RemovePadding:
             raise Declined(INDEPENDENT)
         if isinstance(value, relax.Var | relax.Tuple | relax.TupleGetItem):
             return substitute(value, self.new), kinds.pop() if len(kinds) == 1 else "tuple"
-        if fused is not None:
-            return self._composite(fused)
+        if found is not None:
+            return self._operator(found)
         if len(kinds) > 1:
             raise Declined(f"{_name(value)} combines rows of tokens with rows of sequences")
         return self._row_wise(value, kinds.pop())
 
-    def _composite(self, fused: composite.Composite) -> tuple[relax.Expr, str]:
-        args = [substitute(t, self.new) for t in fused.tensors if not self._is_mask(t)]
-        if fused.name == "attention":
-            *operands, tables = *args[:3], args[3:]
-            columns = fused.attrs["heads"] * fused.attrs["head_dim"]
-            out = relax.TensorType((*shape_of(args[0])[:2], columns), "float32")
-            return composite.make("attention", [*operands, self.query_tiles, *tables], out, **fused.attrs), "token"
-        if fused.name == "pool":
-            shape = (self.pooled, self.row_tile, shape_of(args[0])[2])
-            out = relax.TensorType(shape, "float32")
-            bounds = self.pooled_rows if "token" in fused.attrs else self.cu_seqlens
-            return composite.make("pool", [args[0], bounds], out, **fused.attrs), "sequence"
-        if fused.name == "normalize":
-            return composite.make("normalize", args, args[0].ty, **fused.attrs), "sequence"
-        if fused.name == "rotary":
-            return composite.make("rotary", args, args[0].ty, **fused.attrs), "token"
-        raise Declined(f"turbo.{fused.name} has no packed form")
+    def _operator(self, found: Operator) -> tuple[relax.Expr, str]:
+        """Return an operator of ours on packed rows, and the kind of its result."""
+        packed: Any = found.with_tensors(lambda t: None if self._is_mask(t) else substitute(t, self.new))
+        if isinstance(packed, Attention):
+            out = relax.TensorType((*shape_of(packed.q)[:2], packed.inner), "float32")
+            return to_call(replace(packed, query_tiles=self.query_tiles, out=out)), "token"
+        if isinstance(packed, Pool):
+            out = relax.TensorType((self.pooled, self.row_tile, shape_of(packed.x)[2]), "float32")
+            if packed.token is not None:
+                return to_call(replace(packed, pooled_rows=self.pooled_rows, out=out)), "sequence"
+            return to_call(replace(packed, cu_seqlens=self.cu_seqlens, out=out)), "sequence"
+        if isinstance(packed, L2Normalize):
+            return to_call(replace(packed, out=packed.x.ty)), "sequence"
+        if isinstance(packed, Rotary):
+            return to_call(replace(packed, out=packed.x.ty)), "token"
+        raise Declined(f"turbo.{found.NAME} has no packed form")
 
     def _is_mask(self, expr: relax.Expr) -> bool:
-        return isinstance(expr, relax.Var) and expr.name == "attention_mask"
+        return self.mask is not None and expr.same_as(self.mask)
 
     def _row_wise(self, call: relax.Call, kind: str) -> tuple[relax.Expr, str]:
         """An operator that treats every row alike."""

@@ -1,4 +1,4 @@
-"""A small base for passes: rebuild `main` binding by binding, looking back at what was built.
+"""A small base for passes: rebuild a function binding by binding, looking back at what was built.
 
 After import the model is one straight line of bindings in one dataflow block. A pass subclasses `Rewriter` and lists
 its rules; a rule returns a new expression for a binding, or None to leave it alone. What became unused is removed.
@@ -10,23 +10,29 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from tvm import ir, relax
+from tvm.sym.analyzer import Analyzer
+
+from turbo_tvm.ops import Operator, UntileRows
+from turbo_tvm.ops.call import match
+from turbo_tvm.ops.inputs import input_params
+from turbo_tvm.ops.operand import dims
 
 
 class Rewriter:
-    """Rebuilds the function `main` of a module by `rules`: each takes a call, and returns its replacement or None.
+    """Rebuilds one function of a module by `rules`: each takes a call, and returns its replacement or None.
 
     The first rule that answers wins. Rules look around with `definition`, `call_of`, `used_once` and `is_weight`, and
     bind further expressions with `emit`. (TVM expressions have no truth value: compare with None, never use `and`,
     `or` on them.)
     """
 
-    def __init__(self, mod: ir.IRModule):
-        self.mod = mod
-        self.func: relax.Function = mod["main"]
-        self.builder = builder_without_main(mod)
+    def __init__(self, mod: ir.IRModule, function: str):
+        self.mod, self.name = mod, function
+        self.func: relax.Function = mod[function]
+        self.builder = builder_without(mod, function)
         self.bound: dict[relax.Var, relax.Expr] = {}
         self.current: relax.Var | None = None  # the old variable whose value the rules are looking at
-        self._inputs = set(self.func.params[: int((self.func.attrs or {}).get("num_input", 0))])
+        self._inputs = set(input_params(self.func))
         self._uses = _count_uses(self.func)
         self._origin: dict[relax.Var, relax.Var] = {}
         self._new: dict[relax.Var, relax.Expr] = {}
@@ -73,9 +79,9 @@ class Rewriter:
         return var
 
     def run(self) -> ir.IRModule:
-        """The module with `main` rewritten and dead bindings removed."""
+        """Return the module with the function rewritten and dead bindings removed."""
         body = self.func.body
-        with self.builder.function("main", list(self.func.params), attrs=dict(self.func.attrs or {})):
+        with self.builder.function(self.name, list(self.func.params), attrs=dict(self.func.attrs or {})):
             with self.builder.dataflow():
                 for block in body.blocks:
                     for binding in block.bindings:
@@ -124,16 +130,31 @@ def terms_of(func: relax.Function) -> set[relax.Var]:
     return {var for var, terms_only in read.items() if terms_only}
 
 
-def with_params(func: relax.Function, params: list[relax.Var], inputs: int) -> relax.Function:
-    """The function with other parameters, the first of which are inputs."""
-    changed = relax.Function(params, func.body, func.ret_ty, is_pure=True, attrs=func.attrs)
-    return changed.with_attr("num_input", inputs)
+def read_by_others(func: relax.Function) -> set[relax.Var]:
+    """Return what something else than an operator of ours reads, or the function returns: its type is fixed.
+
+    Rows that leave their tiles do so for an operator of TVM's, so `UntileRows` counts as one.
+    """
+    fixed: set[relax.Var] = set(relax.analysis.free_vars(func.body.body))
+    for block in func.body.blocks:
+        for binding in block.bindings:
+            found = match(binding.value, Operator)
+            if found is None or isinstance(found, UntileRows):
+                fixed.update(relax.analysis.free_vars(binding.value))
+    return fixed
 
 
-def builder_without_main(mod: ir.IRModule) -> relax.BlockBuilder:
-    """A builder that holds the module's other functions; a second `main` would clash with the first."""
-    others = {var: func for var, func in mod.functions_items() if var.name_hint != "main"}
+def builder_without(mod: ir.IRModule, function: str) -> relax.BlockBuilder:
+    """Return a builder that holds the module's other functions; a second one of that name would clash with it."""
+    others = {var: func for var, func in mod.functions_items() if var.name_hint != function}
     return relax.BlockBuilder(ir.IRModule(others, attrs=mod.attrs))
+
+
+def with_function(mod: ir.IRModule, function: str, func: relax.Function) -> ir.IRModule:
+    """Return the module with another function of that name."""
+    new = ir.IRModule(dict(mod.functions_items()), attrs=mod.attrs)
+    new.update_func(new.get_global_var(function), func)
+    return new
 
 
 def is_call(expr: relax.Expr, op: str) -> bool:
@@ -141,10 +162,16 @@ def is_call(expr: relax.Expr, op: str) -> bool:
     return isinstance(expr, relax.Call) and isinstance(expr.op, ir.Op) and expr.op.name == "relax." + op
 
 
+def operator_name(expr: relax.Expr) -> str:
+    """Return the name of the Relax operator that is called, without "relax."; "" for anything else."""
+    known = isinstance(expr, relax.Call) and isinstance(expr.op, ir.Op)
+    return expr.op.name.removeprefix("relax.") if known else ""
+
+
 def has_symbolic_shape(expr: relax.Expr) -> bool:
     """Whether any dimension of a tensor, or of a tuple's tensors, is symbolic."""
     types = expr.ty.fields if isinstance(expr.ty, relax.TupleType) else [expr.ty]
-    return any(not isinstance(d, int) for ty in types for d in dims_of(ty))
+    return any(not isinstance(d, int) for ty in types for d in dims(ty))
 
 
 def is_tensor(var: relax.Var) -> bool:
@@ -168,14 +195,13 @@ def substitute(expr: relax.Expr, new: dict[relax.Var, relax.Expr]) -> relax.Expr
 
 def shape_of(expr: relax.Expr) -> list:
     """The dimensions of a tensor expression, ints and symbolic expressions; [] if its shape is unknown."""
-    return dims_of(expr.ty)
+    return dims(expr)
 
 
-def dims_of(ty: relax.Type) -> list:
-    """The dimensions of a tensor type; [] if they are unknown."""
-    if not isinstance(ty, relax.TensorType) or ty.shape is None or not isinstance(ty.shape, relax.ShapeExpr):
-        return []
-    return [int(d) if isinstance(d, int) or hasattr(d, "value") else d for d in ty.shape.values]
+def same_shape(left: list, right: list) -> bool:
+    """Whether two shapes are provably equal, dimension by dimension."""
+    analyzer = Analyzer()
+    return len(left) == len(right) and all(analyzer.can_prove_equal(a, b) for a, b in zip(left, right, strict=True))
 
 
 def scalar(expr: relax.Expr) -> float | None:

@@ -12,35 +12,36 @@ from __future__ import annotations
 import numpy as np
 from tvm import ir, relax, tirx
 
+from turbo_tvm.ops.inputs import InputKind, Inputs, input_params, weight_params, with_params
 from turbo_tvm.passes.analysis.evaluate import cut, evaluate, specialized
-from turbo_tvm.passes.rewriter import Rewriter, is_call, shape_of, terms_of, with_params
+from turbo_tvm.passes.rewriter import Rewriter, is_call, shape_of, terms_of
 
 _SHORT = 5  # rows, to compare with those of the longest sequence
 
 
-def tabulate_positions(mod: ir.IRModule, max_length: int) -> ir.IRModule:
+def tabulate_positions(mod: ir.IRModule, function: str, max_length: int) -> ir.IRModule:
     """Replace cosines and sines of counted positions by look-ups with the input position_ids, which is added.
 
     max_length: the longest sequence, in tokens. The module is returned as it was where there are none.
     """
-    rewriter = _TabulatePositions(mod, max_length)
+    rewriter = _TabulatePositions(mod, function, max_length)
     done = rewriter.run()
     return done if rewriter.found else mod
 
 
 class _TabulatePositions(Rewriter):
-    def __init__(self, mod: ir.IRModule, max_length: int):
-        super().__init__(mod)
+    def __init__(self, mod: ir.IRModule, function: str, max_length: int):
+        super().__init__(mod, function)
         self.max_length = max_length
-        count = int(self.func.attrs["num_input"])
-        self.inputs = {p.name: p for p in self.func.params[:count]}
+        inputs = Inputs.of(self.func)
+        self.inputs = input_params(self.func)
         self.found = False
         self.terms = terms_of(self.func)
-        self.position_ids = self.inputs.get("position_ids")
-        if self.position_ids is None and "input_ids" in self.inputs:
-            self.position_ids = relax.Var("position_ids", self.inputs["input_ids"].ty)
-            params = [*self.func.params[:count], self.position_ids, *self.func.params[count:]]
-            self.func = with_params(self.func, params, count + 1)
+        self.position_ids = inputs.position_ids
+        if self.position_ids is None and inputs.token_ids is not None:
+            self.position_ids = relax.Var(InputKind.POSITION_IDS.parameter, inputs.token_ids.ty)
+            params = [*self.inputs, self.position_ids, *weight_params(self.func)]
+            self.func = with_params(self.func, params, len(self.inputs) + 1)
 
     def rules(self):
         return (self._turn,) if self.position_ids is not None else ()
@@ -59,7 +60,7 @@ class _TabulatePositions(Rewriter):
             return None
         if isinstance(dims[-2], int) or not dims[-2].same_as(length):
             return None
-        if any(param in self.inputs.values() for param in cut(self, call)[0]) or not self._is_by_row(call):
+        if any(param in self.inputs for param in cut(self, call)[0]) or not self._is_by_row(call):
             return None
         self.found = True
         whole = self.emit(specialized(self, call, self._dims(self.max_length), {}))

@@ -16,51 +16,49 @@ Kernels take rows of any width; outputs of the model, and what TVM's own operato
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 from tvm import ir, relax
 
-from turbo_tvm.passes import composite
-from turbo_tvm.passes.lower_precision import BF16
-from turbo_tvm.passes.rewriter import Rewriter, dims_of, shape_of
+from turbo_tvm.ops import Attention, Embedding, Gate, Linear, Norm, Operator, Rotary
+from turbo_tvm.ops.call import match, to_call
+from turbo_tvm.ops.formats import BF16, LINE_BYTES, PAGE_BYTES
+from turbo_tvm.ops.operand import dims
+from turbo_tvm.passes.rewriter import Rewriter, read_by_others
 
-PAGE_BYTES = 4096
-LINE_BYTES = 64
-_WIDENED = frozenset(
-    ["linear", "attention", "norm", "embedding", "gate", "rotary"]
-)  # kernels that can write wider rows
+_WIDENED = (Linear, Attention, Norm, Embedding, Gate, Rotary)  # kernels that can write wider rows
 
 
-def widen_rows(mod: ir.IRModule, amx: bool = False) -> ir.IRModule:
-    """Add a cache line to the rows of activations between composites whose width is a multiple of a page.
+def widen_rows(mod: ir.IRModule, function: str, amx: bool = False) -> ir.IRModule:
+    """Add a cache line to the rows of activations between operators whose width is a multiple of a page.
 
     amx: also to bf16 rows of an even number of lines.
     """
-    return _WidenRows(mod, amx).run()
+    return _WidenRows(mod, function, amx).run()
 
 
 class _WidenRows(Rewriter):
-    def __init__(self, mod: ir.IRModule, amx: bool):
-        super().__init__(mod)
+    def __init__(self, mod: ir.IRModule, function: str, amx: bool):
+        super().__init__(mod, function)
         self._bf16_bytes = 2 * LINE_BYTES if amx else PAGE_BYTES
-        self._fixed = composite.read_by_operators(self.func)
+        self._fixed = read_by_others(self.func)
 
     def rules(self):
         return (self._widen,)
 
     def _widen(self, call: relax.Call) -> relax.Expr | None:
-        fused = composite.match(call)
-        if fused is None or fused.name not in _WIDENED:
+        found = match(call, Operator)
+        if not isinstance(found, _WIDENED) or self.current in self._fixed:
             return None
-        attrs, out = dict(fused.attrs), call.ty_args[0]
-        if fused.name == "attention":
-            offsets = [offset for _, offset in attrs["columns"]]
-            widths = [int(shape_of(x)[-1]) for x in fused.tensors[:3]]
-            attrs["columns"] = [list(pair) for pair in zip(widths, offsets, strict=True)]
-        *rows, columns = dims_of(out)
-        itemsize = np.dtype(str(out.dtype)).itemsize
-        multiple = self._bf16_bytes if str(out.dtype) == BF16 else PAGE_BYTES
-        if self.current not in self._fixed and columns * itemsize % multiple == 0:
-            out = relax.TensorType((*rows, columns + LINE_BYTES // itemsize), out.dtype)
-            if fused.name == "linear":
-                attrs["columns"] = columns
-        return composite.Composite(fused.name, fused.tensors, attrs).call(out)
+        *rows, columns = dims(found.out)
+        dtype = str(found.out.dtype)
+        itemsize = np.dtype(dtype).itemsize
+        multiple = self._bf16_bytes if dtype == BF16.storage else PAGE_BYTES
+        if columns * itemsize % multiple:
+            return None
+        changed: dict[str, Any] = {"out": relax.TensorType((*rows, columns + LINE_BYTES // itemsize), dtype)}
+        if isinstance(found, Linear):  # whose columns nothing else tells
+            changed["columns"] = columns
+        return to_call(replace(found, **changed))

@@ -1,1 +1,1 @@
-"""Where time goes: kernels timed from inside a run, set against what the machine can do at best."""
+"""Profiling: kernels timed from inside a run, set against what the machine can do at best."""

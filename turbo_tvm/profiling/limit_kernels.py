@@ -1,4 +1,4 @@
-"""Small kernels that reach what a CPU can do: fused multiply-adds in registers, and reading memory.
+"""Small kernels that reach a CPU's limits: fused multiply-adds in registers, and reading memory.
 
 Every task of a kernel is one thread's work, so `tasks` threads of TVM's pool are busy; each writes one row of `out`,
 fp32 `(tasks, lanes)`, so that nothing is optimised away.
@@ -20,12 +20,12 @@ _STREAMS = 8  # vectors added up side by side
 
 
 def accumulators(tiles: CpuTiles) -> int:
-    """Vector registers that hold sums: those of the matrix kernel's tile, 24 on AVX-512 and NEON, 12 on AVX2."""
+    """Return the number of vector registers with sums, as in the matrix kernel: 24 on AVX-512 and NEON, 12 on AVX2."""
     return tiles.tile_rows * tiles.col_tile // tiles.lanes
 
 
 def multiply_add(tiles: CpuTiles) -> tvm.tirx.PrimFunc:
-    """`(start, factors, out, rounds)`: every accumulator becomes itself * factors[0] + factors[1], `rounds` times.
+    """Make `(start, factors, out, rounds)`: every accumulator becomes itself * factors[0] + factors[1], `rounds` times.
 
     start: fp32 `(accumulators, lanes)`, all rows different, or LLVM keeps one of them; factors: fp32 `(2, lanes)`. One
     task does rounds * accumulators * lanes * 2 FLOPs. Two buffers, because TVM keeps those below 1 KB in registers.
@@ -70,9 +70,10 @@ def multiply_add(tiles: CpuTiles) -> tvm.tirx.PrimFunc:
 
 
 def dot_bf16() -> tvm.tirx.PrimFunc:
-    """`(start, factors, out, rounds)`: AVX-512's vdpbf16ps on 24 accumulators; factors: int32 `(2, 16)`, bf16 pairs.
+    """Make `(start, factors, out, rounds)`: AVX-512's vdpbf16ps on 24 accumulators.
 
-    start and out as in `multiply_add`; one task does rounds * 24 * 16 * 4 FLOPs. Needs avx512_bf16.
+    factors: int32 `(2, 16)`, bf16 pairs; start and out as in `multiply_add`. One task does rounds * 24 * 16 * 4 FLOPs.
+    Needs avx512_bf16.
     """
     half = 12
 
@@ -118,7 +119,7 @@ def dot_bf16() -> tvm.tirx.PrimFunc:
 
 
 def dot_amx() -> tvm.tirx.PrimFunc:
-    """`(start, factors, out, rounds)`: AMX's tdpbf16ps on the matrix kernel's four accumulators, with no loads.
+    """Make `(start, factors, out, rounds)`: AMX's tdpbf16ps on the matrix kernel's four accumulators, with no loads.
 
     start: fp32 `(64, 16)`, tiles 0-3; factors: int32 `(64, 16)`, bf16 pairs, tiles 4-7 as `schedules/amx.py` has them.
     out as in `multiply_add`: the sum of all 64 rows. One task does rounds * 64 * 16 * 64 FLOPs. Needs amx-bf16 and the
@@ -172,12 +173,12 @@ def dot_amx() -> tvm.tirx.PrimFunc:
 
 
 def block_floats(tiles: CpuTiles) -> int:
-    """What `read` takes at a time: its array is a multiple of tasks times this long."""
+    """Return the floats that `read` takes at a time: its array is a multiple of tasks times this long."""
     return max(_STREAMS * tiles.lanes, CACHE_LINE_FLOATS)
 
 
 def read(tiles: CpuTiles) -> tvm.tirx.PrimFunc:
-    """`(data, out, rounds)`: every task adds up its part of data, fp32 `(n,)`, `rounds` times."""
+    """Make `(data, out, rounds)`: every task adds up its part of data, fp32 `(blocks, block)`, `rounds` times."""
     lanes, block = tiles.lanes, block_floats(tiles)
     streams, lines = block // lanes, block // CACHE_LINE_FLOATS
 

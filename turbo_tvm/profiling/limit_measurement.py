@@ -1,4 +1,4 @@
-"""Measure a machine's limits: runs the kernels of `limit_kernels` on TVM's thread pool, the best of many calls."""
+"""Measuring a machine's limits: the kernels of `limit_kernels` on TVM's thread pool, the fastest of many calls."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ Call = Callable[[int], object]  # runs a kernel for a number of rounds
 
 @dataclass(frozen=True)
 class Sample:
-    """A call: seconds per round, and how many CPUs it had on average."""
+    """The timing of one call."""
 
-    seconds: float
-    cpus: float
+    seconds: float  # per round
+    cpus: float  # that the process had on average
 
 
 @dataclass(frozen=True)
 class Caches:
-    """Bytes: of one core's level 2, and of the last level that cores share; 0 where unknown."""
+    """Sizes of a CPU's caches in bytes; 0 where unknown."""
 
-    level2: int
-    last: int
+    level2: int  # of one core
+    last: int  # of the last level, which cores share
 
 
 def measure(
@@ -55,7 +55,9 @@ def measure(
     dram_bytes: int = DRAM_BYTES,
     step: Callable[[str], None] = print,
 ) -> MachineLimits:
-    """The limits with `threads` threads, in about `seconds` and the time to fill an array of dram_bytes.
+    """Measure the limits with `threads` threads, in about `seconds` and the time to fill an array of `dram_bytes`.
+
+    step: called with a line on what is being measured.
 
     Where memory is short the array takes a quarter of what is available. Other work on the machine lowers the figures.
     """
@@ -86,13 +88,13 @@ class _Bench:
         tvm.get_global_func("runtime.config_threadpool")(BIG_CORES, threads)
 
     def fp32(self) -> float:
-        """FLOP/s."""
+        """Measure fp32 multiply-adds, in FLOP/s."""
         shape = (limit_kernels.accumulators(self.tiles), self.tiles.lanes)
         factors = np.full((2, self.tiles.lanes), 0.5, np.float32)
         return 2.0 * self._arithmetic("multiply_add", shape, factors)
 
     def bf16(self) -> float | None:
-        """FLOP/s, in AMX's tiles where there are any; None for a CPU without the instructions."""
+        """Measure bf16 products in FLOP/s, in AMX's tiles where possible; None for a CPU without the instructions."""
         if self.has_amx:
             pairs = np.full((4 * amx.ROWS, amx.PAIRS), _BF16_HALVES, np.int32)
             return 4.0 * amx.PAIRS * self._arithmetic("dot_amx", pairs.shape, pairs)
@@ -101,18 +103,18 @@ class _Bench:
         return 4.0 * self._arithmetic("dot_bf16", (24, 16), np.full((2, 16), _BF16_HALVES, np.int32))
 
     def cache(self, found: Caches) -> float | None:
-        """Bytes/s of an array of half the last-level cache; None if the caches above hold most of that."""
+        """Measure reads of half the last-level cache in bytes/s; None if the caches above hold most of that."""
         size = found.last // 2
         return self._read(size, self.threads) if size > 2 * self.threads * found.level2 > 0 else None
 
     def dram(self, size: int) -> tuple[float, float]:
-        """Bytes/s of one thread and of all."""
+        """Measure reads of memory in bytes/s, by one thread and by all."""
         data = self._array(size)
         one = self._read_array(data, 1)
         return one, max(one, self._read_array(data, self.threads))
 
     def _arithmetic(self, name: str, shape: tuple[int, int], factors: np.ndarray) -> float:
-        """Accumulator updates per second, one per lane."""
+        """Measure accumulator updates per second, counting each lane."""
         start = tvm.runtime.tensor(np.arange(shape[0] * shape[1], dtype=np.float32).reshape(shape))
         out, kernel, inputs = self._out(self.threads), self.kernels[name], tvm.runtime.tensor(factors)
         per_round = self._best(lambda rounds: kernel(start, inputs, out, rounds), self.threads, 1000)
@@ -127,7 +129,7 @@ class _Bench:
         return size / self._best(lambda rounds: kernel(data, out, rounds), tasks, 1)
 
     def _best(self, call: Call, tasks: int, rounds: int) -> float:
-        """Seconds per round of the fastest call; notes how much of the CPUs it had."""
+        """Return the seconds per round of the fastest call, and note which part of the CPUs it had."""
         found = best(call, self.seconds, rounds)
         self.cpu_share = min(self.cpu_share, found.cpus / tasks)
         return found.seconds
@@ -144,7 +146,7 @@ class _Bench:
 
 
 def amx_granted(target: tvm.target.Target) -> bool:
-    """Whether the target has AMX's bf16 products and the system lets this process use them, as it is asked to."""
+    """Return whether the target has AMX's bf16 products and the system, when asked, lets this process use them."""
     spec = targets.describe("cpu", target)
     if amx.FEATURE not in spec.features:
         return False
@@ -156,7 +158,7 @@ def amx_granted(target: tvm.target.Target) -> bool:
 
 
 def module(tiles: CpuTiles, bf16: bool, amx: bool = False) -> tvm.IRModule:
-    """The kernels for these tiles; bf16, amx: with those instructions too."""
+    """Return a module of the kernels for these tiles, with those for bf16 and AMX if asked."""
     functions = {"multiply_add": limit_kernels.multiply_add(tiles), "read": limit_kernels.read(tiles)}
     if bf16:
         functions["dot_bf16"] = limit_kernels.dot_bf16()
@@ -166,7 +168,7 @@ def module(tiles: CpuTiles, bf16: bool, amx: bool = False) -> tvm.IRModule:
 
 
 def best(call: Call, seconds: float, rounds: int) -> Sample:
-    """The fastest call: of at least three, for `seconds`, each long enough to time."""
+    """Return the fastest of at least three calls within `seconds`, each with enough rounds to be timed."""
     taken = _sample(call, rounds)
     while taken.seconds * rounds < _CALL_S:
         rounds *= 2
@@ -179,7 +181,7 @@ def best(call: Call, seconds: float, rounds: int) -> Sample:
 
 
 def caches(directory: Path = _CACHES) -> Caches:
-    """What the system says of this CPU's caches."""
+    """Return the sizes of this CPU's caches as the system gives them."""
     sizes: dict[int, int] = {}
     for index in directory.glob("index*"):
         try:

@@ -1,6 +1,6 @@
-"""What this machine can do at best, measured once by small kernels of our own and kept in the user's cache.
+"""Limits of this machine's speed, measured once by small kernels and kept in the user's cache.
 
-Importing this, and limits that are in the cache, need no TVM; measuring needs TVM with its compiler.
+Importing this module, and reading limits from the cache, needs no TVM; measuring needs TVM with its compiler.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from turbo_tvm.runtime.device.cpu_features import cpu_name
 if TYPE_CHECKING:
     from turbo_tvm.profiling.roofline import MachineLimits
 
-_LEAST_SHARE = 0.95  # of their time that the threads must have run
+_LEAST_SHARE = 0.95  # the part of the time that the threads must have run, or the limits are not kept
 _MAY_BE_NONE = ("bf16_flops", "cache")
 _FORMAT = 2  # raised when a figure comes to mean something else; 2: bf16_flops are AMX's where the CPU has it
 
@@ -30,10 +30,11 @@ Say = Callable[[str], None]
 
 
 def machine_limits(threads: int, *, remeasure: bool = False, notice: Say = print, step: Say = print) -> MachineLimits:
-    """The limits with this many threads: from the cache, else measured in about two seconds and kept.
+    """Return the limits with this many threads: from the cache, else measured in about two seconds and kept.
 
-    notice: is told when the cache cannot be used; step: what is being measured. Raises CompileError where nothing is
-    in the cache and this process has no compiler.
+    notice: called with a line when the cache cannot be used. step: called with what is being measured.
+
+    Raises CompileError where nothing is in the cache and this process has no compiler.
     """
     found = None if remeasure else cached(threads, notice)
     if found is None:
@@ -49,7 +50,7 @@ def machine_limits(threads: int, *, remeasure: bool = False, notice: Say = print
 
 
 def cached(threads: int, notice: Say = print) -> MachineLimits | None:
-    """The limits in the cache, or None; a file that cannot be used is told to `notice`."""
+    """Return the limits in the cache, or None; `notice` is called with a line on a file that cannot be used."""
     path = cache_file(threads)
     if path is None or not path.is_file():
         return None
@@ -61,7 +62,7 @@ def cached(threads: int, notice: Say = print) -> MachineLimits | None:
 
 
 def cache_file(threads: int) -> Path | None:
-    """Where the limits of this CPU, thread count and TVM version are kept; None without a cache directory.
+    """Return the file for the limits of this CPU, thread count and TVM version; None without a cache directory.
 
     Another format has another file, so that versions of this package side by side do not measure in turns.
     """
@@ -71,12 +72,12 @@ def cache_file(threads: int) -> Path | None:
 
 
 def tvm_version() -> str:
-    """TVM's version, without importing it."""
+    """Return TVM's version, without importing it."""
     return metadata.version("apache-tvm")
 
 
 def _checked(plain: object, threads: int) -> MachineLimits:
-    """Limits from JSON. Raises ValueError unless they are whole, positive, and of this machine."""
+    """Make limits from decoded JSON. Raises ValueError unless they are complete, positive, and of this machine."""
     from turbo_tvm.profiling.roofline import MachineLimits
 
     names = {item.name for item in dataclasses.fields(MachineLimits)}

@@ -1,6 +1,6 @@
-"""How many blocks of a kernel one multiprocessor of a GPU holds at a time: NVIDIA's rules, by architecture.
+"""Occupancy: how many blocks of a kernel one multiprocessor of a GPU holds at a time, by NVIDIA's rules.
 
-Figures from the CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
+The figures are from the CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
 """
 
 from __future__ import annotations
@@ -13,21 +13,18 @@ if TYPE_CHECKING:
 
 WARP = 32
 _REGISTERS = 65536  # of a multiprocessor, since sm_50
-_REGISTER_UNIT = 256  # a warp gets its registers in pieces of so many
+_REGISTER_UNIT = 256  # a warp gets registers in multiples of this
 
 
 @dataclass(frozen=True)
 class Multiprocessor:
-    """What one has: warps and blocks at a time, bytes of shared memory, and how it hands that out.
+    """The resources of a multiprocessor."""
 
-    reserved: bytes of shared memory that each block costs beyond its own.
-    """
-
-    warps: int
-    blocks: int
-    shared: int
-    unit: int = 128
-    reserved: int = 1024
+    warps: int  # at a time
+    blocks: int  # at a time
+    shared: int  # bytes of shared memory
+    unit: int = 128  # bytes; a block gets shared memory in multiples of this
+    reserved: int = 1024  # bytes of shared memory that each block costs beyond its own
 
 
 _KIB = 1024
@@ -48,15 +45,15 @@ _MULTIPROCESSORS = {
 
 @dataclass(frozen=True)
 class Occupancy:
-    """blocks: that fit a multiprocessor. share: of its warps that they fill. limit: what there is too little of."""
+    """How well a kernel fills a multiprocessor."""
 
-    blocks: int
-    share: float
-    limit: str
+    blocks: int  # that fit it at a time
+    share: float  # of its warps that they fill
+    limit: str  # the resource that forbids more blocks
 
 
 def occupancy(kernel: DeviceKernelSpec) -> Occupancy | None:
-    """A kernel's occupancy; None for an architecture whose figures are not known here."""
+    """Return a kernel's occupancy; None for an architecture whose figures are not known here."""
     has = _MULTIPROCESSORS.get(kernel.architecture)
     if has is None:
         return None

@@ -1,8 +1,8 @@
-"""Where the time of a run goes, kernel by kernel.
+"""The profiler: where the time of a run goes, kernel by kernel.
 
 The VM's hook is called before every instruction. For a kernel it calls the kernel itself between two readings of the
-clock and tells the VM to skip it, so what the hook costs before and after is outside. What is left inside is the call
-from Python: it is measured with the same arguments on a function that does nothing, and taken off. A kernel's time
+clock and tells the VM to skip it, so the cost of the hook before and after is not counted. The call from Python still
+is: its cost is measured with the same arguments on a function that does nothing, and subtracted. A kernel's time
 includes TVM's checks of its arguments and the start and end of its parallel loops.
 """
 
@@ -21,9 +21,9 @@ import tvm_ffi
 from turbo_tvm.artifact.manifest import KernelSpec, Manifest
 from turbo_tvm.errors import InputError
 from turbo_tvm.profiling.roofline import KernelProfile, MachineLimits, ProfileReport, Work, floor
-from turbo_tvm.runtime.batch import check_lengths
 from turbo_tvm.runtime.executor import Executor
 from turbo_tvm.runtime.random_requests import random_sequences
+from turbo_tvm.runtime.validation import check_lengths
 
 __all__ = ["KernelProfile", "MachineLimits", "ProfileReport", "check_lengths", "profile", "random_sequences"]
 
@@ -46,12 +46,13 @@ def profile(
 ) -> ProfileReport:
     """Profile `run`, which answers sequences on the executor, on random token ids of these lengths, or on images.
 
-    Every round runs once as usual and once with the hook. Other threads wait meanwhile. Raises InputError for lengths
-    that the model cannot answer and for fewer than one round.
+    Every round runs once as usual and once with the hook. Other threads wait meanwhile.
+
+    Raises InputError for lengths that the model cannot answer and for fewer than one round.
     """
     if rounds < 1:
         raise InputError(f"at least one round is needed, not {rounds}")
-    sequences = random_sequences(lengths, executor.manifest.bounds, seed)
+    sequences = random_sequences(lengths, executor.manifest.request_limits, seed)
     probe = _Probe(executor)
     with executor.calling(probe):
         for _ in range(_WARM_UPS):
@@ -65,7 +66,9 @@ def profile(
 class _Probe:
     """Stands in for the model's function: calls it, or the same code on a VM with a hook, and keeps the times.
 
-    calls, activations: of each kernel in one run, calls and bytes; shapes: of the token ids in each call of the VM.
+    calls: of each kernel in one run.
+    activations: bytes of activations of each kernel in one run.
+    shapes: of the token ids in each call of the VM.
     """
 
     def __init__(self, executor: Executor):
@@ -78,7 +81,7 @@ class _Probe:
         self._wait = executor.device.wait
         self._plain = self._function = executor.function
         self._vm = executor.another_vm()
-        self._with_hook = self._vm["main"]
+        self._with_hook = self._vm[executor.manifest.entry]
         self._weights: set[int] = set()
         self._cost: dict[str, float] = {}
         self._kernel_s: defaultdict[str, float] = defaultdict(float)
@@ -92,7 +95,7 @@ class _Probe:
         return out
 
     def look(self, run: Callable[[], Any]) -> None:
-        """A run that counts calls and bytes, and finds what it costs to call each kernel."""
+        """Run once to count calls and bytes, and to measure what calling each kernel costs."""
 
         def counted(*args: Any) -> Any:
             self.shapes.append(tuple(map(int, args[0].shape)))
@@ -105,7 +108,7 @@ class _Probe:
         self._vm.set_instrument(self._time)
 
     def round(self, run: Callable[[], Any]) -> None:
-        """One usual run and one that times the kernels."""
+        """Run once as usual and once with the kernels timed."""
         run_s, vm_s = self._timed(self._plain, run)
         _, hooked_s = self._timed(self._with_hook, run)
         kernels = {name: max(self._kernel_s[name] - n * self._cost[name], 0.0) for name, n in self.calls.items()}
@@ -116,7 +119,7 @@ class _Probe:
             self.samples[name].append(seconds)
 
     def _timed(self, function: Callable[..., Any], run: Callable[[], Any]) -> tuple[float, float]:
-        """Seconds of a run, and of its VM."""
+        """Return the seconds of a run, and of its VM."""
         self._function, self._vm_s = function, 0.0
         self._kernel_s.clear()
         start = time.perf_counter()
@@ -142,7 +145,7 @@ class _Probe:
 
 
 def is_kernel(func: Any, name: str) -> bool:
-    """Whether this is a PrimFunc, and not a part of the VM or a Relax function."""
+    """Return whether this is a PrimFunc, and not a part of the VM or a Relax function."""
     return isinstance(func, tvm_ffi.Function) and not name.startswith(_NOT_KERNELS)
 
 
@@ -152,7 +155,7 @@ def _weights_of(manifest: Manifest, args: Sequence[Any]) -> Sequence[Any]:
 
 
 def _activation_bytes(args: Sequence[Any], weights: set[int]) -> int:
-    """Bytes of the tensors among a kernel's arguments that are no weights: of each input once, and of the output."""
+    """Return the bytes of a kernel's arguments that are no weights: each input tensor once, and the output."""
     last = len(args) - 1  # the output: written, also where it lies in the place of an input
     tensors = {(a.data_ptr(), i == last): a for i, a in enumerate(args) if isinstance(a, tvm.runtime.Tensor)}
     return sum(_bytes(t) for (pointer, _), t in tensors.items() if pointer not in weights)
@@ -163,7 +166,7 @@ def _bytes(tensor: tvm.runtime.Tensor) -> int:
 
 
 def _call_cost(args: tuple) -> float:
-    """Seconds for calling a function that does next to nothing with these arguments, clock included."""
+    """Return the seconds for calling a function that does next to nothing with these arguments, clock included."""
     nothing = tvm.get_global_func("vm.builtin.make_tuple")
     samples = []
     for _ in range(_CALIBRATIONS):
@@ -223,7 +226,10 @@ def _work(
     activations: int,
     footprint: float,
 ) -> Work:
-    """What a run asks of a kernel. shapes: of the token ids in each of its calls of the VM, (batch, length) if padded.
+    """Return the work of a kernel in one run.
+
+    shapes: of the token ids in each of the run's calls of the VM, (batch, length) if padded.
+    activations: bytes. footprint: as in `Work`.
 
     An embedding reads a row of its tables per token, not the tables: its FLOPs count those values.
     """

@@ -14,118 +14,98 @@ Bound = Literal["compute", "memory"]
 
 @dataclass(frozen=True)
 class MachineLimits:
-    """What a CPU can do at best with `threads` threads; FLOP/s and bytes/s.
-
-    bf16_flops: bf16 products at best, in AMX's tiles or else AVX-512's dot product; None without either. dram: reads of
-    memory, by one thread and by all. cache: reads of the last-level cache of cache_bytes, None where there is none to
-    measure. cpu_share: the part of their time that the threads ran while they were measured; other programs had the
-    rest.
-    """
+    """What a CPU can do at best with `threads` threads, in FLOP/s and bytes/s."""
 
     cpu: str
     threads: int
     tvm_version: str
-    fp32_flops: float
-    bf16_flops: float | None
-    dram_one_thread: float
-    dram: float
-    cache: float | None
-    cache_bytes: int
-    cpu_share: float = 1.0
+    fp32_flops: float  # fused multiply-adds
+    bf16_flops: float | None  # products in AMX's tiles, or else AVX-512's dot product; None without either
+    dram_one_thread: float  # reads of memory by one thread
+    dram: float  # reads of memory by all threads
+    cache: float | None  # reads of the last-level cache; None where there is none to measure
+    cache_bytes: int  # its size
+    cpu_share: float = 1.0  # the part of the time that the threads ran while measured; other programs had the rest
 
     def peak(self, kernel: str) -> float:
-        """FLOP/s for a kernel of this name: bf16 where the name says so."""
+        """Return the FLOP/s for a kernel of this name: bf16 where the name says so."""
         return self.bf16_flops if self.bf16_flops and "bf16" in kernel.split("_") else self.fp32_flops
 
     def bandwidth(self, footprint: float) -> float:
-        """Bytes/s for data that was last used `footprint` bytes ago: the cache's if it still holds them."""
+        """Return the bytes/s for data that was last used `footprint` bytes ago: the cache's if it still holds that."""
         return self.cache if self.cache and footprint <= self.cache_bytes else self.dram
 
 
 @dataclass(frozen=True)
 class Work:
-    """What one run asks of a kernel, all calls together.
-
-    bytes_weights: weights, once per call. bytes_activations: tensors in and out, once per call. footprint: bytes of
-    weights and buffers that a run touches before it needs the same weights again.
-    """
+    """The work of a kernel in one run, all calls together."""
 
     flops: float
-    bytes_weights: float
-    bytes_activations: float
-    footprint: float
+    bytes_weights: float  # once per call
+    bytes_activations: float  # tensors in and out, once per call
+    footprint: float  # bytes of weights and buffers that a run touches before it needs the same weights again
 
     @property
     def bytes_moved(self) -> float:
-        """Weights and activations."""
+        """Bytes of weights and activations."""
         return self.bytes_weights + self.bytes_activations
 
 
 @dataclass(frozen=True)
 class KernelProfile:
-    """One kernel, all its calls of a run together. seconds: median over the rounds; samples: seconds in each round.
-
-    family and work are None for kernels that the manifest does not list (TVM's own), floor_s and bound also where no
-    limits were given or the kernel's work counts as nothing.
-    """
+    """One kernel, all its calls of a run together."""
 
     name: str
-    family: str | None
+    family: str | None  # None for kernels that the manifest does not list, which are TVM's own
     calls: int
-    seconds: float
-    samples: tuple[float, ...]
-    work: Work | None = None
-    floor_s: float | None = None
-    bound: Bound | None = None
+    seconds: float  # median over the rounds
+    samples: tuple[float, ...]  # seconds in each round
+    work: Work | None = None  # None as `family`
+    floor_s: float | None = None  # None also where no limits were given, or the work counts as nothing
+    bound: Bound | None = None  # None as `floor_s`
 
     @property
     def flops_per_s(self) -> float | None:
-        """None where the kernel's FLOPs are unknown or none."""
+        """FLOP/s; None where the kernel's FLOPs are unknown or zero."""
         return self.work.flops / self.seconds if self.work and self.work.flops and self.seconds else None
 
     @property
     def bytes_per_s(self) -> float | None:
-        """None where the kernel's bytes are unknown."""
+        """Bytes per second; None where the kernel's bytes are unknown."""
         return self.work.bytes_moved / self.seconds if self.work and self.seconds else None
 
     @property
     def intensity(self) -> float | None:
-        """FLOPs per byte."""
+        """FLOPs per byte; None where either is unknown or zero."""
         return self.work.flops / self.work.bytes_moved if self.work and self.work.flops else None
 
     @property
     def fraction(self) -> float | None:
-        """floor_s / seconds: 1 is this machine's limit."""
+        """The floor divided by the time: 1 is this machine's limit."""
         return self.floor_s / self.seconds if self.floor_s is not None and self.seconds else None
 
 
 @dataclass(frozen=True)
 class ProfileReport:
-    """Where the time of a run goes; medians over the rounds, in seconds.
-
-    kernels_s: the kernels, timed one by one, with the hook's cost taken off. vm_s: the VM between kernels: an
-    uninstrumented call of the VM less the kernels; 0 where noise hides it. python_s: packing and unpacking: run() less
-    the VM. run_s, vm_call_s: run() and its VM, uninstrumented. hook_s: how much longer the VM takes with the hook.
-    samples: seconds in each round of "run", "vm_call", "kernels" and "vm_call_hooked".
-    """
+    """Where the time of a run goes; times are medians over the rounds, in seconds."""
 
     model: str
     layout: str
-    lengths: tuple[int, ...]
+    lengths: tuple[int, ...]  # tokens of each sequence
     threads: int
     seed: int
     kernels: tuple[KernelProfile, ...]
-    vm_s: float
-    python_s: float
-    run_s: float
-    vm_call_s: float
-    hook_s: float
-    samples: dict[str, tuple[float, ...]]
+    vm_s: float  # the VM between kernels: an uninstrumented call of the VM less the kernels; 0 where noise hides it
+    python_s: float  # packing and unpacking: run() less the VM
+    run_s: float  # run(), uninstrumented
+    vm_call_s: float  # the VM in run(), uninstrumented
+    hook_s: float  # how much longer the VM takes with the hook
+    samples: dict[str, tuple[float, ...]]  # in each round, of "run", "vm_call", "kernels" and "vm_call_hooked"
     limits: MachineLimits | None = None
 
     @property
     def kernels_s(self) -> float:
-        """All kernels together."""
+        """All kernels together, timed one by one, without the hook's cost."""
         return sum(k.seconds for k in self.kernels)
 
     @property
@@ -140,7 +120,7 @@ class ProfileReport:
 
     @property
     def tokens_per_s(self) -> float:
-        """By run_s."""
+        """Tokens per second of run()."""
         return self.tokens / self.run_s
 
     @property
@@ -155,14 +135,15 @@ class ProfileReport:
         return sum(floors) if floors else None
 
     def share(self, seconds: float) -> float:
-        """A part of total_s as a fraction of it."""
+        """Return `seconds` as a fraction of `total_s`."""
         return seconds / self.total_s
 
 
 def floor(name: str, work: Work, limits: MachineLimits) -> tuple[float, Bound] | tuple[None, None]:
-    """The least seconds for this work, and what bounds it; None twice for work that counts as nothing.
+    """Return the least seconds for this work, and what bounds it; None twice for work that counts as nothing.
 
-    Weights come from wherever they still are after the rest of the run, activations from the kernel before.
+    Weights are read from the level of memory that still holds them after the rest of the run, activations from where
+    the kernel before left them.
     """
     compute = work.flops / limits.peak(name)
     memory = work.bytes_weights / limits.bandwidth(work.footprint)

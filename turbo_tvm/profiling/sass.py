@@ -1,4 +1,4 @@
-"""What machine code for a GPU consists of, by NVIDIA's disassembler."""
+"""Instructions in machine code for a GPU, counted with NVIDIA's disassembler."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from turbo_tvm.errors import TurboError
 
 _FUNCTION = re.compile(r"\.text\.(\w+):")
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)")
-# What is worth telling: tensor cores, fused multiply-adds, shuffles, barriers, and local memory, where spills go.
-_TOLD = {"HMMA": "HMMA", "FFMA": "FFMA", "SHFL": "SHFL", "BAR": "BAR", "LDL": "local loads", "STL": "local stores"}
+# Instructions worth showing: tensor cores, fused multiply-adds, shuffles, barriers, and local memory, where spills go.
+_SHOWN = {"HMMA": "HMMA", "FFMA": "FFMA", "SHFL": "SHFL", "BAR": "BAR", "LDL": "local loads", "STL": "local stores"}
 
 
 def instructions(nvdisasm: str, cubin: bytes) -> dict[str, Counter[str]]:
-    """The instructions of every kernel, by their first word. Raises TurboError if the disassembler fails."""
+    """Count the instructions of every kernel, by their first word. Raises TurboError if the disassembler fails."""
     with tempfile.TemporaryDirectory(prefix="turbo_tvm_") as directory:
         path = Path(directory) / "code.cubin"
         path.write_bytes(cubin)
@@ -38,6 +38,6 @@ def instructions(nvdisasm: str, cubin: bytes) -> dict[str, Counter[str]]:
 
 
 def summary(counts: Counter[str]) -> str:
-    """In a few words."""
-    told = [f"{counts[word]} {name}" for word, name in _TOLD.items() if counts[word]]
-    return ", ".join([f"{counts.total():,} instructions", *told])
+    """Describe the counts of a kernel in a few words."""
+    shown = [f"{counts[word]} {name}" for word, name in _SHOWN.items() if counts[word]]
+    return ", ".join([f"{counts.total():,} instructions", *shown])

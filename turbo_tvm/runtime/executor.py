@@ -16,19 +16,18 @@ import tvm
 from tvm.runtime.vm import VirtualMachine
 
 from turbo_tvm import config
+from turbo_tvm.artifact.manifest import Manifest, OutputSpec
 from turbo_tvm.errors import TurboError
 from turbo_tvm.runtime import batch as packing
 from turbo_tvm.runtime import images
 from turbo_tvm.runtime.batch import Batch
-from turbo_tvm.runtime.memory.buffers import Buffers
 from turbo_tvm.runtime.device.cpu_features import machine_name
 from turbo_tvm.runtime.device.devices import Device, Gpu, Host
 from turbo_tvm.runtime.device.graph_replay import GraphReplay
-from turbo_tvm.artifact.manifest import Manifest, OutputSpec
+from turbo_tvm.runtime.memory.buffers import Buffers
 from turbo_tvm.runtime.memory.table import Symbols
 
 BIG_CORES = 1  # a mode of TVM's thread pool
-CAPTURED = "main_captured"  # the function that replays `main` as a CUDA graph
 
 Results = dict[str, list[np.ndarray]]
 
@@ -37,16 +36,16 @@ class Executor:
     """Runs batches on one model. Safe to call from several threads; they take turns."""
 
     def __init__(self, module: tvm.runtime.Module, manifest: Manifest, weights: Mapping[str, np.ndarray], threads: int):
-        """weights: 64-byte aligned arrays by name; used in place or copied to a GPU; they must outlive this."""
+        """weights: arrays by name, aligned to 64 bytes; used in place or copied to a GPU; they must outlive this."""
         self.manifest = manifest
         self.threads = threads
         self.device: Device = Gpu() if manifest.target.device == "cuda" else Host()
         self._module = module
         machine = self.another_vm()
-        self._main = self._own = machine["main"]
+        self._main = self._own = machine[manifest.entry]
         self._replay: GraphReplay | None = None
-        if manifest.target.device == "cuda" and config.cuda_graphs():
-            self._replay = GraphReplay(self._own, machine[CAPTURED], self._forget)
+        if manifest.captured is not None and config.cuda_graphs():
+            self._replay = GraphReplay(self._own, machine[manifest.captured], self._forget)
         self._inputs = [self.device.input(spec.dtype) for spec in manifest.inputs]
         self._weights = [self.device.upload(weights[p.name]) for p in manifest.parameters]
         self.buffers = Buffers(manifest.buffers, forget=self._forget, device=self.device)
@@ -56,9 +55,10 @@ class Executor:
         self._config_threadpool = tvm.get_global_func("runtime.config_threadpool")
 
     def run(self, batch: Batch, output: str | None = None) -> Results:
-        """Outputs by name: one array per sequence, in order, (length, columns) or (columns,), fp32.
+        """Run a batch and return its outputs by name: an fp32 array per sequence, (length, columns) or (columns,).
 
-        output: the one that is wanted; all by default. The arrays of an output share one piece of memory.
+        output: the name of the one that is wanted; all by default. The arrays of an output share one piece of memory.
+        Raises TurboError if there is no memory for the batch, or the model fails.
         """
         with self._lock:
             # TVM keeps one thread pool per calling thread, for all models: another may have set it since (1 us)
@@ -70,33 +70,33 @@ class Executor:
 
     @property
     def machine(self) -> str:
-        """What runs the kernels."""
+        """The name of what runs the kernels: the CPU with its number of threads, or the GPU."""
         if self.manifest.target.device == "cuda":
             return str(self.device.handle.device_name)
         return machine_name(self.threads)
 
     def symbols(self, lengths: Sequence[int]) -> dict[str, int]:
-        """What the memory of a batch of these lengths depends on."""
+        """Return the symbols that the memory of a batch of these lengths depends on (`manifest.SYMBOLS`)."""
         return packing.symbols(self.manifest.layout, self.manifest.row_tile, lengths)
 
     def peak_bytes(self, lengths: Sequence[int]) -> int:
-        """Bytes that lie between the kernels of a batch of these lengths."""
+        """Return the bytes of intermediate and output tensors of a batch of these lengths."""
         with self._lock:
             return self.buffers.arena.peak_bytes(self.symbols(lengths))
 
     def fits(self, lengths: Sequence[int]) -> bool:
-        """Whether a batch of these lengths fits the memory budget."""
+        """Return whether a batch of these lengths fits the memory budget."""
         with self._lock:
             return self.buffers.arena.fits(self.symbols(lengths))
 
     def check_memory(self, lengths: Sequence[int]) -> None:
-        """Raises MemoryBudgetError if a batch of these lengths does not fit the memory budget."""
+        """Raise MemoryBudgetError if a batch of these lengths does not fit the memory budget."""
         with self._lock:
             self.buffers.arena.plan(self.symbols(lengths))
 
     @property
     def bytes_held(self) -> int:
-        """Bytes that are held for buffers, as they are just now: it waits for no run."""
+        """Bytes that are held for buffers just now; reading it waits for no run."""
         return self.buffers.arena.bytes_held
 
     @property
@@ -119,25 +119,25 @@ class Executor:
                 arena.release()
 
     def _forget(self) -> None:
-        """Let go of the last results, which lie in memory that is to be freed: TVM's VM keeps them until its next."""
+        """Drop the last results, which lie in memory that is to be freed: TVM's VM keeps them until its next call."""
         if self._main is self._own:
             machine = self.another_vm()
-            self._main = self._own = machine["main"]
-            if self._replay is not None:
-                self._replay.renew(self._own, machine[CAPTURED])
+            self._main = self._own = machine[self.manifest.entry]
+            if self._replay is not None and self.manifest.captured is not None:
+                self._replay.renew(self._own, machine[self.manifest.captured])
 
     @property
     def function(self) -> Callable[..., Any]:
-        """The compiled function: inputs, weights, buffers."""
+        """The compiled function, which takes inputs, weights and buffers."""
         return self._main
 
     def another_vm(self) -> VirtualMachine:
-        """A VM of its own on the same code."""
+        """Return a further VM on the same code."""
         return VirtualMachine(self._module, self.device.handle)
 
     @contextmanager
     def calling(self, function: Callable[..., Any]) -> Iterator[None]:
-        """While open, `run` calls this in place of the compiled function, and other threads wait; for the profiler."""
+        """Let `run` call this in place of the compiled function, while other threads wait; for the profiler."""
         with self._lock:
             self._main = function
             try:
@@ -148,7 +148,10 @@ class Executor:
     def _call(
         self, arrays: Mapping[str, Callable[[], np.ndarray]], buffers: list[tvm.runtime.Tensor], output: str | None
     ) -> list[tuple[OutputSpec, np.ndarray]]:
-        """The wanted outputs, which the next call overwrites. arrays: what makes each kind of input."""
+        """Call the compiled function and return the wanted outputs, which the next call overwrites.
+
+        arrays: by kind of input, what makes its array.
+        """
         manifest = self.manifest
         inputs = [
             memory.tensor(arrays[spec.kind]()) for memory, spec in zip(self._inputs, manifest.inputs, strict=True)
@@ -170,19 +173,19 @@ class Executor:
         ]
 
     def _packed(self, batch: Batch, output: str | None) -> Results:
-        row_tile, limits = self.manifest.row_tile, batch.boundaries
+        row_tile, cu_seqlens = self.manifest.row_tile, batch.cu_seqlens
         arrays = {
             "token_ids": lambda: packing.pack_rows(batch.token_ids, row_tile),
             "token_type_ids": lambda: packing.pack_rows(batch.token_type_ids, row_tile),
             "position_ids": lambda: packing.pack_rows(batch.positions, row_tile),
             "patches": lambda: self._patches(batch, row_tile),
-            "cu_seqlens": lambda: limits,
-            "pooled_rows": lambda: packing.pooled_rows(self.manifest.pooled, batch.token_ids, limits),
-            "query_tiles": lambda: packing.query_tiles(limits, self.manifest.query_tile, self._longest_first),
+            "cu_seqlens": lambda: cu_seqlens,
+            "pooled_rows": lambda: packing.pooled_rows(self.manifest.pooled, batch.token_ids, cu_seqlens),
+            "query_tiles": lambda: packing.query_tiles(cu_seqlens, self.manifest.query_tile, self._longest_first),
         }
-        symbols = packing.packed_symbols(row_tile, len(batch.token_ids), len(limits) - 1)
+        symbols = packing.packed_symbols(row_tile, len(batch.token_ids), len(cu_seqlens) - 1)
         results = self._call(arrays, self.buffers.tensors(symbols), output)
-        return {spec.name: _split_packed(spec, result, limits.tolist()) for spec, result in results}
+        return {spec.name: _split_packed(spec, result, cu_seqlens.tolist()) for spec, result in results}
 
     def _padded(self, batch: Batch, output: str | None) -> Results:
         lengths = batch.lengths
@@ -203,9 +206,9 @@ class Executor:
         }
 
     def _patches(self, batch: Batch, row_tile: int) -> np.ndarray:
-        bounds = self.manifest.bounds.image
-        assert bounds is not None and batch.images is not None  # `CompiledModel` lets no other batch in
-        return images.pack_patches(batch.images, bounds, row_tile)
+        image = self.manifest.request_limits.image
+        assert image is not None and batch.images is not None  # `CompiledModel` lets no other batch in
+        return images.pack_patches(batch.images, image, row_tile)
 
 
 class ForeignExecutor:
@@ -224,7 +227,7 @@ class ForeignExecutor:
         return TurboError(f"{self._reason} (the model can be saved here and loaded on such a machine)")
 
     def run(self, batch: Batch, output: str | None = None) -> Results:
-        """Raises TurboError: why this machine cannot run the model."""
+        """Raise TurboError, which says why this machine cannot run the model."""
         raise self.error
 
     @property
@@ -249,17 +252,17 @@ class ForeignExecutor:
         raise self.error
 
 
-def _split_packed(spec: OutputSpec, result: np.ndarray, limits: list[int]) -> list[np.ndarray]:
-    """An array per sequence, in one copy of the packed rows."""
+def _split_packed(spec: OutputSpec, result: np.ndarray, cu_seqlens: list[int]) -> list[np.ndarray]:
+    """Return an array per sequence, all of them views of one copy of the packed rows."""
     rows = result.reshape(-1) if spec.squeeze else result.reshape(-1, spec.columns)
     if spec.kind == "sequence":
-        return list(rows[: len(limits) - 1].copy())
-    copy = rows[: limits[-1]].copy()
-    return [copy[begin:end] for begin, end in pairwise(limits)]
+        return list(rows[: len(cu_seqlens) - 1].copy())
+    copy = rows[: cu_seqlens[-1]].copy()
+    return [copy[begin:end] for begin, end in pairwise(cu_seqlens)]
 
 
 def _pad(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """A value per token as a matrix: in order where the mask is set, 0 elsewhere."""
+    """Return one value per token as a matrix: in order where the mask is set, 0 elsewhere."""
     matrix = np.zeros(mask.shape, np.int64)
     matrix[mask] = values
     return matrix

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from numbers import Integral
@@ -12,18 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from turbo_tvm.artifact.cost_spec import CostSpec
+from turbo_tvm.artifact.manifest import Manifest
 from turbo_tvm.errors import InputError, TurboError
 from turbo_tvm.runtime import batch as packing
-from turbo_tvm.runtime.scheduling import cost_measurement, cost_model
-from turbo_tvm.runtime import images
-from turbo_tvm.runtime.random_requests import random_sequences
+from turbo_tvm.runtime import grouping, images, padded_call, validation
 from turbo_tvm.runtime.batch import Batch
-from turbo_tvm.runtime.scheduling.cost_model import PackedCost, PaddedCost
-from turbo_tvm.artifact.cost_spec import CostSpec
 from turbo_tvm.runtime.executor import Executor, ForeignExecutor, Results
-from turbo_tvm.artifact.manifest import Manifest
 from turbo_tvm.runtime.memory.report import MemoryReport, memory_report
-from turbo_tvm.runtime.model_output import ModelOutput, like, to_matrix, to_numpy
+from turbo_tvm.runtime.model_output import ModelOutput
+from turbo_tvm.runtime.padded_call import refuse_options
+from turbo_tvm.runtime.random_requests import random_sequences
+from turbo_tvm.runtime.scheduling import cost_measurement, cost_model
+from turbo_tvm.runtime.scheduling.cost_model import PackedCost, PaddedCost
 from turbo_tvm.runtime.text import Text, TextTokenizer
 
 if TYPE_CHECKING:
@@ -58,27 +59,27 @@ class CompiledModel:
 
     @property
     def machine(self) -> str:
-        """What runs it, as costs are kept by: this CPU with so many threads, or the GPU."""
+        """The name that costs are kept under: this CPU with its number of threads, or the GPU."""
         return self._executor.machine
 
     @property
     def fingerprint(self) -> str:
-        """A name for what the model answers: of its file, by the sums of what it holds; else of this object alone."""
+        """A name that models with the same answers share: the file's checksums, else a token of this object."""
         members = self.manifest.members
         return "".join(f"{name}:{members[name].sha256};" for name in sorted(members)) or self._unsaved
 
     @property
     def cost(self) -> PackedCost | PaddedCost | None:
-        """`cost(lengths) -> seconds` that a batch takes on this machine; None until `measure_cost`, or a file, says."""
+        """`cost(lengths) -> seconds` of a batch on this machine; None if neither the file nor `measure_cost` says."""
         spec = self.manifest.costs.get(self.machine)
         return None if spec is None else cost_model.cost_of(spec)
 
     @property
     def memory_budget(self) -> int | None:
-        """The most bytes to hold for what lies between kernels and for outputs; None, the default, for no limit.
+        """The most bytes to hold for intermediate and output tensors; None, the default, for no limit.
 
         A list of sequences that needs more at once runs in smaller groups; a single sequence that needs more raises
-        MemoryBudgetError, and nothing runs. Weights, inputs and the scratch of single kernels are not counted.
+        MemoryBudgetError, and nothing runs. Weights, inputs and the workspaces of single kernels are not counted.
         """
         return self._executor.memory[1]
 
@@ -92,7 +93,7 @@ class CompiledModel:
     def memory_plan(self) -> str:
         """How memory is planned: "compact", the default, or "turbo2021", "pooled" or "static", to compare with.
 
-        See `runtime/memory_planner.py`; "static" plans once, for a batch of `max_batch_tokens` tokens.
+        See `memory/planner.py`; "static" plans once, for a batch of `max_batch_tokens` tokens.
         """
         return self._executor.memory[0]
 
@@ -102,25 +103,25 @@ class CompiledModel:
 
     @property
     def memory_held(self) -> int:
-        """Bytes that are held just now for what lies between kernels and for outputs."""
+        """Bytes that are held just now for intermediate and output tensors."""
         return self._executor.bytes_held
 
     def _largest(self) -> dict[str, int] | None:
-        """Tiles of the largest batch: as many tokens as run at once, each of them a sequence of its own."""
-        tokens = max(self.max_batch_tokens, self.manifest.bounds.max_length)
+        """Return the symbols of the largest batch: as many tokens as run at once, each a sequence of its own."""
+        tokens = max(self.max_batch_tokens, self.manifest.request_limits.max_length)
         packed = self.manifest.layout == "packed"
         return packing.packed_symbols(self.manifest.row_tile, tokens, tokens) if packed else None
 
     def peak_bytes(self, lengths: Sequence[int]) -> int:
-        """Bytes that one batch of sequences of these lengths needs between kernels and for outputs.
+        """Return the bytes of intermediate and output tensors that one batch of sequences of these lengths needs.
 
-        Costs a look-up for a shape that was seen lately, and a plan otherwise; waits for a run that goes on. InputError
-        for lengths that the model cannot answer, TurboError if this machine cannot run the model.
+        Costs a look-up for a shape that was seen lately, and a plan otherwise; waits for a run that goes on. Raises
+        InputError for lengths that the model cannot answer, TurboError if this machine cannot run the model.
         """
-        return self._executor.peak_bytes(packing.check_lengths(lengths, self.manifest.bounds))
+        return self._executor.peak_bytes(validation.check_lengths(lengths, self.manifest.request_limits))
 
     def memory_report(self, lengths: Sequence[int]) -> MemoryReport:
-        """Where each tensor of a run lies in memory, for a batch of sequences of these lengths.
+        """Return where each tensor of a run would lie in memory, for a batch of sequences of these lengths.
 
         With the plan "static", which is that of the largest batch, the report is the batch's own. Raises InputError for
         lengths that the model cannot answer.
@@ -141,23 +142,24 @@ class CompiledModel:
     ) -> list[Any]:
         """Answer a list of token id sequences of any lengths, or of images.
 
-        sequences: one list or integer array of token ids, shape (length,), per sequence. token_type_ids: the same
-        shapes; 0 by default. A model of images takes float arrays (channels, height, width), as its processor makes
-        them. output: which output to return; by default the model's main one.
+        sequences: per sequence, a list or integer array of token ids, (length,); a model of images takes float arrays
+            (channels, height, width), as its processor makes them.
+        token_type_ids: the same shapes; 0 by default.
+        output: which output to return; by default the model's main one.
 
         Returns a list in the same order: fp32 arrays (length, hidden) for an output per token, (columns,) for one per
-        sequence. A model without one main output (question answering) gives a `ModelOutput` per sequence. They are the
-        caller's to keep and change; as views of one copy, each keeps the memory of all.
+        sequence. A model without one main output (question answering) gives a `ModelOutput` per sequence. The arrays
+        are the caller's to keep and change; as views of one copy, each keeps the memory of all.
 
         Long lists run in groups of at most `max_batch_tokens` tokens. Raises InputError before anything runs.
         """
         name = self.output_name(output)
-        bounds = self.manifest.bounds
-        if bounds.image is None:
-            batch = packing.from_sequences(sequences, token_type_ids, bounds, self.manifest.positions)
+        limits = self.manifest.request_limits
+        if limits.image is None:
+            batch = validation.from_sequences(sequences, token_type_ids, limits, self.manifest.positions)
         else:
-            _refuse({"token_type_ids": token_type_ids})
-            batch = images.from_images(sequences, bounds.image)
+            refuse_options({"token_type_ids": token_type_ids})
+            batch = images.from_images(sequences, limits.image)
         return self._answers(batch, name)
 
     def _answers(self, batch: Batch, name: str | None) -> list[Any]:
@@ -176,9 +178,13 @@ class CompiledModel:
         return self.run(ids, token_type_ids=types, output=output)
 
     def tokenize(self, texts: Sequence[Text]) -> tuple[list[np.ndarray], list[np.ndarray] | None]:
-        """Token ids and token type ids of each text, the latter None if the model takes none; errors as `encode`."""
+        """Return the token ids and token type ids of each text, the latter None if the model takes none.
+
+        Each is a list of int32 arrays (length,). Raises TurboError if the artifact carries no tokenizer, InputError for
+        what is no text.
+        """
         ids, types = self.tokenizer(texts)
-        return ids, types if self.manifest.bounds.type_vocab_size > 1 else None
+        return ids, types if self.manifest.request_limits.type_vocab_size > 1 else None
 
     @property
     def has_tokenizer(self) -> bool:
@@ -194,16 +200,16 @@ class CompiledModel:
                 "has a tokenizer.json (or pass tokenizer=)"
             )
         if self._tokenizer is None:
-            self._tokenizer = TextTokenizer(self._artifact.tokenizer, self.manifest.bounds.max_length)
+            self._tokenizer = TextTokenizer(self._artifact.tokenizer, self.manifest.request_limits.max_length)
         return self._tokenizer
 
     def prepare(self, sequence: Any, token_type_ids: Any = None) -> Batch:
-        """One sequence of token ids, or one image, checked and ready for `answer`. Raises InputError."""
+        """Check one sequence of token ids, or one image, and return what `answer` takes. Raises InputError."""
         manifest = self._artifact.manifest
-        if manifest.bounds.image is not None:
-            _refuse({"token_type_ids": token_type_ids})
-            return images.from_image(sequence, manifest.bounds.image)
-        return packing.from_sequence(sequence, token_type_ids, manifest.bounds, manifest.positions)
+        if manifest.request_limits.image is not None:
+            refuse_options({"token_type_ids": token_type_ids})
+            return images.from_image(sequence, manifest.request_limits.image)
+        return validation.from_sequence(sequence, token_type_ids, manifest.request_limits, manifest.positions)
 
     def answer(self, parts: Sequence[Batch], output: str | None = None) -> list[Any]:
         """Answer what `prepare` made, as `run` does. output: as `output_name` gave it."""
@@ -212,55 +218,24 @@ class CompiledModel:
     def __call__(
         self, input_ids: Any = None, attention_mask: Any = None, token_type_ids: Any = None, **options: Any
     ) -> ModelOutput:
-        """The PyTorch model's call: padded matrices `(batch, length)` in, padded outputs out.
+        """Answer as the PyTorch model would: padded matrices `(batch, length)` in, padded outputs out.
 
         Torch tensors give torch tensors, NumPy arrays NumPy arrays. Only tokens under the mask are computed; outputs at
-        the others are 0. Padding may stand on either side; see the errors for what a model refuses.
+        the others are 0. Padding may stand on either side; the InputError says what a model refuses.
 
         A model of images takes `pixel_values`, (batch, channels, height, width), also as the first argument.
         """
-        if options.pop("return_dict", None) not in (None, True):
-            raise InputError("return_dict=False is not supported: outputs are always named")
-        if self.manifest.bounds.image is not None:
-            given = {"attention_mask": attention_mask, "token_type_ids": token_type_ids}
-            return self._images(input_ids, **{**given, **options})
-        _refuse(options)
-        if input_ids is None:
-            raise InputError("input_ids are missing")
-        ids, mask, types = (to_numpy(x) for x in (input_ids, attention_mask, token_type_ids))
-        batch = packing.from_padded(
-            ids,
-            mask,
-            types,
-            self.manifest.bounds,
-            self.manifest.positions,
-            contiguous=self.manifest.relative_positions or self.manifest.layout == "padded",
-            first_token=self.manifest.pools_first or self.manifest.layout == "padded",
-        )
-        return self._matrices(batch, np.shape(ids), input_ids)
-
-    def _images(self, first: Any, pixel_values: Any = None, interpolate_pos_encoding: Any = None, **options: Any):
-        """The call of a model of images. Its size is fixed: positions were interpolated when it was compiled."""
-        _refuse(options)
-        pixels = first if pixel_values is None else pixel_values
-        if pixels is None or (pixel_values is not None and first is not None):
-            raise InputError("this model takes images: pixel_values (batch, channels, height, width), and nothing else")
-        batch = images.from_images(pixels, self.manifest.bounds.image)  # type: ignore[arg-type]
-        return self._matrices(batch, (), pixels)
-
-    def _matrices(self, batch: Batch, shape: tuple[int, ...], example: Any) -> ModelOutput:
-        """All outputs as arrays over the batch, of the example's kind. shape: of the padded matrix of token ids."""
-        results = self._run(batch)
-        padded = {s.name: to_matrix(s, results[s.name], batch, shape) for s in self.manifest.outputs}
-        return ModelOutput((name, like(value, example)) for name, value in padded.items())
+        call = padded_call.from_arguments(self.manifest, input_ids, attention_mask, token_type_ids, options)
+        return padded_call.to_output(self.manifest, self._run(call.batch), call)
 
     def profile(
         self, lengths: Sequence[int], *, rounds: int = 20, limits: MachineLimits | None = None, seed: int = 0
     ) -> ProfileReport:
         """Time every kernel on random token ids of these lengths, or on images; other threads wait meanwhile.
 
-        limits: what the machine can do (`turbo_tvm.profiling.machine_limits`), for the fractions of it. Raises InputError for
-        lengths that the model cannot answer, and TurboError if this machine cannot run the model.
+        limits: what the machine can do (`turbo_tvm.profiling.machine_limits`), to express times as fractions of it.
+
+        Raises InputError for lengths that the model cannot answer, TurboError if this machine cannot run the model.
         """
         if isinstance(self._executor, ForeignExecutor):
             raise self._executor.error
@@ -269,24 +244,24 @@ class CompiledModel:
         return profiler.profile(self.run, self._executor, lengths, rounds=rounds, limits=limits, seed=seed)
 
     def measure_cost(self, *, budget_s: float = 5.0, say: Callable[[str], None] = lambda _text: None) -> CostSpec:
-        """Measure what batches take on this machine, in about `budget_s` seconds, and keep it: `cost`, and in `save`.
+        """Measure what batches take on this machine, in about `budget_s` seconds: for `cost`, and for `save` to keep.
 
-        say: is told what is being measured. Returns the fitted cost with its error on batches that it was not fitted
-        to. Raises TurboError if this machine cannot run the model.
+        say: called with a line on what is being measured. Returns the fitted cost, with its error on batches that it
+        was not fitted to. Raises TurboError if this machine cannot run the model.
         """
         if isinstance(self._executor, ForeignExecutor):
             raise self._executor.error
-        bounds = self.manifest.bounds
+        limits = self.manifest.request_limits
 
         @lru_cache(maxsize=1)  # what is measured is the model, not the making of images
         def request(lengths: tuple[int, ...]) -> list[np.ndarray]:
-            return random_sequences(lengths, bounds, seed=0)
+            return random_sequences(lengths, limits, seed=0)
 
         def run(lengths: Sequence[int]) -> None:
             self.run(request(tuple(lengths)), output=self.manifest.outputs[0].name)
 
-        longest = self._longest_in_memory()
-        shortest = 1 if bounds.image is None else bounds.max_length  # images are all of one size
+        longest = grouping.longest_that_fits(limits.max_length, self._executor.fits)
+        shortest = 1 if limits.image is None else limits.max_length  # images are all of one size
         points, held_out = cost_measurement.measure(
             run, longest, self.max_batch_tokens, min_length=shortest, budget_s=budget_s, say=say
         )
@@ -294,14 +269,6 @@ class CompiledModel:
         costs = {**self.manifest.costs, self.machine: spec}
         self._artifact = replace(self._artifact, manifest=replace(self.manifest, costs=costs))
         return spec
-
-    def _longest_in_memory(self) -> int:
-        """The longest sequence that `memory_budget` allows, by halving; 1 if none does."""
-        low, high = 1, self.manifest.bounds.max_length
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if self._executor.fits([middle]) else (low, middle - 1)
-        return low
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the artifact: code, weights, tokenizer and manifest in one file. Raises ArtifactError."""
@@ -311,7 +278,7 @@ class CompiledModel:
         artifact.write(path, a.manifest, a.library, a.weights, a.tokenizer, a.cubins)
 
     def output_name(self, asked: str | None) -> str | None:
-        """The output that is asked for, or the main one; None for all of them. Raises InputError."""
+        """Return the name of the output that is asked for, or of the main one; None for all. Raises InputError."""
         names = [spec.name for spec in self.manifest.outputs]
         if asked is not None and asked not in names:
             raise InputError(f"the model has no output {asked!r}; it has {', '.join(names)}")
@@ -319,39 +286,10 @@ class CompiledModel:
 
     def _run(self, batch: Batch, output: str | None = None) -> Results:
         small = len(batch.token_ids) <= self.max_batch_tokens
-        groups = [batch] if small else list(_groups(batch, self.max_batch_tokens))
+        groups = [batch] if small else list(grouping.by_tokens(batch, self.max_batch_tokens))
         if self.memory_budget is not None:  # all of them before any runs
-            groups = [part for group in groups for part in self._within_budget(group)]
+            groups = [part for group in groups for part in grouping.by_memory(group, self._executor)]
         results = [self._executor.run(group, output) for group in groups]
         if len(results) == 1:
             return results[0]
         return {name: [part for group in results for part in group[name]] for name in results[0]}
-
-    def _within_budget(self, batch: Batch) -> Iterator[Batch]:
-        """The batch, in halves as long as it does not fit; a single sequence must fit."""
-        lengths = batch.lengths.tolist()
-        if len(lengths) > 1 and not self._executor.fits(lengths):
-            yield from self._within_budget(batch.part(0, len(lengths) // 2))
-            yield from self._within_budget(batch.part(len(lengths) // 2, len(lengths)))
-        else:
-            self._executor.check_memory(lengths)
-            yield batch
-
-
-def _refuse(options: Mapping[str, Any]) -> None:
-    """InputError for options that are set."""
-    extra = [key for key, value in options.items() if value is not None and value is not False]
-    if extra:
-        raise InputError(f"the compiled model takes no {', '.join(extra)}")
-
-
-def _groups(batch: Batch, max_tokens: int) -> Iterator[Batch]:
-    """The batch in consecutive parts of at most `max_tokens` tokens (a longer sequence goes alone)."""
-    start, total = 0, 0
-    lengths = batch.lengths.tolist()
-    for i, length in enumerate(lengths):
-        if i > start and total + length > max_tokens:
-            yield batch.part(start, i)
-            start, total = i, 0
-        total += length
-    yield batch.part(start, len(lengths))

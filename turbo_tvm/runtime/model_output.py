@@ -1,4 +1,4 @@
-"""What a model's own call takes and gives: padded matrices, torch tensors or NumPy arrays, outputs by name."""
+"""Outputs of a model's own call: by name, padded again, as torch tensors or NumPy arrays like what was passed in."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from turbo_tvm.artifact.manifest import OutputSpec
 from turbo_tvm.errors import InputError
 from turbo_tvm.runtime.batch import Batch
-from turbo_tvm.artifact.manifest import OutputSpec
 
 
 class ModelOutput(dict):
@@ -26,7 +26,7 @@ class ModelOutput(dict):
 
 
 def to_matrix(spec: OutputSpec, parts: list[np.ndarray], batch: Batch, shape: tuple[int, ...]) -> np.ndarray:
-    """The answers to a padded matrix of this shape, padded again with 0."""
+    """Return the answers to a padded matrix of this shape as one array over the batch, padded again with 0."""
     if spec.kind == "sequence" or batch.columns is None:
         return np.stack(parts)
     matrix = np.zeros((*shape, *parts[0].shape[1:]), np.float32)
@@ -41,19 +41,22 @@ def _is_torch(value: Any) -> bool:
 
 
 def to_numpy(value: Any) -> Any:
-    """An array for a torch tensor on the CPU; everything else as NumPy takes it, None as it is. Raises InputError."""
+    """Return an array for a torch tensor, or for what NumPy makes one of; None for None.
+
+    Raises InputError for a tensor on another device or of a type that NumPy does not have.
+    """
     if not _is_torch(value):
         return value if value is None else np.asarray(value)
     if value.device.type != "cpu":
         raise InputError(f"the tensor is on {value.device}; the compiled model runs on the CPU: call .cpu() first")
     try:
         return value.detach().numpy()
-    except TypeError as error:  # bfloat16 and other types that NumPy has not
+    except TypeError as error:  # bfloat16 and other types that NumPy does not have
         raise InputError(
             f"a {value.dtype} tensor holds no token ids or mask: use torch.int64, or torch.float32 for images"
         ) from error
 
 
 def like(value: np.ndarray, example: Any) -> Any:
-    """The array as a torch tensor if the example is one."""
+    """Return the array as a torch tensor if the example is one."""
     return sys.modules["torch"].from_numpy(value) if _is_torch(example) else value

@@ -1,4 +1,4 @@
-"""From text to token ids, with the tokenizer that an artifact carries."""
+"""The tokenizer that an artifact carries: from text to token ids."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Text = str | tuple[str, str]  # a pair is two texts of one request, as cross-enc
 
 
 def is_text(value: object) -> bool:
-    """Whether it is a text or a pair of texts."""
+    """Return whether it is a text or a pair of texts."""
     if isinstance(value, str):
         return True
     return isinstance(value, tuple) and len(value) == 2 and all(isinstance(part, str) for part in value)
@@ -41,14 +41,15 @@ class TextTokenizer:
         self._text = text
 
     def __call__(self, texts: Iterable[Text]) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """(token_ids, token_type_ids), one int32 array (length,) per text or pair of texts."""
+        """Return (token_ids, token_type_ids), one int32 array (length,) each per text or pair of texts."""
         encodings = self.encodings(texts)
         ids = [np.array(e.ids, np.int32) for e in encodings]
         return ids, [np.array(e.type_ids, np.int32) for e in encodings]
 
     def encodings(self, texts: Iterable[Text], *, special_tokens: bool = True, truncate: bool = True) -> list[Any]:
-        """The `tokenizers.Encoding` of each text or pair of texts; what was cut off is its `overflowing`.
+        """Return the `tokenizers.Encoding` of each text or pair of texts; what was cut off is its `overflowing`.
 
+        special_tokens: add those of the model, such as [CLS]. truncate: cut at the model's longest sequence.
         Raises InputError for what is no list of texts.
         """
         listed = None if isinstance(texts, str) or not isinstance(texts, Iterable) else list(texts)
@@ -61,14 +62,14 @@ class TextTokenizer:
             raise InputError(f"the text cannot be tokenised: {error}") from error
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """The text of token ids. Raises InputError."""
+        """Return the text of token ids. Raises InputError."""
         try:
             return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
         except Exception as error:
             raise InputError(f"the token ids cannot be decoded: {error}") from error
 
     def _untruncated(self) -> tokenizers.Tokenizer:
-        """Another one: a tokenizer's truncation is a state of it."""
+        """Return a second tokenizer that does not truncate, since truncation is part of a tokenizer's state."""
         if self._whole is None:
             import tokenizers
 
@@ -79,6 +80,6 @@ class TextTokenizer:
 
 
 def max_tokens(tokenizer_json: str) -> int | None:
-    """The truncation length that a `tokenizer.json` was saved with, if any."""
+    """Return the truncation length that a `tokenizer.json` was saved with, if any."""
     truncation = json.loads(tokenizer_json).get("truncation")
     return int(truncation["max_length"]) if truncation else None

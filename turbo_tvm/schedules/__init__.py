@@ -1,5 +1,8 @@
-"""Schedules: one kernel family per file, computation to loops. No knowledge of graphs or of weights' values."""
+"""Schedules: kernels in TVMScript, a family per file: a computation as the loops that a device runs.
 
-from turbo_tvm.schedules.common import fast_macros
+They know nothing of graphs or of the values of weights.
+"""
 
-fast_macros.install()
+from turbo_tvm import tvm_compat
+
+tvm_compat.quick_macros()

@@ -1,7 +1,7 @@
 """The server: compiled models behind the protocols that clients already speak. `turbo-tvm serve`.
 
-    client -> endpoints (kserve, openai, tei; kserve_grpc) -> ServedModel -> Engine -> CompiledModel
+    client -> endpoints (kserve, openai, tei, operations) -> ModelService -> Engine -> CompiledModel
 
-`app.py` puts it together, `endpoint.py` is what every HTTP endpoint shares, `errors.py` says what a failure looks like
-in each protocol, `serve.py` runs it all. Needs the extra `serve`.
+`app.py` puts it together. `endpoint.py` describes HTTP endpoints, `endpoint_app.py` answers their requests, `errors.py`
+has each kind of failure with its form in each protocol, `serve.py` runs the server. Needs the extra `serve`.
 """

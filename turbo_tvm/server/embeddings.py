@@ -1,4 +1,4 @@
-"""What the text protocols share: texts or token ids in, vectors and scores out."""
+"""Operations that the text protocols share: from texts or token ids to vectors and scores."""
 
 from __future__ import annotations
 
@@ -9,29 +9,34 @@ import numpy as np
 
 from turbo_tvm.runtime.text import Text
 from turbo_tvm.server import errors
+from turbo_tvm.server.deadline import Deadline
 from turbo_tvm.server.endpoint import Call
 from turbo_tvm.server.errors import Problem
-from turbo_tvm.server.served_model import Patience, ServedModel, Tokens
+from turbo_tvm.server.model_service import ModelService
+from turbo_tvm.server.tokenization import EngineRequest
 
 _ROUNDING = 1e-6
 
-Inputs = str | list[str | int | list[int]]  # what JSON may hold: a text, texts, token ids, lists of token ids
+Inputs = str | list[str | int | list[int]]  # a text, texts, token ids, or lists of token ids, in JSON
 
 
-def patience(call: Call) -> Patience:
-    """How long this server lets a request wait, from when its body had come."""
-    return Patience(call.context.settings.timeout_s, since=call.begun)
+def deadline_of(call: Call) -> Deadline:
+    """Return the deadline of a request, by the server's time-out, from when its body had come."""
+    return Deadline(call.context.settings.timeout_s, started_s=call.received_s)
 
 
-async def requests_of(call: Call, model: ServedModel, inputs: Inputs, name: str) -> list[Tokens]:
-    """What the engine is asked, for one text, several, token ids, or several lists of them. Raises Problem."""
+async def requests_of(call: Call, model: ModelService, inputs: Inputs, name: str) -> list[EngineRequest]:
+    """Return the engine's requests for one text, several, token ids, or several lists of them. Raises Problem.
+
+    name: of the field, for messages.
+    """
     listed: list[Any] = [inputs] if isinstance(inputs, str) or _ids(inputs) else list(inputs)
     check_count(call, len(listed), name)
     if all(isinstance(one, str) for one in listed):
         need_tokenizer(model)
-        return await model.tokenize(listed, patience(call))
+        return await model.tokenization.tokenize(listed, deadline_of(call))
     if all(isinstance(one, list) for one in listed):
-        return [Tokens(one) for one in listed]
+        return [EngineRequest(one) for one in listed]
     raise Problem(errors.UNPROCESSABLE, f"{name} mixes texts and token ids: send one kind", param=name)
 
 
@@ -40,7 +45,7 @@ def _ids(inputs: Any) -> bool:
 
 
 def check_count(call: Call, count: int, name: str) -> None:
-    """Raises Problem for an empty list, and for one that is longer than this server takes."""
+    """Raise Problem for an empty list, and for one that is longer than this server takes."""
     if count == 0:
         raise Problem(errors.UNPROCESSABLE, f"{name} is empty", param=name)
     most = call.context.settings.max_inputs
@@ -48,14 +53,14 @@ def check_count(call: Call, count: int, name: str) -> None:
         raise Problem(errors.TOO_LARGE, f"{name} has {count} entries, this server takes {most}", param=name)
 
 
-def need_tokenizer(model: ServedModel) -> None:
-    """Raises Problem for a model that takes no texts."""
+def need_tokenizer(model: ModelService) -> None:
+    """Raise Problem for a model that takes no texts."""
     if not model.has_tokenizer:
         raise Problem(errors.UNPROCESSABLE, f"the model {model.name} carries no tokenizer: send token ids")
 
 
-def check_whole(model: ServedModel, requests: Sequence[Tokens]) -> None:
-    """Raises Problem where a text was cut."""
+def check_whole(model: ModelService, requests: Sequence[EngineRequest]) -> None:
+    """Raise Problem where a text was cut."""
     if not all(one.whole for one in requests):
         raise Problem(
             errors.TOO_LARGE,
@@ -64,14 +69,14 @@ def check_whole(model: ServedModel, requests: Sequence[Tokens]) -> None:
         )
 
 
-async def embed(call: Call, model: ServedModel, requests: Sequence[Tokens]) -> list[np.ndarray]:
-    """A vector per request. Raises Problem for a model that gives none."""
+async def embed(call: Call, model: ModelService, requests: Sequence[EngineRequest]) -> list[np.ndarray]:
+    """Return a vector per request, float32 (columns,). Raises Problem for a model that gives none."""
     if model.embedding is None:
         raise Problem(errors.UNPROCESSABLE, _no_vectors(model))
-    return await model.answer(requests, patience(call))
+    return await model.answer(requests, deadline_of(call))
 
 
-def _no_vectors(model: ServedModel) -> str:
+def _no_vectors(model: ModelService) -> str:
     if model.scores is not None:
         return f"the model {model.name} is a classifier: it gives scores (/predict, /rerank), no embeddings"
     if model.token_rows is not None:
@@ -79,19 +84,19 @@ def _no_vectors(model: ServedModel) -> str:
     return f"the model {model.name} gives no embeddings"
 
 
-async def scores(call: Call, model: ServedModel, texts: Sequence[Text], truncate: bool) -> list[np.ndarray]:
-    """Raw scores, (labels,) per text or pair. Raises Problem for a model that gives none."""
+async def scores(call: Call, model: ModelService, texts: Sequence[Text], truncate: bool) -> list[np.ndarray]:
+    """Return raw scores, float32 (labels,) per text or pair. Raises Problem for a model that gives none."""
     if model.scores is None:
         raise Problem(errors.UNPROCESSABLE, f"the model {model.name} is no classifier: it gives no scores")
     need_tokenizer(model)
-    requests = await model.tokenize(texts, patience(call))
+    requests = await model.tokenization.tokenize(texts, deadline_of(call))
     if not truncate:
         check_whole(model, requests)
-    return [np.atleast_1d(one) for one in await model.answer(requests, patience(call))]
+    return [np.atleast_1d(one) for one in await model.answer(requests, deadline_of(call))]
 
 
 def shortened(vectors: Sequence[np.ndarray], dimensions: int | None) -> list[np.ndarray]:
-    """The first so many values of each, at unit length again (Matryoshka). Raises Problem."""
+    """Return the first `dimensions` values of each vector, scaled to unit length (Matryoshka). Raises Problem."""
     if dimensions is None:
         return list(vectors)
     if not 1 <= dimensions <= len(vectors[0]):
@@ -102,13 +107,13 @@ def shortened(vectors: Sequence[np.ndarray], dimensions: int | None) -> list[np.
 
 
 def unit(vector: np.ndarray) -> np.ndarray:
-    """The vector at unit length; one of zeros stays, and one that has it but for rounding is left as it is."""
+    """Return the vector scaled to unit length; one of zeros, or already of that length, is returned as it is."""
     norm = float(np.linalg.norm(vector))
     return vector / np.float32(norm) if norm > 0 and abs(norm - 1) > _ROUNDING else vector
 
 
 def probabilities(logits: np.ndarray) -> np.ndarray:
-    """Softmax over the labels; of one label its sigmoid."""
+    """Return the softmax over the labels, float64; of a single label the sigmoid."""
     wide = logits.astype(np.float64)
     if len(wide) == 1:
         return 1 / (1 + np.exp(-wide))

@@ -1,4 +1,4 @@
-"""Failures as answers: which status a failure has, and how each protocol spells it."""
+"""Kinds of failure, with their status and their form in each protocol."""
 
 from __future__ import annotations
 
@@ -13,15 +13,13 @@ RETRY_AFTER_S = 1
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of failure. status: of HTTP; grpc: the name of gRPC's; openai, tei: what these protocols call it;
-    outcome: what the metrics count it as.
-    """
+    """A kind of failure."""
 
-    status: int
-    grpc: str
-    openai: str
-    tei: str
-    outcome: str
+    status: int  # of HTTP
+    grpc: str  # the name of gRPC's status
+    openai: str  # the `type` of OpenAI's error
+    tei: str  # the `error_type` of text-embeddings-inference's error
+    outcome: str  # as the metrics count it
 
 
 INVALID = Kind(400, "INVALID_ARGUMENT", "invalid_request_error", "Validation", "invalid")
@@ -39,7 +37,7 @@ TIMED_OUT = Kind(504, "DEADLINE_EXCEEDED", "server_error", "Overloaded", "timed_
 
 
 class Problem(TurboError):
-    """A request that is answered with an error. param: the field that is wrong, where a protocol names it."""
+    """The error that a request is answered with. param: the field that is wrong, for protocols that name it."""
 
     def __init__(self, kind: Kind, message: str, *, param: str | None = None):
         super().__init__(message)
@@ -47,11 +45,11 @@ class Problem(TurboError):
 
 
 class Disconnected(Exception):
-    """The client went away: nobody is left to answer."""
+    """The client hung up: there is nobody to answer."""
 
 
 def problem_of(error: BaseException) -> Problem:
-    """What to answer for an error of the engine, the model or the tokenizer; INTERNAL for what nobody foresaw."""
+    """Return the Problem to answer with for an error of the engine, model or tokenizer; INTERNAL for any other."""
     if isinstance(error, Problem):
         return error
     if isinstance(error, TurboError):
@@ -73,18 +71,18 @@ def _kind_of(error: TurboError) -> Kind:
 
 
 def kserve_form(problem: Problem) -> dict[str, Any]:
-    """The Open Inference Protocol's error."""
+    """Return the body of an error in the Open Inference Protocol."""
     return {"error": str(problem)}
 
 
 def openai_form(problem: Problem) -> dict[str, Any]:
-    """OpenAI's error."""
+    """Return the body of an error in OpenAI's protocol."""
     kind = problem.kind
     return {"error": {"message": str(problem), "type": kind.openai, "param": problem.param, "code": kind.status}}
 
 
 def tei_form(problem: Problem) -> dict[str, Any]:
-    """text-embeddings-inference's error."""
+    """Return the body of an error in text-embeddings-inference's protocol."""
     return {"error": str(problem), "error_type": problem.kind.tei}
 
 

@@ -13,7 +13,7 @@ _ROOT = "turbo_tvm"
 
 
 def configure(as_json: bool) -> None:
-    """Let what the server and its engines say go to stderr."""
+    """Send the logs of the server, its engines and uvicorn to stderr."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(Json() if as_json else Plain())
     for name in (_ROOT, "uvicorn.error"):
@@ -28,20 +28,20 @@ def _fields(record: logging.LogRecord) -> dict[str, Any]:
 
 
 class Plain(logging.Formatter):
-    """`time level message name=value ...`."""
+    """Formats a record for people: `time level message name=value ...`."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """One line, and a traceback if there is one."""
+        """Return one line, and the traceback if the record has one."""
         more = "".join(f" {name}={value}" for name, value in _fields(record).items())
         line = f"{_time(record)} {record.levelname.lower():7} {_printable(record.getMessage())}{more}"
         return line + (f"\n{_traceback(record)}" if record.exc_info else "")
 
 
 class Json(logging.Formatter):
-    """An object per line: time, level, logger, message, and the event's own fields."""
+    """Formats a record as a JSON object: time, level, logger, message, and the event's own fields."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """One line."""
+        """Return one line of JSON."""
         plain = {"time": _time(record), "level": record.levelname.lower(), "logger": record.name}
         plain |= {"message": record.getMessage(), **_fields(record)}
         if record.exc_info:
@@ -59,5 +59,5 @@ def _traceback(record: logging.LogRecord) -> str:
 
 
 def _printable(text: str) -> str:
-    """A request's path must not write lines of its own."""
+    """Escape what does not print, so that the path of a request cannot write lines of its own."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

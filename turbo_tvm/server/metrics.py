@@ -1,4 +1,4 @@
-"""What the server counts, for Prometheus. Meanings are Triton's and text-embeddings-inference's, units are in the name.
+"""Metrics of the server, for Prometheus. They follow Triton's and text-embeddings-inference's; units are in the names.
 
 With several workers each has numbers of its own; prometheus-client adds them up from files.
 """
@@ -29,7 +29,7 @@ _SEQUENCES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _ERRORS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
 
 
-disable_created_metrics()  # when each began to count: a third more lines, which nobody reads
+disable_created_metrics()  # the time at which each began to count, which would be a third more lines
 
 
 class Metrics:
@@ -57,7 +57,7 @@ class Metrics:
         self.cache_misses = self._counter("turbo_cache_misses", "Answers that were computed.", "model")
 
     def request(self, protocol: str, outcome: str, seconds: float) -> None:
-        """A request was answered, or not."""
+        """Count a request that ended with this outcome."""
         key = protocol, outcome
         if key not in self._known:
             self._known[key] = self._requests.labels(protocol, outcome)
@@ -67,16 +67,16 @@ class Metrics:
         self._times[protocol].observe(seconds)
 
     def of_model(self, name: str) -> ModelMetrics:
-        """Those of a model."""
+        """Return the metrics of a model."""
         return ModelMetrics(self, name)
 
     def forget(self, name: str) -> None:
-        """A model was unloaded: its gauges say nothing any more."""
+        """Remove the gauges of a model that was unloaded."""
         for gauge in (self.queue_size, self.arena):
             gauge.remove(name)
 
     def exposition(self) -> tuple[bytes, str]:
-        """The text that Prometheus reads, of all workers, and its content type."""
+        """Return the text that Prometheus reads, of all workers, and its content type."""
         registry = self.registry
         folder = config.counts_with_others()
         if folder is not None:
@@ -96,7 +96,7 @@ class Metrics:
 
 
 def _forget_the_dead(folder: Path) -> None:
-    """What a worker that was killed had waiting is no longer there; what it had counted stays."""
+    """Remove the gauges of workers that died, whose requests wait no longer; their counters stay."""
     for path in folder.glob("gauge_live*_*.db"):
         pid = int(path.stem.rpartition("_")[2])
         try:
@@ -121,7 +121,7 @@ class ModelMetrics:
         self._seen = 0, 0
 
     def batch(self, record: BatchRecord) -> None:
-        """A batch has run."""
+        """Count a batch that has run."""
         tokens = sum(record.lengths)
         for waited in record.waited_s:
             self._queue.observe(waited)
@@ -133,7 +133,7 @@ class ModelMetrics:
         self._error.observe(abs(record.predicted_s - record.seconds) / max(record.seconds, 1e-9))
 
     def sample(self, waiting: int, arena_bytes: int, answered: int, cache_hits: int, shared: int) -> None:
-        """What an engine says of itself when it is asked."""
+        """Update gauges and cache counters from an engine's statistics; these three count since its start."""
         self._queue_size.set(waiting)
         self._arena.set(arena_bytes)
         hits, misses = cache_hits, answered - cache_hits - shared

@@ -1,4 +1,4 @@
-"""The OpenAPI document, made of the endpoints and the types that they decode and answer."""
+"""The OpenAPI document, made of the list of endpoints and the types of their bodies and answers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _TITLES = {"kserve": "Open Inference Protocol", "openai": "OpenAI", "tei": "text
 
 
 def document(endpoints: Sequence[Endpoint], keyed: bool) -> dict[str, Any]:
-    """The document. keyed: whether the server wants a key."""
+    """Return the document of these endpoints. keyed: whether the server needs a key."""
     types = list({_key(t): t for e in endpoints for t in (e.body, e.described, e.answer) if t is not None}.values())
     schemas, components = msgspec.json.schema_components(types, ref_template=_REFERENCE)
     known = {_key(t): schema for t, schema in zip(types, schemas, strict=True)}

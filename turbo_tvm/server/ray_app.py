@@ -1,4 +1,4 @@
-"""The server on a Ray cluster: the same application in replicas, as many as the requests that are under way need.
+"""The server on a Ray cluster: the same application in as many replicas as the requests under way need.
 
     serve run turbo_tvm.server.ray_app:build files=minilm.turbo max_replicas=8
 
@@ -26,10 +26,13 @@ def application(
     target_ongoing: int = TARGET_ONGOING,
     cpus: float | None = None,
 ) -> Any:
-    """A Ray Serve application of these settings; ports, TLS and workers are Ray's affair.
+    """Make a Ray Serve application of these settings. It ignores ports, TLS and workers, which Ray provides.
 
-    min_replicas, max_replicas: as many as the load needs, between these. target_ongoing: requests per replica that Ray
-    aims at. cpus: of a replica, by default its threads. Raises InputError.
+    min_replicas, max_replicas: the range in which Ray chooses the number of replicas by the load.
+    target_ongoing: requests under way per replica that Ray aims at.
+    cpus: of a replica; by default its threads.
+
+    Raises InputError.
     """
     if not 1 <= min_replicas <= max_replicas:
         raise InputError(f"replicas are from 1 up, not {min_replicas} to {max_replicas}")
@@ -55,7 +58,11 @@ def application(
 
 
 def build(arguments: dict[str, str]) -> Any:
-    """What `serve run` calls. files: paths with commas between; threads, min_replicas, max_replicas, target_ongoing."""
+    """Make the application for `serve run`.
+
+    arguments: `files`, paths with commas between, and the numbers `threads`, `min_replicas`, `max_replicas` and
+    `target_ongoing`. Raises InputError for others.
+    """
     known = {"files", "threads", "min_replicas", "max_replicas", "target_ongoing"}
     if "files" not in arguments or not set(arguments) <= known:
         raise InputError(f"arguments are files=a.turbo,b.turbo and {', '.join(sorted(known - {'files'}))}")

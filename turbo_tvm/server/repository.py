@@ -1,4 +1,4 @@
-"""The models of a server, by name: those it was started with, and those that were loaded since."""
+"""The repository: the models of a server by name, those it was started with and those loaded since."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from turbo_tvm.runtime.model import CompiledModel
 from turbo_tvm.server import errors
 from turbo_tvm.server.errors import Problem
 from turbo_tvm.server.metrics import Metrics
-from turbo_tvm.server.served_model import ServedModel
+from turbo_tvm.server.model_service import ModelService
 from turbo_tvm.server.settings import Settings
 
 _LOG = logging.getLogger("turbo_tvm.server")
@@ -25,26 +25,26 @@ OpenFile = Callable[[Path, int | None], CompiledModel]
 
 
 def open_artifact(path: Path, threads: int | None) -> CompiledModel:
-    """The model in a file. Raises ArtifactError."""
+    """Load the model in a file. Raises ArtifactError."""
     return load(path, threads=threads)
 
 
 class Repository:
-    """Models by name. `add` and `close` work in the calling thread, `load` and `unload` are for the event loop."""
+    """Models by name. `add` and `close` work in the calling thread; `load` and `unload` are for the event loop."""
 
     def __init__(self, settings: Settings, metrics: Metrics, open_file: OpenFile = open_artifact):
         self._settings, self._metrics, self._open = settings, metrics, open_file
-        self._models: dict[str, ServedModel] = {}
+        self._models: dict[str, ModelService] = {}
         self._changing = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def __iter__(self) -> Iterator[ServedModel]:
+    def __iter__(self) -> Iterator[ModelService]:
         return iter(list(self._models.values()))
 
     def __contains__(self, name: object) -> bool:
         return name in self._models
 
-    def add(self, path: Path) -> ServedModel:
+    def add(self, path: Path) -> ModelService:
         """Load a file and serve it under its stem. Raises ArtifactError, and InputError for a name that is taken."""
         if path.stem in self._models:
             raise InputError(f"two models would be called {path.stem}: rename one of the files")
@@ -52,13 +52,13 @@ class Repository:
         self._models[path.stem] = self._serve(path.stem, model, path)
         return self._models[path.stem]
 
-    def _serve(self, name: str, model: CompiledModel, path: Path) -> ServedModel:
-        served = ServedModel(name, model, self._settings, self._metrics.of_model(name))
+    def _serve(self, name: str, model: CompiledModel, path: Path) -> ModelService:
+        served = ModelService(name, model, self._settings, self._metrics.of_model(name))
         _LOG.info("model %s is served from %s", name, path)
         return served
 
-    def get(self, name: str | None) -> ServedModel:
-        """The model of that name, or the first one. Raises Problem (404, or 503 where there is none at all)."""
+    def get(self, name: str | None) -> ModelService:
+        """Return the model of this name; the first one for None. Raises Problem: 404, or 503 where there is none."""
         if name is None:
             for model in self._models.values():
                 return model
@@ -70,7 +70,7 @@ class Repository:
         return found
 
     def files(self) -> dict[str, Path]:
-        """What could be loaded, by name."""
+        """Return the files of the directory of models, by the names of their models."""
         folder = self._settings.models_dir
         return {path.stem: path for path in sorted(folder.glob(f"*{_SUFFIX}"))} if folder is not None else {}
 
@@ -80,12 +80,12 @@ class Repository:
         await self._to_the_end(self._load(name))
 
     async def unload(self, name: str) -> None:
-        """Answer what waits for a model, and let it go. Raises Problem."""
+        """Answer what waits for a model, and drop it. Raises Problem."""
         self._check_allowed()
         await self._to_the_end(self._unload(name))
 
     async def _to_the_end(self, work: Coroutine[Any, Any, None]) -> None:
-        """Await it; it goes on where who asked for it leaves."""
+        """Await work that goes on if its caller is cancelled."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -118,12 +118,12 @@ class Repository:
             _LOG.info("model %s is unloaded", name)
 
     def close(self, *, drain: bool = True) -> None:
-        """Stop all engines; with `drain`, when what waits is answered."""
+        """Stop all models; with `drain`, when what waits is answered."""
         for model in self:
             model.close(drain=drain)
 
     def sample(self) -> None:
-        """Bring the metrics up to date that nobody tells of."""
+        """Update the metrics that no event updates."""
         for model in self:
             known = model.engine.statistics
             held = model.model.memory_held

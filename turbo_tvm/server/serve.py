@@ -1,4 +1,4 @@
-"""Run a server: one process, or several that listen on the same socket; signals, and where workers count together."""
+"""Running a server: in one process, or in several that listen on the same socket and share their metrics."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def serve(settings: Settings) -> int:
 
 
 def url(settings: Settings, port: int) -> str:
-    """Where the server is."""
+    """Return the server's address."""
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     return f"http{'s' if settings.tls_cert else ''}://{host}:{port}"
 
@@ -72,7 +72,7 @@ def _several(settings: Settings, listening: socket.socket) -> int:
     from uvicorn.supervisors import Multiprocess
 
     for path in settings.files:
-        artifact.read(path)  # a file that cannot be used is said once, and not by every worker
+        artifact.read(path)  # a file that cannot be used is reported once, and not by every worker
     shared = settings.threads or max(1, config.physical_cores() // settings.workers)
     with tempfile.TemporaryDirectory(prefix="turbo_tvm_metrics_") as folder:
         config.tell_workers(replace(settings, threads=shared).to_json(), folder)
@@ -89,7 +89,7 @@ def _say_where(settings: Settings, listening: socket.socket) -> None:
 
 
 def uvicorn_config(app: Any, settings: Settings) -> uvicorn.Config:
-    """How uvicorn runs the application."""
+    """Return uvicorn's configuration for the application."""
     import uvicorn
 
     from turbo_tvm.server.connection import TimedConnection
@@ -112,7 +112,7 @@ def uvicorn_config(app: Any, settings: Settings) -> uvicorn.Config:
 
 
 def bind(settings: Settings) -> socket.socket:
-    """The socket that the server will listen on. Raises TurboError where it is taken."""
+    """Bind the socket that the server will listen on. Raises TurboError if the port is taken."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     made = socket.socket(family)
     made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -1,4 +1,4 @@
-"""Tensors of the Open Inference Protocol: to and from JSON, the binary extension and gRPC. Pure functions."""
+"""Tensors of the Open Inference Protocol, from and to JSON, the binary extension and gRPC. Pure functions."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ BYTES = "BYTES"
 
 @dataclass(frozen=True)
 class Tensor:
-    """A named array; BYTES are an array of `bytes` objects."""
+    """A named array; one of BYTES is an array of `bytes` objects."""
 
     name: str
     array: np.ndarray
 
     @property
     def datatype(self) -> str:
-        """As the protocol calls it."""
+        """The protocol's name of the array's type."""
         return BYTES if self.array.dtype == object else NAMES[self.array.dtype]
 
 
 def from_values(name: str, datatype: str, shape: Sequence[int], values: Any) -> Tensor:
-    """A tensor whose values came as a list, flat or nested. Raises Problem."""
+    """Make a tensor of a list of values, flat or nested. Raises Problem if they do not fit datatype and shape."""
     size = _size(name, datatype, shape)
     if datatype == BYTES:
         flat = list(_flat(values))
@@ -71,7 +71,10 @@ def from_values(name: str, datatype: str, shape: Sequence[int], values: Any) -> 
 
 
 def from_bytes(name: str, datatype: str, shape: Sequence[int], raw: bytes) -> Tensor:
-    """A tensor in the protocol's bytes: little-endian, row by row; BYTES each after its length in 4 bytes."""
+    """Make a tensor of the protocol's bytes. Raises Problem if they do not fit datatype and shape.
+
+    They are little-endian, row by row; each of BYTES comes after its length in 4 bytes.
+    """
     size = _size(name, datatype, shape)
     if datatype == BYTES:
         parts = _split(name, raw, size)
@@ -85,14 +88,14 @@ def from_bytes(name: str, datatype: str, shape: Sequence[int], raw: bytes) -> Te
 
 
 def to_bytes(tensor: Tensor) -> bytes:
-    """The protocol's bytes."""
+    """Return a tensor as the protocol's bytes, which `from_bytes` reads."""
     if tensor.datatype == BYTES:
         return b"".join(struct.pack("<I", len(value)) + value for value in tensor.array.reshape(-1))
     return np.ascontiguousarray(tensor.array, tensor.array.dtype.newbyteorder("<")).tobytes()
 
 
 def texts(tensor: Tensor) -> list[str]:
-    """The strings of a tensor of BYTES. Raises Problem."""
+    """Return the strings of a tensor of BYTES. Raises Problem for one that is not UTF-8."""
     try:
         return [value.decode() for value in tensor.array.reshape(-1)]
     except UnicodeDecodeError as error:

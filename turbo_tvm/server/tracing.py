@@ -1,6 +1,6 @@
 """OpenTelemetry spans, where its API is installed: one per request, in the trace that the client began.
 
-Where they go is said by OpenTelemetry's own variables (OTEL_EXPORTER_OTLP_ENDPOINT, OTEL_SERVICE_NAME, ...).
+OpenTelemetry's own variables say where they go (OTEL_EXPORTER_OTLP_ENDPOINT, OTEL_SERVICE_NAME, ...).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _tracer: Any = None
 
 
 def start() -> bool:
-    """Begin to trace, if the packages are installed and an exporter is named. Returns whether it does."""
+    """Begin to trace if the packages are installed and an exporter is named; return whether it does."""
     global _tracer
     service = config.traced_service()
     if service is None:
@@ -38,7 +38,7 @@ def start() -> bool:
 
 
 def stop() -> None:
-    """Send what is left."""
+    """Stop tracing, and send the spans that are left."""
     global _tracer
     if _tracer is not None:
         from opentelemetry import trace
@@ -48,7 +48,7 @@ def stop() -> None:
 
 
 def span(endpoint: Endpoint, call: Call) -> AbstractContextManager[Any]:
-    """A span around a request; nothing where nobody traces."""
+    """Return a context manager that makes a span of a request; it does nothing where tracing is off."""
     if _tracer is None:
         return nullcontext()
     from opentelemetry.propagate import extract

@@ -22,14 +22,15 @@ from tvm import ir
 from turbo_tvm import config
 from turbo_tvm.compiler import targets
 from turbo_tvm.compiler.kernel_recipe import KernelRecipe
-from turbo_tvm.errors import TuningError
+from turbo_tvm.errors import WrongAnswersError
+from turbo_tvm.ops import formats
 from turbo_tvm.runtime.device.cpu_features import request_amx
 from turbo_tvm.schedules.common.space import Variant
-from turbo_tvm.tuning.operands import operands
+from turbo_tvm.tuning.operands import arrays
 
 NAME = "kernel"
 FLUSH = "cache_flush_cpu_non_first_arg"
-TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "uint16": 3e-2}  # of the largest value
+TOLERANCES = {formats.FP32: 1e-4, formats.FP16: 1e-2, formats.BF16: 3e-2}  # of the largest value
 
 _LEAST_PAIRS, _MOST_PAIRS = 5, 15
 _LONG_S = 0.03  # a call of which fewer samples must do
@@ -135,55 +136,58 @@ def _session(device: str, threads: int, remote: Remote | None) -> _Session:
 
 @dataclass(frozen=True)
 class _Call:
-    """Arguments of a kernel on a machine; `out` is the last of them. bound_by_weights: they are most of its bytes."""
+    """A kernel's arguments on a machine."""
 
     session: _Session
     arguments: tuple[Any, ...]
-    out: np.ndarray
-    bound_by_weights: bool
+    out: Any  # what it writes when it is timed
+    shape: tuple[int, ...]  # of the output
+    stored: formats.Format  # of the output
+    bound_by_weights: bool  # whether weights are most of its bytes
 
     def answer(self, module: Any) -> np.ndarray:
-        """What a kernel gives; NaN where it writes nothing."""
-        tensor = self.session.tensor(np.full(self.out.shape, _NAN[str(self.out.dtype)], self.out.dtype))
-        module[NAME](*self.arguments[:-1], tensor)
-        return _as_float(tensor.numpy())
+        """Return what a kernel gives; NaN where it writes nothing."""
+        tensor = self.session.tensor(np.full(self.shape, _NAN[self.stored], self.stored.storage))
+        module[NAME](*self.arguments, tensor)
+        return _as_float(tensor.numpy(), self.stored)
 
     def seconds(self, module: Any, number: int) -> float:
-        """Of one run, after one that is not timed."""
+        """Return the seconds of one run, after one that is not timed."""
         flush = FLUSH if self.bound_by_weights else ""
         timer = module.time_evaluator(NAME, self.session.device, number=number, repeat=1, f_preproc=flush)
-        return float(f"{timer(*self.arguments).mean:.4g}")
+        return float(f"{timer(*self.arguments, self.out).mean:.4g}")
 
 
-_NAN: dict[str, Any] = {"uint16": 0x7FC0, "float32": np.nan, "float16": np.nan}
+_NAN: dict[formats.Format, Any] = {formats.BF16: 0x7FC0, formats.FP32: np.nan, formats.FP16: np.nan}
 
 
 @lru_cache(maxsize=8)
 def _call(session: _Session, recipe_text: str, lengths: tuple[int, ...], seed: int) -> _Call:
-    """The same for every candidate of a kernel."""
+    """Return the same call for every candidate of a kernel."""
     recipe = KernelRecipe.from_json(recipe_text)
-    arrays = operands(recipe, recipe.build(), lengths, seed)
+    made = arrays(recipe, lengths, seed)
     tensors: dict[int, Any] = {}
-    for array in arrays:  # one that occurs twice is one tensor
+    for array in made.arguments:  # one that occurs twice is one tensor
         if id(array) not in tensors:
             tensors[id(array)] = session.tensor(array)
-    weights = sum(array.nbytes for array in arrays[1:-1])
-    small = weights > arrays[0].nbytes + arrays[-1].nbytes and recipe.device == "cpu"
-    return _Call(session, tuple(tensors[id(array)] for array in arrays), arrays[-1], small)
+    stored = formats.of_storage(recipe.operator.out.dtype) or formats.FP32
+    arguments = tuple(tensors[id(array)] for array in made.arguments)
+    flushed = made.bound_by_weights and recipe.device == "cpu"
+    return _Call(session, arguments, session.tensor(made.out), made.out.shape, stored, flushed)
 
 
 def _check(call: _Call, default: Any, candidate: Any) -> None:
     """TuningError unless both give the same answers."""
     expected, got = call.answer(default), call.answer(candidate)
     largest = float(np.nanmax(np.abs(expected), initial=0.0))
-    allowed = TOLERANCES[str(call.out.dtype)] * max(largest, 1e-6)
+    allowed = TOLERANCES[call.stored] * max(largest, 1e-6)
     if not np.allclose(got, expected, rtol=0, atol=allowed, equal_nan=True):
         off = float(np.nanmax(np.abs(got - expected), initial=0.0))
-        raise TuningError(f"wrong answers: off by {off:.3g}, allowed are {allowed:.3g}")
+        raise WrongAnswersError(f"wrong answers: off by {off:.3g}, allowed are {allowed:.3g}")
 
 
-def _as_float(array: np.ndarray) -> np.ndarray:
-    if array.dtype == np.uint16:
+def _as_float(array: np.ndarray, stored: formats.Format) -> np.ndarray:
+    if stored == formats.BF16:
         return (array.astype(np.uint32) << 16).view(np.float32)
     return array.astype(np.float32)
 

@@ -1,8 +1,8 @@
-"""From trials to variants: who goes to the final, and which settings a kernel is built in.
+"""From trials to variants: which settings are timed again in the final, and which a kernel is built in.
 
 Pure functions. A trial's time is a small sample, and the best of many small samples is partly luck: the best few are
-timed again beside the default, and only what holds then is chosen. A variant costs code and compile time, so a setting
-that is nearly as good for a neighbour's batches serves them too.
+timed again beside the default, and only settings that still gain are chosen. A variant costs code and compile time, so
+a setting that is nearly as good for a neighbouring bucket serves it too.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 from turbo_tvm.tuning.search import Observation, key
 
-LEAST_GAIN = 1.01  # below that it is noise, or not worth code of its own
+LEAST_GAIN = 1.01  # a smaller gain is noise, or not worth a variant
 
-VARIANT_COST = 1.05  # what code of its own must gain on the mean over the buckets: it takes a second to compile
+VARIANT_COST = 1.05  # what a further variant must gain on the mean over the buckets: it takes a second to compile
 
 _FINALISTS = 2  # of each bucket
 
@@ -30,7 +30,7 @@ class Choice:
 
 
 def finalists(seen: Sequence[Observation], weights: Mapping[int, float]) -> list[dict[str, int]]:
-    """The settings that are worth a second look: the fastest few of each bucket, and of all together."""
+    """Return the settings to time again: the fastest few of each bucket, and of all buckets together."""
     good = [o for o in seen if o.gains]
     chosen: dict[tuple, dict[str, int]] = {}
     for rows in weights:
@@ -45,7 +45,7 @@ def finalists(seen: Sequence[Observation], weights: Mapping[int, float]) -> list
 
 
 def mean_gain(gains: Mapping[int, float], weights: Mapping[int, float]) -> float:
-    """The geometric mean over the buckets, by their weights."""
+    """Return the weighted geometric mean of the gains over the buckets."""
     total = sum(weights.values())
     return math.exp(sum(weight * math.log(gains[rows]) for rows, weight in weights.items()) / total)
 
@@ -53,11 +53,13 @@ def mean_gain(gains: Mapping[int, float], weights: Mapping[int, float]) -> float
 def variants(
     final: Sequence[Observation], bounds: Mapping[int, int | None], most: int = 2
 ) -> tuple[list[Choice], dict[int, float]]:
-    """The variants of a kernel, and what each bucket gains by its own.
+    """Return the variants of a kernel, and the gain of each bucket with its own.
 
-    final: the finalists, timed again. bounds: the buckets' largest batches, by the rows they were measured at. At most
-    `most` settings are used, the default among them if it is one; each beyond the first must earn what it costs. No
-    bucket loses, and where less than `LEAST_GAIN` is gained on the mean the default stays.
+    final: the finalists, timed again.
+    bounds: the largest batch of each bucket, by the rows it was measured at.
+    most: how many settings may be used, the default included if it is one; each beyond the first must gain its cost.
+
+    No bucket loses, and where less than `LEAST_GAIN` is gained on the mean the default stays.
     """
     rows = list(bounds)
     default = Observation({}, dict.fromkeys(rows, 1.0))
@@ -78,7 +80,7 @@ def variants(
 def one_for_all(
     final: Sequence[Observation], bounds: Mapping[int, int | None], weights: Mapping[int, float]
 ) -> tuple[list[Choice], dict[int, float]]:
-    """The same for a kernel that has one setting for all rows, as on a GPU."""
+    """Choose as `variants` does for a kernel that has one setting for all rows, as on a GPU."""
     default = Observation({}, dict.fromkeys(bounds, 1.0))
     whole = [o for o in final if set(o.gains) >= set(bounds) and mean_gain(o.gains, weights) >= LEAST_GAIN]
     best = max([default, *whole], key=lambda o: mean_gain(o.gains, weights))
@@ -86,7 +88,10 @@ def one_for_all(
 
 
 def _worth(used: Sequence[Observation], rows: Sequence[int]) -> float | None:
-    """The mean logarithm of what buckets gain, each by the best of these, less the cost of code; None if one loses."""
+    """Return the mean logarithm of the buckets' gains, each by its best setting, less the cost of the variants.
+
+    None if a bucket loses.
+    """
     best = [max(o.gains.get(r, 0.0) for o in used) for r in rows]
     if min(best) < 1.0:
         return None

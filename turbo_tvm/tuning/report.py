@@ -1,4 +1,4 @@
-"""The report of a tuning log: every kernel as it is by itself and as tuned, side by side; and how the searches went."""
+"""The report of a tuning log: the default of every kernel beside the tuned one, and the progress of the searches."""
 
 from __future__ import annotations
 
@@ -22,27 +22,24 @@ from turbo_tvm.tuning.tuner import observations, task_record
 from turbo_tvm.tuning.workers import Workers
 
 SECONDS = 1.0  # per kernel and bucket
-AT_THE_LIMIT = 0.97  # of the machine's limit: what is left is noise
+AT_THE_LIMIT = 0.97  # a kernel that reaches this part of the machine's limit has nothing left to gain but noise
 
 
 @dataclass(frozen=True)
 class BucketReport:
-    """A kernel on one batch. pairs: (default, tuned) seconds in turn; floor_s: the machine's limit, None if unknown.
-
-    setting: what was tuned, {} where the default was best.
-    """
+    """A kernel on one batch."""
 
     kernel: str
-    lengths: tuple[int, ...]
-    flops: float
-    pairs: tuple[tuple[float, float], ...]
-    floor_s: float | None
-    bound: Bound | None
-    setting: dict[str, int]
+    lengths: tuple[int, ...]  # of the batch's sequences
+    flops: float  # of one call
+    pairs: tuple[tuple[float, float], ...]  # seconds of default and tuned, timed in turn
+    floor_s: float | None  # the least time that the machine's limits allow; None if they are unknown
+    bound: Bound | None  # which limit that is
+    setting: dict[str, int]  # the tuned setting; {} where the default was best
 
     @property
     def gain(self) -> float:
-        """How much faster the tuned kernel is: see `candidate.gains`."""
+        """The default's time divided by the tuned kernel's, as `candidate.gains` measures it."""
         return candidate.gains({0: self.pairs})[0]
 
     @property
@@ -52,7 +49,7 @@ class BucketReport:
 
     @property
     def default_s(self) -> float:
-        """The default's best time: what the machine leaves it when nobody disturbs."""
+        """The default's best time, which other programs disturbed least."""
         return min(a for a, _ in self.pairs)
 
     @property
@@ -81,9 +78,9 @@ def compare(
     remote: Remote | None = None,
     show: Callable[[str], None] = lambda _: None,
 ) -> list[BucketReport]:
-    """Build every kernel both ways and time them in turn, on this machine or another.
+    """Build every kernel as default and as tuned, and time both in turn, on this machine or another.
 
-    TuningError where the log has nothing on any of the kernels.
+    Raises TuningError where the log has no result for any of the kernels.
     """
     known = {task.kernel: log.read(task_record(task, target)) for task in tasks}
     tuned = [task for task in tasks if known[task.kernel].result is not None]
@@ -114,7 +111,7 @@ def compare(
 
 
 def curves(tasks: Sequence[TuningTask], log: TuningLog, target: str) -> list[Curve]:
-    """How each search in the log went, kernel by kernel."""
+    """Return the curve of each search in the log, kernel by kernel."""
     made = []
     for task in tasks:
         known = log.read(task_record(task, target))
@@ -127,13 +124,13 @@ def curves(tasks: Sequence[TuningTask], log: TuningLog, target: str) -> list[Cur
 
 
 def mean_curve(found: Sequence[Curve], search: str) -> tuple[float, ...]:
-    """The geometric mean over the kernels of one search, as long as all of them go on."""
+    """Return the geometric mean of a search's curves over the kernels, as far as the shortest goes."""
     mine = [curve.best for curve in found if curve.search == search]
     return tuple(math.exp(statistics.fmean(map(math.log, best))) for best in zip(*mine, strict=False))
 
 
 def geometric_mean(found: Sequence[BucketReport], weights: Mapping[int, float]) -> float:
-    """The gain over all kernels and buckets, each bucket by its weight."""
+    """Return the weighted geometric mean of the gains over all kernels and buckets."""
     total = sum(weights[sum(one.lengths)] for one in found)
     return math.exp(sum(weights[sum(one.lengths)] * math.log(one.gain) for one in found) / total)
 
@@ -153,7 +150,7 @@ def in_turn(
     workers: Workers,
     remote: Remote | None = None,
 ) -> dict[int, list[list[float]]]:
-    """Seconds of two libraries of a kernel, timed in turn, by the rows of the bucket. Raises TuningError."""
+    """Time two libraries of a kernel in turn; return pairs of seconds by the rows of the bucket. Raises TuningError."""
     batches = [bucket.lengths for bucket in buckets]
     results = workers.run(candidate.measure, [(task.recipe.to_json(), first, second, batches, effort, remote)])
     _check(task, results)
@@ -161,7 +158,7 @@ def in_turn(
 
 
 def variants_of(known: KernelLog) -> tuple[Variant, ...]:
-    """What was chosen for a kernel; none for the default. TuningError where nothing was yet."""
+    """Return the variants chosen for a kernel; none for the default. Raises TuningError before there is a result."""
     if known.result is None:
         raise TuningError("the kernel was not tuned to the end: tune it first")
     return known.result.as_variants()

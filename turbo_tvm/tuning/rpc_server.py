@@ -1,4 +1,4 @@
-"""A machine that tuners may use: TVM's RPC server, ready for our kernels, at a tracker."""
+"""TVM's RPC server, set up for our kernels and registered at a tracker, for tuners to measure on this machine."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from turbo_tvm.errors import TuningError, summary
 def serve(tracker: str, key: str, host: str, port: int, say: Callable[[str], None]) -> None:
     """Offer this machine at `tracker`, "host:port", under a key, until the process is interrupted.
 
-    A candidate that crashes takes the session's process along, and with it the thread that accepts sessions: it is
-    started anew. Whoever reaches the port can run code here: use it in a network that you trust. TuningError where the
-    server cannot start.
+    A candidate that crashes ends the session's process, and with it the thread that accepts sessions: the server is
+    then restarted. Whoever reaches the port can run code here: use it in a network that you trust.
+
+    say: called with a line on each event. Raises TuningError where the server cannot start.
     """
     from tvm.rpc.server import PopenRPCServerState
 
@@ -26,7 +27,7 @@ def serve(tracker: str, key: str, host: str, port: int, say: Callable[[str], Non
     threading.excepthook = lambda failed: say(f"a session ended: {failed.exc_value}")
     home = os.getcwd()
     while True:
-        os.chdir(home)  # a session works in a directory of its own, which goes with it
+        os.chdir(home)  # a session works in a directory of its own, which is removed with it
         try:
             state = PopenRPCServerState(host, port, port + 10, **options)
         except (OSError, RuntimeError, ValueError) as error:
@@ -41,7 +42,7 @@ def serve(tracker: str, key: str, host: str, port: int, say: Callable[[str], Non
 
 
 def _prepare() -> None:
-    """What a process that runs our kernels does first; those of the sessions are forked from it."""
+    """Set up this process to run kernels; those of the sessions are forked from it."""
     from turbo_tvm import config
     from turbo_tvm.compiler import targets
     from turbo_tvm.runtime.device.cpu_features import request_amx

@@ -1,9 +1,9 @@
-"""Which settings to try next: guided by a model of costs that is learned on the way, or at random.
+"""The search: which settings to try next, guided by a cost model that is learned on the way, or at random.
 
 Pure functions over what was measured so far. The model is XGBoost's trees over the knobs' values and the size of the
-batch, and it predicts the gain over the default; a setting is worth what it is expected to improve on the best known
-one, summed over the buckets by their weights. A part of every round is random, so that the model sees the rest of the
-space. Method: Chen et al., "Learning to Optimize Tensor Programs" (arXiv 1805.08166).
+batch, and it predicts the gain over the default; a setting is worth its expected improvement on the best known one,
+summed over the buckets by their weights. A part of every round is random, so that the model sees the rest of the space.
+Method: Chen et al., "Learning to Optimize Tensor Programs" (arXiv 1805.08166).
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ import numpy as np
 from turbo_tvm.schedules.common.space import Space
 
 SEARCHES = ("xgb", "random")
-_RANDOM_SHARE = 0.2  # of a guided round
-_LEAST_TO_LEARN = 8  # observations
-_MOST_SETTINGS = 4096  # that are looked at; larger spaces are sampled
+_RANDOM_SHARE = 0.2  # the random part of a guided round
+_LEAST_TO_LEARN = 8  # observations; with fewer the search is random
+_MOST_SETTINGS = 4096  # that are ranked; larger spaces are sampled
 _TREES = {"n_estimators": 80, "max_depth": 4, "learning_rate": 0.15, "subsample": 0.8, "n_jobs": 1, "verbosity": 0}
 
 
 @dataclass(frozen=True)
 class Observation:
-    """gains: default / candidate by the rows of the bucket, above 1 is faster; none for one that failed."""
+    """A setting that was tried."""
 
-    setting: Mapping[str, int]
-    gains: Mapping[int, float]
+    setting: Mapping[str, int]  # the value of each knob by its name
+    gains: Mapping[int, float]  # default's time / its own, by the rows of the bucket; empty for one that failed
 
 
 def propose(
@@ -40,7 +40,10 @@ def propose(
     search: str = "xgb",
     seed: int = 0,
 ) -> list[dict[str, int]]:
-    """Up to `count` settings that were not seen, best first; none where all were. The same for the same arguments."""
+    """Return up to `count` settings that were not seen, best first; none where all were. Deterministic.
+
+    weights: of each bucket, by its rows. search: one of SEARCHES; ValueError for another.
+    """
     if search not in SEARCHES:
         raise ValueError(f"unknown search {search!r}: use one of {', '.join(SEARCHES)}")
     rng = np.random.default_rng((seed, len(seen)))
@@ -58,7 +61,7 @@ def propose(
 
 
 def key(setting: Mapping[str, int]) -> tuple[tuple[str, int], ...]:
-    """The setting as something to compare."""
+    """Return the setting in a hashable form."""
     return tuple(sorted(setting.items()))
 
 

@@ -1,4 +1,4 @@
-"""What there is to tune: the kernels of a model that have knobs, and the batches in which they are measured."""
+"""Tasks and buckets: the kernels of a model that can be tuned, and the batches in which they are measured."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from turbo_tvm.compiler.kernel_recipe import KernelRecipe
 from turbo_tvm.errors import TuningError
 from turbo_tvm.schedules.common.space import Space
 
-# Tokens of a measured batch, and up to how many the choice then holds: halfway to the next, on a scale of doublings.
+# Tokens of the measured batches. A choice holds up to the geometric mean of its batch and the next.
 _ROWS = (16, 64, 256, 1024)
-_MOST_ROWS = 8192  # a batch that stands for all larger ones: only what is chosen is measured there
-_REQUESTS = (1, 4, 16, 32)  # batch sizes that a distribution of lengths is seen in, if none are named
+_MOST_ROWS = 8192  # tokens of a batch that stands for all larger ones, in which only finalists are measured
+_REQUESTS = (1, 4, 16, 32)  # sequences of the random batches by which buckets are weighed
 
 USUAL_LENGTHS = (8, 16, 32, 64, 128, 256, 512)
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """Batches of up to `max_rows` rows, None for any: measured as `lengths`; weight: how much of the work they are."""
+    """Batches of similar size, of which one is measured."""
 
-    max_rows: int | None
-    lengths: tuple[int, ...]
-    weight: float
+    max_rows: int | None  # tokens of the largest one; None for any number
+    lengths: tuple[int, ...]  # of the sequences of the measured batch
+    weight: float  # which part of all batches they are
 
     @property
     def rows(self) -> int:
@@ -38,30 +38,30 @@ class Bucket:
 
 @dataclass(frozen=True)
 class TuningTask:
-    """A kernel to tune. calls: of a run of the model; flops: of a call per token and per pair of tokens."""
+    """A kernel to tune. Its flops and bytes are those of one call."""
 
     kernel: str
     recipe: KernelRecipe
-    calls: int
+    calls: int  # of a run of the model
     flops_per_token: float
-    flops_per_pair: float
+    flops_per_pair: float  # of a query and a key
     bytes_weights: int
     bytes_per_token: int
     space: Space = field(compare=False)
 
     def flops(self, lengths: Sequence[int]) -> float:
-        """Of one call on sequences of these lengths."""
+        """Return the flops of one call on sequences of these lengths."""
         return self.flops_per_token * sum(lengths) + self.flops_per_pair * sum(n * n for n in lengths)
 
     def bytes(self, lengths: Sequence[int]) -> float:
-        """What one call reads and writes at least: its weights once, and its rows."""
+        """Return the bytes that one call reads and writes at least: its weights once, and its rows."""
         return self.bytes_weights + self.bytes_per_token * sum(lengths)
 
 
 def tasks_of(kernels: Iterable[KernelSpec], only: Sequence[str] = ()) -> list[TuningTask]:
-    """The kernels that can be tuned and whose names contain one of `only`, those with most work first.
+    """Return the kernels that can be tuned and whose names contain one of `only`, those with most work first.
 
-    TuningError where none is left.
+    Raises TuningError where there is none.
     """
     tasks = []
     for spec in kernels:
@@ -83,10 +83,11 @@ def tasks_of(kernels: Iterable[KernelSpec], only: Sequence[str] = ()) -> list[Tu
 
 
 def buckets(lengths: Sequence[int], max_length: int, seed: int = 0) -> tuple[Bucket, ...]:
-    """The buckets for requests whose lengths are distributed like `lengths`, in batches of 1 to 32 of them.
+    """Return the buckets for requests whose lengths are distributed like `lengths`, in batches of 1 to 32 of them.
 
-    Each weighs what batches in its range are of all batches; those without any are left out. The last one weighs
-    nothing: it stands for larger batches than these, in which nothing is tried but what is chosen must not lose.
+    The weight of a bucket is its share of all batches; buckets without any are left out. The last one has weight 0: it
+    stands for larger batches than these, in which nothing is tried, but where a chosen setting must not lose. Raises
+    TuningError if the model takes none of the lengths.
     """
     rng = np.random.default_rng(seed)
     allowed = [int(n) for n in lengths if 1 <= int(n) <= max_length]
@@ -106,7 +107,7 @@ def buckets(lengths: Sequence[int], max_length: int, seed: int = 0) -> tuple[Buc
 
 
 def _batch(allowed: Sequence[int], rows: int, rng: np.random.Generator) -> tuple[int, ...]:
-    """Sequences of such lengths that are `rows` tokens together; the last one is cut."""
+    """Return random lengths out of `allowed` that sum to `rows` tokens; the last one is cut."""
     made: list[int] = []
     while sum(made) < rows:
         made.append(min(int(rng.choice(allowed)), rows - sum(made)))

@@ -1,4 +1,4 @@
-"""`turbo_tvm.tune`: find the best settings of a model's kernels on a machine, and keep them in logs."""
+"""`turbo_tvm.tune`: finds the best settings of a model's kernels on a machine, and keeps them in logs."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ DEFAULT_TRIALS = 64
 
 @dataclass(frozen=True)
 class TuningReport:
-    """What tuning found. logs: where it is kept; kernels: in the order in which they were tuned."""
+    """What tuning found."""
 
     target: str
-    logs: Path
-    kernels: tuple[KernelOutcome, ...]
+    logs: Path  # the directory that keeps it
+    kernels: tuple[KernelOutcome, ...]  # in the order in which they were tuned
 
 
 def tune(
@@ -68,10 +68,11 @@ def tune(
     timeout_s: for building or measuring one candidate.
     show: called with a `Progress` after every round.
 
-    Every candidate is checked against the default kernel before it is timed, beside it. KeyboardInterrupt keeps all
-    that was measured, and the next call goes on from there. Deterministic under a seed, but for timings. Raises
-    TuningError, and what `compile` raises. Method: the search of AutoTVM (Chen et al., arXiv 1805.08166) over
-    declared knobs.
+    Every candidate is checked against the default kernel before both are timed in turn. KeyboardInterrupt keeps all
+    that was measured, and the next call goes on from there. The search is deterministic under a seed, but for timings.
+    Method: the search of AutoTVM (Chen et al., arXiv 1805.08166) over declared knobs.
+
+    Raises TuningError, and what `compile` raises.
     """
     if trials < 1:
         raise TuningError(f"at least one trial is needed, not {trials}")
@@ -95,13 +96,13 @@ def tune(
 
 @dataclass(frozen=True)
 class Job:
-    """What is tuned, in which batches, where it is kept and measured."""
+    """What to tune."""
 
     target: str
     tasks: tuple[TuningTask, ...]
-    buckets: tuple[Bucket, ...]
+    buckets: tuple[Bucket, ...]  # the batches to measure in
     log: TuningLog
-    remote: Remote | None
+    remote: Remote | None  # the machine to measure on; None for this one
 
 
 def job(
@@ -115,7 +116,7 @@ def job(
     key: str | None = None,
     seed: int = 0,
 ) -> Job:
-    """The job that these arguments of `tune` describe. TuningError where it cannot be done."""
+    """Return the job that these arguments of `tune` describe. Raises TuningError where it cannot be done."""
     _check_packages()
     remote = _remote(tracker, key)
     specs, name, max_length = _kernels_of(model, target, precision)
@@ -126,7 +127,7 @@ def job(
 
 
 def _kernels_of(model: Any, target: str | None, precision: str) -> tuple[Sequence[KernelSpec], str, int]:
-    """The kernels, the name of their target and the longest sequence."""
+    """Return the kernels, the name of their target and the longest sequence."""
     if isinstance(model, str | PathLike) and Path(model).is_file() and Path(model).suffix != ".onnx":
         model = artifact.read(model)
     if isinstance(model, CompiledModel | artifact.Artifact):
@@ -135,7 +136,7 @@ def _kernels_of(model: Any, target: str | None, precision: str) -> tuple[Sequenc
             raise TuningError(
                 f"the artifact was compiled for {manifest.target.name!r}, not for {target!r}: leave target out"
             )
-        return manifest.kernels, manifest.target.name, manifest.bounds.max_length
+        return manifest.kernels, manifest.target.name, manifest.request_limits.max_length
     from turbo_tvm.compiler.compile import kernels_of
 
     name = target or "cpu"
@@ -161,7 +162,7 @@ def _remote(tracker: str | None, key: str | None) -> Remote | None:
 
 
 def _check_here(name: str) -> None:
-    """TuningError unless this machine is one that the target's code runs on."""
+    """Raise TuningError unless this machine can run the target's code."""
     if targets.architectures(name):
         raise TuningError(
             f"kernels for {name} are measured on a GPU: start a server there and name its tracker and key"

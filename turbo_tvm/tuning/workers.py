@@ -1,6 +1,6 @@
-"""Processes that build and measure candidates; one that crashes or hangs costs a trial and is started anew.
+"""Processes that build and measure candidates; one that crashes or hangs costs a trial and is restarted.
 
-TVM's own `PopenWorker` does the work: functions go there by cloudpickle, and a time-out kills the process.
+TVM's `PopenWorker` does the work: functions go there by cloudpickle, and a time-out kills the process.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from turbo_tvm.errors import TuningError
 
 
 class Workers:
-    """So many processes. A job's value is what its function returns, or the TuningError that says why it has none."""
+    """A number of processes. A job's result is what its function returns, or a TuningError if it failed."""
 
     def __init__(self, count: int, timeout_s: float):
         self._timeout_s = timeout_s
@@ -30,7 +30,7 @@ class Workers:
             worker.kill()
 
     def run(self, function: Callable[..., Any], jobs: Sequence[tuple]) -> list[Any]:
-        """The values of `function` for the arguments of every job, in order; several at a time."""
+        """Call `function` with the arguments of every job, several at a time; return the results in order."""
         results: list[Any] = []
         for start in range(0, len(jobs), len(self._workers)):
             group = list(zip(self._workers, jobs[start : start + len(self._workers)], strict=False))
@@ -40,7 +40,7 @@ class Workers:
         return results
 
     def restart(self) -> None:
-        """Begin anew, without what the processes remember."""
+        """Restart the processes, which drops their state."""
         for worker in self._workers:
             worker.kill()
 
@@ -53,6 +53,6 @@ class Workers:
             return TuningError("the process crashed")
         except TuningError as error:
             return error
-        except Exception as error:  # whatever TVM raises for it
+        except Exception as error:  # TVM raises many types
             lines = str(error).strip().splitlines() or [""]
             return TuningError(f"{type(error).__name__}: {lines[-1][:300]}")

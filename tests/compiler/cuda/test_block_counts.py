@@ -9,8 +9,9 @@ import tvm
 from cuda_kernels import TARGET, Gpu, stored
 
 from turbo_tvm.compiler.cuda import lowering
+from turbo_tvm.ops import sized
+from turbo_tvm.ops.operand import Operand
 from turbo_tvm.runtime import batch
-from turbo_tvm.schedules.cpu.rows import RowFormat
 from turbo_tvm.schedules.cuda.attention import attention
 from turbo_tvm.schedules.cuda.linear import linear
 from turbo_tvm.schedules.cuda.normalization import norm
@@ -30,7 +31,9 @@ def counted(kernel):
 @pytest.mark.parametrize("n", [7, 768, 4099])
 @pytest.mark.parametrize("name", ["softmax", "norm"])
 def test_rows(n, name):
-    kernel = softmax(n=n) if name == "softmax" else norm(n=n, eps=1e-5)
+    made = {"softmax": (softmax, sized.softmax), "norm": (norm, sized.norm)}
+    schedule, operator = made[name]
+    kernel = schedule(operator(CUDA_TILES, n), CUDA_TILES)
     counts = counted(kernel)
     x = stored(np.random.default_rng(0).normal(size=(counts.rows * 4, 1, n)), "float32")
     vectors = [np.ones(n, np.float32)] * 2 if name == "norm" else []
@@ -44,18 +47,18 @@ def test_rows(n, name):
 
 
 def test_a_product_has_a_barrier_for_every_tile_of_k():
-    counts = counted(linear(CUDA_TILES, k=96, n=64, x=RowFormat(96, "float16"), out=RowFormat(64, "float16")))
+    formats = {"x": Operand.rows(96, "float16"), "out": Operand.rows(64, "float16")}
+    counts = counted(linear(sized.linear(CUDA_TILES, 96, 64, **formats), CUDA_TILES))
     assert (counts.rows, counts.threads, counts.barriers, counts.barriers_per_step) == (64, 128, 3, 0)
 
 
 def test_attention_meets_at_every_step_of_its_keys():
-    places = dict(zip("qkv", [(48, 0), (48, 16), (48, 32)], strict=True))
-    formats = {"x": RowFormat(48, "float16"), "out": RowFormat(16, "float16")}
-    kernel = attention(CUDA_TILES, heads=1, head_dim=16, scale=0.25, max_length=256, **places, **formats)
+    places, formats = ((48, 0), (48, 16), (48, 32)), {"dtype": "float16", "out": Operand.rows(16, "float16")}
+    kernel = attention(sized.attention(CUDA_TILES, 1, 16, 256, columns=places, **formats), CUDA_TILES)
     counts = counted(kernel)
     assert (counts.barriers, counts.barriers_per_step) == (0, 2)
     x = stored(np.random.default_rng(0).normal(size=(256, 1, 48)), "float16")
-    tiles = batch.query_tiles(batch.boundaries([256]), 64)
+    tiles = batch.query_tiles(batch.cu_seqlens_of([256]), 64)
     with simt.device() as device:
         gpu = Gpu(device)
         gpu.run(gpu.build({"f": kernel}), "f", [x, x, x, tiles], np.zeros((256, 1, 16), np.float16))

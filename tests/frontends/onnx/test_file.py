@@ -13,6 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 import turbo_tvm
 from turbo_tvm.errors import UnsupportedModelError
 from turbo_tvm.frontends.onnx.model import import_file
+from turbo_tvm.frontends.options import ImportOptions
 
 TOKENS = ["batch", "length"]
 
@@ -104,7 +105,7 @@ class TestExternalData:
         return tmp_path / "model.onnx"
 
     def test_is_read(self, path):
-        assert import_file(path).bounds.vocab_size == 101
+        assert import_file(path).request_limits.vocab_size == 101
 
     def test_missing(self, path):
         path.with_name("weights.bin").unlink()
@@ -162,4 +163,4 @@ class TestUnsupported:
 
     def test_max_length_beyond_the_positions(self, tmp_path):
         with pytest.raises(UnsupportedModelError, match="max_length=0"):
-            import_file(saved(tmp_path, model()), max_length=0)
+            import_file(saved(tmp_path, model()), ImportOptions(max_length=0))

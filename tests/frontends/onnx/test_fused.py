@@ -12,6 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from tvm import relax, tirx
 
 from turbo_tvm.frontends.onnx.graph import OnnxGraph
+from turbo_tvm.ops.entry import ENCODE
 
 BATCH, LENGTH, HEADS, WIDTH = 2, 5, 2, 8
 RNG = np.random.default_rng(0)
@@ -109,5 +110,5 @@ def test_a_node_answers_as_the_runtime_does(case):
     var = relax.Var("x0", relax.TensorType(inputs[0].shape, "float32"))
     mod, weights = OnnxGraph(model, {"x0": var}, (tirx.Var("b", "int64"), tirx.Var("s", "int64"))).run()
     machine = relax.VirtualMachine(tvm.compile(mod, target="llvm"), tvm.cpu())
-    got = machine["main"](tvm.runtime.tensor(inputs[0]), *weights).numpy()
+    got = machine[ENCODE](tvm.runtime.tensor(inputs[0]), *weights).numpy()
     np.testing.assert_allclose(got, wanted, atol=1e-5)

@@ -9,6 +9,8 @@ import tvm
 from tvm import relax
 
 from turbo_tvm.frontends.torch.export import to_relax
+from turbo_tvm.ops.entry import ENCODE
+from turbo_tvm.ops.inputs import InputKind
 
 
 class Attends(torch.nn.Module):
@@ -52,8 +54,8 @@ def test_agrees_with_pytorch(model):
     torch.manual_seed(0)
     ids, mask = torch.randint(0, 50, (2, 7)), torch.ones(2, 7, dtype=torch.int64)
     mask[1, 4:] = 0
-    mod, weights = to_relax(model.eval(), ("input_ids", "attention_mask"), (ids, mask), max_length=16)
+    mod, weights = to_relax(model.eval(), (InputKind.TOKEN_IDS, InputKind.ATTENTION_MASK), (ids, mask), max_length=16)
     machine = relax.VirtualMachine(tvm.compile(mod, target="llvm"), tvm.cpu())
-    found = machine["main"](tvm.runtime.tensor(ids.numpy()), tvm.runtime.tensor(mask.numpy()), *weights).numpy()
+    found = machine[ENCODE](tvm.runtime.tensor(ids.numpy()), tvm.runtime.tensor(mask.numpy()), *weights).numpy()
     with torch.inference_mode():
         np.testing.assert_allclose(found, model(ids, mask).numpy(), atol=1e-5)

@@ -9,10 +9,11 @@ import pytest
 import tvm
 from tvm import relax, tirx
 
-from turbo_tvm.passes import composite
+from turbo_tvm.ops import Attention
+from turbo_tvm.ops.call import match
 from turbo_tvm.passes.analysis.evaluate import evaluate
+from turbo_tvm.passes.canonicalize import canonicalize
 from turbo_tvm.passes.fuse_attention import fuse_attention
-from turbo_tvm.passes.normalize import normalize
 from turbo_tvm.passes.rewriter import Rewriter, shape_of
 
 HEADS, HEAD_DIM, SPAN, LONGEST = 2, 4, 8, 20
@@ -60,7 +61,7 @@ class Graph:
             with self.bb.dataflow():
                 out = self.bb.emit_output(self.attention(x, mask, *weights))
             self.bb.emit_func_output(out)
-        return normalize(self.bb.finalize())
+        return canonicalize(self.bb.finalize(), "main")
 
     def attention(self, x, mask, to_q, to_k, a, b, relative) -> relax.Expr:
         e, o, how = self.emit, relax.op, self.spelling
@@ -122,28 +123,29 @@ class Fused(Rewriter):
     """The graph after the pass, to look at."""
 
     def __init__(self, spelling: Spelling):
-        super().__init__(fuse_attention(Graph(spelling).build(), max_length=LONGEST))
+        super().__init__(fuse_attention(Graph(spelling).build(), "main", max_length=LONGEST), "main")
         self.run()
 
     def rules(self):
         return ()
 
     @property
-    def attention(self) -> composite.Composite | None:
-        found = (composite.match(value, "attention") for value in self.bound.values())
+    def attention(self) -> Attention | None:
+        found = (match(value, Attention) for value in self.bound.values())
         return next((attention for attention in found if attention is not None), None)
 
 
 def test_the_formula_is_fused_and_its_tables_are_over_distances():
     graph = Fused(Spelling(flat=True))
     attention = graph.attention
-    assert attention.attrs["scale"] == pytest.approx(1 / 3)
-    assert (attention.attrs["heads"], attention.attrs["head_dim"]) == (HEADS, HEAD_DIM)
-    assert attention.attrs["key_distances"] and attention.attrs["query_distances"]
+    assert attention.scale == pytest.approx(1 / 3)
+    assert (attention.heads, attention.head_dim) == (HEADS, HEAD_DIM)
+    names = [argument.name for argument in attention.arguments()]
+    assert names == ["q", "k", "v", "mask", "key_table", "query_table"]
     rng = np.random.default_rng(0)
     values = {p.name: rng.standard_normal(shape_of(p), "float32") for p in graph.func.params[2:]}
     buckets = np.clip(np.arange(1 - LONGEST, LONGEST) + SPAN, 0, 2 * SPAN - 1)
-    for name, table in zip("AB", attention.tensors[4:], strict=True):
+    for name, table in zip("AB", (attention.key_table, attention.query_table), strict=True):
         wanted = (values["relative"] @ values[name])[buckets].T.reshape(HEADS, HEAD_DIM, -1)
         got = evaluate(graph, table, {}, lambda p: values[p.name])
         np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-4)

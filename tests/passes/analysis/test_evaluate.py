@@ -20,7 +20,8 @@ class Graph:
         self.ids = relax.Var("ids", relax.TensorType((self.b, self.s), "int64"))
         self.weight = relax.Var("weight", relax.TensorType((64, 2), "float32"))
         self.params = [self.mask, self.ids, self.weight]
-        self.rewriter = Rewriter(tvm.IRModule({"main": relax.Function(self.params, self.mask, self.mask.ty)}))
+        func = relax.Function(self.params, self.mask, self.mask.ty)
+        self.rewriter = Rewriter(tvm.IRModule({"main": func}), "main")
         self.emit = self.rewriter.emit
         self.dims = {self.b: 2, self.s: 3}
 

@@ -10,7 +10,7 @@ from tvm import relax, tirx
 
 from turbo_tvm.passes.analysis.evaluate import evaluate
 from turbo_tvm.passes.analysis.head_operands import HeadOperand, HeadOperands
-from turbo_tvm.passes.normalize import normalize
+from turbo_tvm.passes.canonicalize import canonicalize
 from turbo_tvm.passes.rewriter import Rewriter
 
 HEADS, HEAD_DIM, POSITIONS = 4, 6, 20
@@ -57,7 +57,7 @@ def find(spelling: Callable, width: int = 3 * WIDTH) -> tuple[HeadOperand | None
             tables = bb.emit(relax.op.cos(angles)), bb.emit(relax.op.sin(angles))
             out = bb.emit_output(spelling(bb.emit, x, *tables, (b, s)))
         bb.emit_func_output(out)
-    rewriter = Found(normalize(bb.finalize()))
+    rewriter = Found(canonicalize(bb.finalize(), "main"), "main")
     with rewriter.builder.function("main", list(rewriter.func.params)):
         with rewriter.builder.dataflow():
             operand = rewriter.find()

@@ -6,10 +6,10 @@ import platform
 
 import pytest
 
+from turbo_tvm.artifact.manifest import TargetSpec
 from turbo_tvm.errors import ArtifactError, TargetError
 from turbo_tvm.runtime.device import cpu_features
 from turbo_tvm.runtime.device.cpu_features import check_host, checkable, host_arch, host_features, missing, request_amx
-from turbo_tvm.artifact.manifest import TargetSpec
 
 V3_FLAGS = "cmov cx8 cx16 mmx sse sse2 pni ssse3 sse4_1 sse4_2 lahf_lm popcnt abm movbe bmi1 bmi2 avx f16c avx2 fma"
 V4_FLAGS = f"{V3_FLAGS} avx512f avx512dq avx512cd avx512bw avx512vl"

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from turbo_tvm.artifact.manifest import BufferSpec
 from turbo_tvm.errors import InputError, MemoryBudgetError, TurboError
 from turbo_tvm.runtime.memory.arena import KEPT_PLANS, STRATEGY_NAMES, WINDOW, Arena
-from turbo_tvm.artifact.manifest import BufferSpec
 from turbo_tvm.runtime.memory.planner import chunk_class
 from turbo_tvm.runtime.memory.table import MemoryTable
 

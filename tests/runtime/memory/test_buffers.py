@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from turbo_tvm.errors import MemoryBudgetError
-from turbo_tvm.runtime.memory.buffers import Buffers
-from turbo_tvm.runtime.device.devices import KEPT_SHAPES, HostInput, aligned_empty
 from turbo_tvm.artifact.manifest import BufferSpec
+from turbo_tvm.errors import MemoryBudgetError
+from turbo_tvm.runtime.device.devices import KEPT_SHAPES, HostInput, aligned_empty
+from turbo_tvm.runtime.memory.buffers import Buffers
 from turbo_tvm.runtime.memory.planner import ALIGNMENT
 
 SPECS = (

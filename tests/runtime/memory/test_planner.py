@@ -10,7 +10,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from turbo_tvm.runtime.memory import planner as memory_planner
-from turbo_tvm.runtime.memory.planner import ALIGNMENT, PAGE, SMALLEST_CHUNK, STRATEGIES, TURBO_CHUNK, Chunk, Place, Plan, Record, aligned, chunk_class, lower_bound, plan, pooled, turbo2021
+from turbo_tvm.runtime.memory.planner import (
+    ALIGNMENT,
+    PAGE,
+    SMALLEST_CHUNK,
+    STRATEGIES,
+    TURBO_CHUNK,
+    Chunk,
+    Place,
+    Plan,
+    Record,
+    aligned,
+    chunk_class,
+    lower_bound,
+    plan,
+    pooled,
+    turbo2021,
+)
 
 records = st.tuples(st.integers(0, 30), st.sampled_from([0, 0, 1, 1, 2, 3, 8, 30])).map(
     lambda pair: Record(pair[0], pair[0] + pair[1])

@@ -13,8 +13,6 @@ from turbo_tvm.runtime.memory.planner import STRATEGIES, lower_bound
 from turbo_tvm.runtime.memory.report import memory_report
 from turbo_tvm.runtime.model import CompiledModel
 
-pytestmark = pytest.mark.xdist_group("served")
-
 
 @pytest.fixture
 def model(served, tmp_path):

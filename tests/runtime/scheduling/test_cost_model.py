@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from turbo_tvm.artifact.cost_spec import CostSpec, check_cost
 from turbo_tvm.errors import ArtifactError, InputError
 from turbo_tvm.runtime.scheduling import cost_measurement, cost_model
 from turbo_tvm.runtime.scheduling.cost_model import PackedCost, PaddedCost, Point, RefinedCost, cost_of, fit, mean_error
-from turbo_tvm.artifact.cost_spec import CostSpec, check_cost
 
 PACKED = CostSpec("packed", terms=(0.01, 1e-4, 1e-7, 5e-4, 3e-4), knots=(64,))
 PADDED = CostSpec("padded", lengths=(8, 64, 512), batches=(1, 8), seconds=((0.01, 0.05), (0.04, 0.3), (0.4, 3.0)))

@@ -7,8 +7,8 @@ import pytest
 
 from turbo_tvm.errors import DeadlineError
 from turbo_tvm.runtime.scheduling import flight
+from turbo_tvm.runtime.scheduling.batch_limits import Request
 from turbo_tvm.runtime.scheduling.flight import Flight, RequestFuture
-from turbo_tvm.runtime.scheduling.scheduler import Request
 
 
 @pytest.fixture

@@ -12,10 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from turbo_tvm.runtime.scheduling import partition
-from turbo_tvm.runtime.scheduling.cost_model import RefinedCost, cost_of
 from turbo_tvm.artifact.cost_spec import CostSpec
-from turbo_tvm.runtime.scheduling.scheduler import POLICIES, Limits, Request
+from turbo_tvm.runtime.scheduling import partition
+from turbo_tvm.runtime.scheduling.batch_limits import BatchLimits, Request
+from turbo_tvm.runtime.scheduling.cost_model import RefinedCost, cost_of
+from turbo_tvm.runtime.scheduling.scheduler import POLICIES
 
 PACKED = CostSpec("packed", terms=(0.01, 1e-4, 1e-7, 5e-4, 3e-4, 6e-4), knots=(64, 256))  # bends down, then up
 PADDED = CostSpec("padded", lengths=(8, 64, 512), batches=(1, 8), seconds=((0.01, 0.05), (0.04, 0.3), (0.4, 3.0)))
@@ -86,7 +87,7 @@ def _partitions(count: int) -> Iterator[list[int]]:
             yield [*smaller[:i], mask | bit, *smaller[i + 1 :]]
 
 
-def least(lengths: Sequence[int], cost, limits: Limits) -> float:
+def least(lengths: Sequence[int], cost, limits: BatchLimits) -> float:
     """The least total over all set partitions within the limits."""
     count = len(lengths)
     prices = np.zeros(1 << count)
@@ -100,7 +101,7 @@ def total(batches: Sequence[Sequence[int]], lengths: Sequence[int], cost) -> flo
     return sum(cost([lengths[i] for i in batch]) for batch in batches)
 
 
-def check_dp(lengths: list[int], cost, limits: Limits) -> None:
+def check_dp(lengths: list[int], cost, limits: BatchLimits) -> None:
     found = POLICIES["dp"](requests_of(lengths), cost, limits)
     assert sorted(itertools.chain(*found)) == list(range(len(lengths)))
     assert all(limits.allow([lengths[i] for i in batch]) for batch in found)
@@ -121,18 +122,18 @@ def test_dp_is_as_good_as_every_partition(kind):
             "max_batch": int(rng.integers(1, 10)) if seed % 2 else None,
             "max_tokens": int(rng.integers(12, 60)) if seed % 5 == 0 else None,
         }
-        check_dp(lengths, kind(seed), Limits(**caps))
+        check_dp(lengths, kind(seed), BatchLimits(**caps))
 
 
 def test_dp_is_as_good_as_every_partition_whatever_the_cost():
     rng = np.random.default_rng(2)
     for seed in range(40):
         lengths = rng.integers(1, 4, int(rng.integers(1, 8))).tolist()
-        check_dp(lengths, Arbitrary(seed), Limits())
+        check_dp(lengths, Arbitrary(seed), BatchLimits())
 
 
 def test_a_cap_on_bytes():
-    limits = Limits(max_bytes=130, peak_bytes=lambda lengths: 10 * sum(lengths))
+    limits = BatchLimits(max_bytes=130, peak_bytes=lambda lengths: 10 * sum(lengths))
     rng = np.random.default_rng(3)
     for seed in range(40):
         check_dp(rng.integers(1, 9, 6).tolist(), Padded(seed), limits)
@@ -146,7 +147,7 @@ def test_dp_is_as_good_as_every_partition_with_the_costs_that_engines_have(spec)
         for lengths in ([5], [200] * 9):
             cost.observe(lengths, cost(lengths) * float(rng.uniform(0.3, 3)))
         lengths = rng.integers(1, 500, int(rng.integers(1, 9))).tolist()
-        check_dp(lengths, cost, Limits(max_tokens=1500 if seed % 2 else None))
+        check_dp(lengths, cost, BatchLimits(max_tokens=1500 if seed % 2 else None))
 
 
 def runs_of(starts: list[int], count: int) -> list[list[int]]:
@@ -158,14 +159,14 @@ def test_runs_of_padded_requests_are_as_good_as_every_partition():
     rng = np.random.default_rng(5)
     for seed in range(400):
         lengths = sorted(rng.integers(1, 13, int(rng.integers(1, 10))).tolist())
-        limits = Limits(max_batch=int(rng.integers(1, 10)) if seed % 2 else None)
+        limits = BatchLimits(max_batch=int(rng.integers(1, 10)) if seed % 2 else None)
         starts = partition.best_runs(lengths, Padded(seed), limits)
         found = total(runs_of(starts, len(lengths)), lengths, Padded(seed))
         assert found == pytest.approx(least(lengths, Padded(seed), limits))
     for seed in range(3):
         lengths, cost = sorted(rng.integers(1, 13, 11).tolist()), Padded(seed, most=11)
-        found = total(runs_of(partition.best_runs(lengths, cost, Limits()), 11), lengths, cost)
-        assert found == pytest.approx(total(partition.best_subsets(lengths, cost, Limits()), lengths, cost))
+        found = total(runs_of(partition.best_runs(lengths, cost, BatchLimits()), 11), lengths, cost)
+        assert found == pytest.approx(total(partition.best_subsets(lengths, cost, BatchLimits()), lengths, cost))
 
 
 @settings(max_examples=80, deadline=None)
@@ -185,7 +186,7 @@ def test_prices_over_arrays_are_those_one_by_one(lengths, max_batch, max_tokens,
         def __call__(self, chosen):
             return float(self.batches(len(chosen), sum(chosen), sum(n * n for n in chosen), max(chosen)))
 
-    limits = Limits(max_batch, max_tokens, max_bytes, peak_bytes=sum)
+    limits = BatchLimits(max_batch, max_tokens, max_bytes, peak_bytes=sum)
     prices = partition.run_prices(lengths, Noted(), limits)
     slow = partition.run_prices(lengths, lambda chosen: Noted()(chosen), limits)
     np.testing.assert_array_equal(prices, slow)
@@ -203,13 +204,13 @@ def test_prices_over_arrays_are_those_one_by_one(lengths, max_batch, max_tokens,
 
 class TestEarliestRuns:
     def test_without_hurry_all_run_together(self):
-        runs = partition.EarliestRuns(lambda lengths: 1.0, Limits())
+        runs = partition.EarliestRuns(lambda lengths: 1.0, BatchLimits())
         for length in (3, 5, 7):
             runs.append(length, math.inf)
         assert runs.on_time and runs.starts() == [0]
 
     def test_what_is_due_early_runs_first(self):
-        runs = partition.EarliestRuns(lambda lengths: float(sum(lengths)), Limits(now_s=10.0))
+        runs = partition.EarliestRuns(lambda lengths: float(sum(lengths)), BatchLimits(now_s=10.0))
         runs.append(3, 13.0)
         runs.append(5, 18.0)
         assert runs.on_time and runs.starts() == [0, 1]
@@ -220,7 +221,7 @@ class TestEarliestRuns:
             lengths = rng.integers(1, 9, 8).tolist()
             due = np.sort(rng.integers(5, 60, 8)).astype(float).tolist()
             gone = int(rng.integers(8))
-            runs, others = (partition.EarliestRuns(Packed(1), Limits(max_batch=3)) for _ in range(2))
+            runs, others = (partition.EarliestRuns(Packed(1), BatchLimits(max_batch=3)) for _ in range(2))
             for i in range(8):
                 runs.append(lengths[i], due[i])
                 if i != gone:

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from turbo_tvm.errors import DeadlineError, EngineError, OverloadError
-from turbo_tvm.runtime.scheduling import request_queue
 from turbo_tvm.runtime.batch import Batch
+from turbo_tvm.runtime.scheduling import request_queue
 from turbo_tvm.runtime.scheduling.request_queue import RequestQueue
 
 

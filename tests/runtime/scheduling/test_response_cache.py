@@ -7,17 +7,17 @@ import threading
 import numpy as np
 import pytest
 
+from turbo_tvm.artifact.manifest import ImageSpec, PositionRule, RequestLimits
 from turbo_tvm.errors import InputError
-from turbo_tvm.runtime.batch import from_sequences
 from turbo_tvm.runtime.images import from_image
-from turbo_tvm.artifact.manifest import Bounds, ImageBounds, PositionRule
 from turbo_tvm.runtime.model import ModelOutput
 from turbo_tvm.runtime.scheduling.response_cache import ENTRY_BYTES, ResponseCache, own_copy, request_key
+from turbo_tvm.runtime.validation import from_sequences
 
 
 def request(ids, types=None):
     kinds = None if types is None else [types]
-    return from_sequences([ids], kinds, Bounds(64, 1000, 2), PositionRule("arange"))
+    return from_sequences([ids], kinds, RequestLimits(64, 1000, 2), PositionRule("arange"))
 
 
 def test_keys_tell_requests_apart():
@@ -36,9 +36,9 @@ def test_keys_tell_requests_apart():
 
 
 def test_keys_tell_images_apart():
-    bounds = ImageBounds(1, 2, 2, 2, 2)
+    spec = ImageSpec(1, 2, 2, 2, 2)
     black, white = np.zeros((1, 2, 2), np.float32), np.ones((1, 2, 2), np.float32)
-    keys = [request_key(b"a", from_image(image, bounds)) for image in (black, white, black.copy())]
+    keys = [request_key(b"a", from_image(image, spec)) for image in (black, white, black.copy())]
     assert keys[0] == keys[2] != keys[1] and len(keys[0]) < 64
 
 

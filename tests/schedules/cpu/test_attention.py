@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import tvm
 
-from turbo_tvm.schedules.cpu.attention import attention, space
+from turbo_tvm.ops import Attention, sized
+from turbo_tvm.schedules.common.space import Space, Variant
+from turbo_tvm.schedules.cpu import attention
 from turbo_tvm.schedules.cpu.distances import pack_distances
-from turbo_tvm.schedules.cpu.rows import RowFormat
-from turbo_tvm.schedules.common.space import Variant
 from turbo_tvm.schedules.cpu.tiles import AVX512, NEON, CpuTiles, cpu_tiles
 
 MAX_LENGTH = 512
@@ -63,28 +63,29 @@ class Heads:
         """Columns of Q, K and V."""
         return [self.hidden, *[(self.kv_heads or self.heads) * self.head_dim] * 2]
 
-    def kernel(self, tiles: CpuTiles) -> tvm.tirx.PrimFunc:
+    def operator(self, tiles: CpuTiles) -> Attention:
         h, more = self.hidden, self.wider
         total, starts = sum(self.widths), np.cumsum([0, *self.widths]).tolist()
         operands = [(total, start) for start in starts[:3]] if self.merged else [(width, 0) for width in self.widths]
         operands = [(width + more, first) for width, first in operands]
-        return attention(
+        return sized.attention(
             tiles,
-            heads=self.heads,
-            head_dim=self.head_dim,
+            self.heads,
+            self.head_dim,
+            MAX_LENGTH,
+            columns=operands,
             scale=self.factor,
-            max_length=MAX_LENGTH,
             kv_heads=self.kv_heads,
             window=self.window,
             position_bias=self.bias,
-            key_distances="keys" in self.distances,
-            query_distances="queries" in self.distances,
-            distance_width=DISTANCE_WIDTH if self.distances else 1,
-            x=RowFormat(operands[0][0], self.dtype),
-            out=RowFormat(h + more, self.out),
-            variants=self.variants,
-            **dict(zip("qkv", operands, strict=True)),
+            key_table=DISTANCE_WIDTH if "keys" in self.distances else 0,
+            query_table=DISTANCE_WIDTH if "queries" in self.distances else 0,
+            dtype=self.dtype,
+            out=sized.rows(tiles, h + more, self.out),
         )
+
+    def kernel(self, tiles: CpuTiles) -> tvm.tirx.PrimFunc:
+        return attention.attention(self.operator(tiles), tiles, self.variants)
 
 
 def query_tiles(lengths, queries: int) -> np.ndarray:
@@ -158,8 +159,9 @@ def packed(run_kernel):
     def pack(table: np.ndarray, dtype: str, tiles: CpuTiles, target: tvm.target.Target) -> np.ndarray:
         heads, head_dim, columns = table.shape
         pairs = dtype == BF16
-        sizes = {"heads": heads, "head_dim": head_dim, "columns": columns, "width": DISTANCE_WIDTH}
-        kernel = pack_distances(tiles, **sizes, pairs=pairs)
+        kernel = pack_distances(
+            sized.pack_distances(tiles, heads, head_dim, columns, DISTANCE_WIDTH, dtype=dtype), tiles
+        )
         size = heads * (head_dim // (2 if pairs else 1)) * DISTANCE_WIDTH
         return run_kernel(kernel, [table], [size], target, "int32" if pairs else FP32)
 
@@ -235,14 +237,20 @@ FORMATS = [
     "arithmetic", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in ("fp32", "bf16")], indirect=True
 )
 def test_other_formats_and_scales_match_float64(shape, as_stored, target, compiled):
-    test_ragged_batch_matches_float64(shape, as_stored, target, compiled)
+    shape = as_stored(shape)
+    check_ragged_batch(compiled(shape, target), shape)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_ragged_batch_matches_float64(shape, as_stored, target, compiled):
-    shape, lengths = as_stored(shape), np.random.default_rng(2).permutation(RAGGED)
+    shape = as_stored(shape)
+    check_ragged_batch(compiled(shape, target), shape)
+
+
+def check_ragged_batch(run, shape: Heads) -> None:
+    lengths = np.random.default_rng(2).permutation(RAGGED)
     qkv, bias = random_qkv(sum(lengths), shape), random_bias(shape)
-    check(compiled(shape, target)(qkv, lengths, bias), qkv, lengths, shape, bias)
+    check(run(qkv, lengths, bias), qkv, lengths, shape, bias)
 
 
 @pytest.mark.parametrize(
@@ -357,8 +365,14 @@ def test_equal_and_far_apart_values_are_weighted_as_in_float64(spread, as_stored
     check(compiled(shape, target)(qkv, [length]), qkv, [length], shape, atol=1e-4)
 
 
-KNOBS = [knob.name for knob in space(AVX512).knobs]
 TUNED = Heads(2, 20, merged=False)
+
+
+def space(tiles: CpuTiles) -> Space:
+    return attention.space(TUNED.operator(tiles), tiles)
+
+
+KNOBS = [knob.name for knob in space(AVX512).knobs]
 
 
 def end_of(tiles: CpuTiles, place: int, names=KNOBS) -> tuple[tuple[str, int], ...]:

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import tvm
 
-from turbo_tvm.schedules.cpu import attention, attention_amx, tiles
-from turbo_tvm.schedules.cpu.rows import RowFormat
+from turbo_tvm.ops import Attention, sized
 from turbo_tvm.schedules.common.space import Variant
+from turbo_tvm.schedules.cpu import amx, attention, attention_amx, tiles
 
 MAX_LENGTH = 512
 RAGGED = (1, 2, 15, 16, 17, 31, 32, 33, 47, 64, 65, 127, 128, 511, 512)
@@ -58,26 +58,28 @@ class Heads:
         return [self.hidden, *[(self.kv_heads or self.heads) * self.head_dim] * 2]
 
 
-@functools.cache
-def kernel_of(shape: Heads, **options) -> tvm.tirx.PrimFunc:
+def operator_of(shape: Heads) -> Attention:
     h, more = shape.hidden, shape.wider
     total, starts = sum(shape.widths), np.cumsum([0, *shape.widths]).tolist()
     operands = [(total, start) for start in starts[:3]] if shape.merged else [(width, 0) for width in shape.widths]
     operands = [(width + more, first) for width, first in operands]
-    return attention_amx.attention(
+    return sized.attention(
         tiles.AMX,
-        heads=shape.heads,
-        head_dim=shape.head_dim,
+        shape.heads,
+        shape.head_dim,
+        shape.max_length,
+        columns=operands,
         scale=shape.factor,
-        max_length=shape.max_length,
         kv_heads=shape.kv_heads,
         window=shape.window,
-        x=RowFormat(operands[0][0], BF16),
-        out=RowFormat(h + more, BF16),
-        variants=shape.variants,
-        **dict(zip("qkv", operands, strict=True)),
-        **options,
+        dtype=BF16,
+        out=sized.rows(tiles.AMX, h + more, BF16),
     )
+
+
+@functools.cache
+def kernel_of(shape: Heads, instructions: str = amx.LLVM) -> tvm.tirx.PrimFunc:
+    return attention_amx.attention(operator_of(shape), tiles.AMX, shape.variants, instructions)
 
 
 def spans_of(lengths) -> list[tuple[int, int]]:
@@ -258,9 +260,8 @@ def test_equal_and_far_apart_values_are_weighted_as_in_float64(attend, spread):
     check(attend(SEPARATE, qkv, [(0, 101)]), qkv, [(0, 101)], SEPARATE, atol=1e-4)
 
 
-SMALLEST, LARGEST = (
-    tuple((knob.name, knob.values[place]) for knob in attention_amx.space(tiles.AMX).knobs) for place in (0, -1)
-)
+SPACE = attention_amx.space(operator_of(SEPARATE), tiles.AMX)
+SMALLEST, LARGEST = (tuple((knob.name, knob.values[place]) for knob in SPACE.knobs) for place in (0, -1))
 BY_SIZE = Variant(SMALLEST, 36), Variant(LARGEST, 120), Variant()  # the last one has the defaults
 BATCHES = [[1], [7, 1], [36], [33, 3], [37], [13, 12, 11, 5], [120], [71, 49], [121], [2, 130, 17, 16]]
 
@@ -288,7 +289,7 @@ def test_variants_by_rows(attend, shape):
 
 def test_the_default_variant_is_the_kernel_by_itself():
     plain = kernel_of(SEPARATE)
-    for setting in ((), tuple(attention_amx.space(tiles.AMX).default.items())):
+    for setting in ((), tuple(SPACE.default.items())):
         tvm.ir.assert_structural_equal(kernel_of(replace(SEPARATE, variants=(Variant(setting),))), plain)
 
 
@@ -298,11 +299,21 @@ def test_settings_that_do_not_exist_are_refused(setting):
         kernel_of(replace(SEPARATE, variants=(Variant((setting,)),)))
 
 
-def test_what_fits():
-    assert all(attention_amx.fits(head_dim, BF16, BF16) for head_dim in (32, 64, 96, 128))
-    assert not any(attention_amx.fits(head_dim, BF16, BF16) for head_dim in (8, 16, 36, 48, 80))
-    assert not attention_amx.fits(64, FP32, BF16)
-    assert not attention_amx.fits(64, BF16, FP32)
+def one_head(geometry, head_dim: int, x: str = BF16, out: str = BF16, **options) -> Attention:
+    result = sized.rows(geometry, head_dim, out)
+    return sized.attention(geometry, 1, head_dim, 8, columns=[(head_dim, 0)] * 3, dtype=x, out=result, **options)
+
+
+def test_what_is_refused():
+    def refuses(*heads, geometry=tiles.AMX, **options):
+        return attention_amx.refuses(one_head(geometry, *heads, **options), geometry)
+
+    assert not any(refuses(head_dim) for head_dim in (32, 64, 96, 128))
+    assert all(refuses(d) == f"heads of {d} are no multiples of 32" for d in (8, 16, 36, 48, 80))
+    for other in (refuses(64, FP32), refuses(64, BF16, FP32), refuses(64, geometry=tiles.AVX512)):
+        assert other == "it is no attention in bf16 on AMX"
+    for tables in ({"position_bias": True}, {"key_table": 15}, {"query_table": 15}):
+        assert refuses(64, **tables) == "AMX's kernel knows no biases by distance"
 
 
 @pytest.mark.parametrize(
@@ -312,19 +323,19 @@ def test_what_fits():
         (tiles.AMX, 32, FP32, BF16),
         (tiles.AMX, 32, BF16, FP32),
         (tiles.AVX2, 32, BF16, BF16),
+        (replace(tiles.AVX2, amx=True), 32, BF16, BF16),
     ],
 )
 def test_what_does_not_fit_is_refused(geometry, head_dim, x, out):
-    sizes = {"heads": 1, "head_dim": head_dim, "scale": 1.0, "max_length": 8}
-    rows = {"q": (head_dim, 0), "k": (head_dim, 0), "v": (head_dim, 0)}
-    with pytest.raises(ValueError, match=f"heads of {head_dim} from {x} to {out} do not fit AMX"):
-        attention_amx.attention(geometry, **sizes, **rows, x=RowFormat(head_dim, x), out=RowFormat(head_dim, out))
+    operator = one_head(geometry, head_dim, x, out)
+    reason = attention_amx.refuses(operator, geometry) or "16 queries at once"
+    with pytest.raises(ValueError, match=f"this attention does not fit AMX: {reason}"):
+        attention_amx.attention(operator, geometry)
 
 
 def test_the_same_parameters_as_without_amx():
-    sizes = {"heads": 1, "head_dim": 32, "scale": 1.0, "max_length": 8, "q": (32, 0), "k": (32, 0), "v": (32, 0)}
-    formats = {"x": RowFormat(32, BF16), "out": RowFormat(32, BF16)}
-    wanted, got = (make(tiles.AMX, **sizes, **formats) for make in (attention.attention, attention_amx.attention))
+    operator = one_head(tiles.AMX, 32)
+    wanted, got = (make(operator, tiles.AMX) for make in (attention.attention, attention_amx.attention))
     assert [p.name for p in got.params] == [p.name for p in wanted.params]
 
 

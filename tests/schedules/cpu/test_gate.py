@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
+from turbo_tvm.ops import sized
 from turbo_tvm.schedules.cpu import gate, tiles
-from turbo_tvm.schedules.cpu.rows import RowFormat
 
 HALF_ULP = 2.0**-8  # of a bf16 number, relative to it
 ACTIVATIONS = {
@@ -22,11 +22,11 @@ ACTIVATIONS = {
 
 def check(run_kernel, stored, loaded, target, n, activation, second, dtypes, wider):
     geometry = tiles.cpu_tiles(target)
-    x, out = (RowFormat(w + wider, dtype) for w, dtype in zip((2 * n, n), dtypes, strict=True))
+    x, out = (sized.rows(geometry, w + wider, dtype) for w, dtype in zip((2 * n, n), dtypes, strict=True))
     values = (4 * np.random.default_rng(0).standard_normal((3, geometry.row_tile, 2 * n))).astype("float32")
     values[0, 0, :2] = 60, -60
     rows = stored(values, x.dtype, x.width)
-    kernel = gate.gate(geometry, columns=n, activation=activation, second=second, x=x, out=out)
+    kernel = gate.gate(sized.gate(geometry, n, activation, second=second, x=x, out=out), geometry)
     got = loaded(run_kernel(kernel, [rows], (3, geometry.row_tile, out.width), target, out.dtype), n)
     halves = np.split(loaded(rows, 2 * n), 2, axis=-1)
     active, linear = halves[::-1] if second else halves
@@ -52,5 +52,6 @@ def test_other_storages_and_wider_rows(run_kernel, stored, loaded, host_target, 
 
 
 def test_neon_compiles_to_vectors(assembly, neon_target):
-    text = assembly(gate.gate(tiles.cpu_tiles(neon_target), columns=100, activation="silu"), neon_target)
+    geometry = tiles.cpu_tiles(neon_target)
+    text = assembly(gate.gate(sized.gate(geometry, 100, "silu"), geometry), neon_target)
     assert "fmla" in text and "expf" not in text

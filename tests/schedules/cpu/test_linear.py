@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import tvm
 
-from turbo_tvm.schedules.cpu import linear, tiles
-from turbo_tvm.schedules.cpu.rows import RowFormat
+from turbo_tvm.ops import sized
 from turbo_tvm.schedules.common.space import Variant
+from turbo_tvm.schedules.cpu import linear, tiles
 
 EPS = 1e-5
 FP32, BF16 = "float32", "uint16"
@@ -50,8 +50,12 @@ def pack(geometry, w, bias):
 
 
 @functools.cache
-def kernel_of(geometry, **options):
-    return linear.linear(geometry, **options)
+def kernel_of(geometry, k, n, variants=(), **options):
+    return linear.linear(sized.linear(geometry, k, n, **options), geometry, variants)
+
+
+def space(geometry):
+    return linear.space(sized.linear(geometry, 8, 40), geometry)
 
 
 @pytest.fixture
@@ -67,16 +71,16 @@ def check(run_kernel, stored, loaded, arithmetic):
     ):
         geometry, k = tiles.cpu_tiles(arithmetic.target), arithmetic.even(k)
         formats = {
-            "x": RowFormat(k + wider[0], arithmetic.dtype),
-            "extra": RowFormat(n + wider[1], extra),
-            "out": RowFormat(n + wider[2], out),
+            "x": sized.rows(geometry, k + wider[0], arithmetic.dtype),
+            "residual": sized.rows(geometry, n + wider[1], extra) if residual else False,
+            "out": sized.rows(geometry, n + wider[2], out),
         }
         x = stored(draw(1, t, geometry.row_tile, k), arithmetic.dtype, k + wider[0])
         extra_rows = stored(draw(2, t, geometry.row_tile, n), extra, n + wider[1])
         w = stored(draw(3, n, k) / np.float32(math.sqrt(k)), arithmetic.dtype)
         bias, gamma, beta = draw(4, n), draw(5, n), draw(6, n)
         inputs = [x, *pack(geometry, w, bias)] + [extra_rows] * residual + [gamma, beta] * norm
-        options = {"activation": activation, "residual": residual, "norm_eps": EPS if norm else None}
+        options = {"activation": activation, "norm_eps": EPS if norm else None}
         options["variants"] = variants(geometry) if variants else ()
         kernel = kernel_of(geometry, k=k, n=n, **options, **formats)
         shape = (t, geometry.row_tile, n + wider[2])
@@ -110,7 +114,7 @@ def test_row_counts(check, t):
 def test_every_row_tile_is_computed_once(run_kernel, stored, loaded, arithmetic, n):
     """The residual is the output itself: what is computed twice is added twice. Whole numbers, so sums are exact."""
     geometry, k = tiles.cpu_tiles(arithmetic.target), 4
-    kernel = kernel_of(geometry, k=k, n=n, residual=True, x=RowFormat(k, arithmetic.dtype))
+    kernel = kernel_of(geometry, k=k, n=n, residual=True, x=sized.rows(geometry, k, arithmetic.dtype))
     rng = np.random.default_rng(0)
     w = rng.integers(-9, 10, (n, k)).astype(FP32)
     packed = pack(geometry, stored(w, arithmetic.dtype), np.zeros(n))
@@ -125,7 +129,7 @@ def test_every_row_tile_is_computed_once(run_kernel, stored, loaded, arithmetic,
 def test_no_row_is_none(run_kernel, arithmetic):
     geometry = tiles.cpu_tiles(arithmetic.target)
     w = np.zeros((1, 4 if arithmetic.bf16 else 8, geometry.col_tile), "int32" if arithmetic.bf16 else FP32)
-    kernel = kernel_of(geometry, k=8, n=8, x=RowFormat(8, arithmetic.dtype))
+    kernel = kernel_of(geometry, k=8, n=8, x=sized.rows(geometry, 8, arithmetic.dtype))
     inputs = [np.zeros((0, geometry.row_tile, 8), arithmetic.dtype), w, np.zeros(geometry.col_tile, FP32)]
     assert run_kernel(kernel, inputs, (0, geometry.row_tile, 8), arithmetic.target).size == 0
 
@@ -173,7 +177,7 @@ def test_the_sizes_of_a_bert_layer(check, arithmetic, hidden):
 def test_surplus_rows_do_not_touch_the_others(run_kernel, stored, arithmetic, t):
     geometry, dtype = tiles.cpu_tiles(arithmetic.target), arithmetic.dtype
     x, (w, bias) = draw(1, t, geometry.row_tile, 40), pack(geometry, stored(draw(2, 64, 40), dtype), draw(3, 64))
-    kernel = kernel_of(geometry, k=40, n=64, x=RowFormat(40, dtype))
+    kernel = kernel_of(geometry, k=40, n=64, x=sized.rows(geometry, 40, dtype))
     rows = []
     for surplus in (0, 3e38, np.inf, np.nan):
         x[-1, 1:] = surplus
@@ -187,19 +191,19 @@ def test_a_row_does_not_depend_on_its_batch(run_kernel, stored, arithmetic):
     geometry, dtype = tiles.cpu_tiles(arithmetic.target), arithmetic.dtype
     x = stored(draw(1, 19, geometry.row_tile, 40), dtype)
     w, bias = pack(geometry, stored(draw(2, 70, 40), dtype), draw(3, 70))
-    kernel = kernel_of(geometry, k=40, n=70, activation="gelu", x=RowFormat(40, dtype))
+    kernel = kernel_of(geometry, k=40, n=70, activation="gelu", x=sized.rows(geometry, 40, dtype))
     together = run_kernel(kernel, [x, w, bias], (19, geometry.row_tile, 70), arithmetic.target)
     for t in range(1, 8):  # register tiles of other heights
         part = run_kernel(kernel, [x[11 : 11 + t], w, bias], (t, geometry.row_tile, 70), arithmetic.target)
         np.testing.assert_array_equal(together[11 : 11 + t], part)
 
 
-KNOBS = [knob.name for knob in linear.space(tiles.AVX512).knobs]
+KNOBS = [knob.name for knob in space(tiles.AVX512).knobs]
 
 
 def end_of(geometry, place, names=KNOBS):
     """The setting with the first (0) or last (-1) values of these knobs."""
-    knobs = linear.space(geometry).knobs
+    knobs = space(geometry).knobs
     return tuple((knob.name, knob.values[place]) for knob in knobs if knob.name in names)
 
 
@@ -237,26 +241,26 @@ def test_a_knob_at_its_ends(check, name):
 
 
 def test_the_default_variant_is_the_kernel_by_itself():
-    plain = linear.linear(tiles.AVX512, k=8, n=40)
-    whole = tuple(linear.space(tiles.AVX512).default.items())
+    plain = kernel_of(tiles.AVX512, k=8, n=40)
+    whole = tuple(space(tiles.AVX512).default.items())
     for variants in ((Variant(),), (Variant(whole),)):
-        tvm.ir.assert_structural_equal(linear.linear(tiles.AVX512, k=8, n=40, variants=variants), plain)
+        tvm.ir.assert_structural_equal(kernel_of(tiles.AVX512, k=8, n=40, variants=variants), plain)
 
 
 @pytest.mark.parametrize("setting", [("unroll", 2), ("group", 3), ("tile_units", 0), ("tile_units", 4)])
 def test_settings_that_do_not_exist_are_refused(setting):
     with pytest.raises(ValueError, match=r"there is no knob 'unroll'|knob (group|tile_units) cannot be"):
-        linear.linear(tiles.AVX512, k=8, n=40, variants=(Variant((setting,)),))
+        kernel_of(tiles.AVX512, k=8, n=40, variants=(Variant((setting,)),))
 
 
 def test_unknown_activation_is_refused():
     with pytest.raises(ValueError, match="unknown activation 'swish'"):
-        linear.linear(tiles.AVX2, k=8, n=8, activation="swish")
+        kernel_of(tiles.AVX2, k=8, n=8, activation="swish")
 
 
 def test_optional_inputs_are_no_parameters():
     def names(**options):
-        return [p.name for p in linear.linear(tiles.AVX2, k=8, n=32, **options).params]
+        return [p.name for p in kernel_of(tiles.AVX2, k=8, n=32, **options).params]
 
     assert names() == ["source", "weight", "bias", "result"]
     assert names(residual=True) == ["source", "weight", "bias", "residual_rows", "result"]
@@ -285,7 +289,7 @@ def check_loops(loops, geometry, instruction: str) -> None:
     """
     lines, vectors = max(1, geometry.col_tile // 16), geometry.row_tile * geometry.col_tile // geometry.lanes
     products = sorted(sum(instruction in line for line in loop) for loop in loops)
-    group = linear.space(geometry).default["group"]
+    group = space(geometry).default["group"]
     assert products == [group * vectors * height for height in range(1, geometry.tile_units + 1)]
     for loop in loops:
         blocks = re.split(r"\n\.L\w+:|\n\t(?:j|b\.|[ct]bn?z).*", "\n".join(loop))
@@ -304,7 +308,7 @@ def check_loops(loops, geometry, instruction: str) -> None:
     ],
 )
 def test_the_inner_loops_keep_their_tiles_in_registers(assembly, mcpu, register, geometry, dtype, n):
-    kernel = kernel_of(geometry, k=96, n=n, x=RowFormat(96, dtype))
+    kernel = kernel_of(geometry, k=96, n=n, x=sized.rows(geometry, 96, dtype))
     text = assembly(kernel, tvm.target.Target({"kind": "llvm", "mtriple": "x86_64-linux-gnu", "mcpu": mcpu}))
     instruction = "vdpbf16ps" if dtype == BF16 else "vfmadd"
     loops = innermost_loops(text, instruction)
@@ -318,12 +322,12 @@ def test_the_inner_loops_keep_their_tiles_in_registers(assembly, mcpu, register,
 def test_neon_compiles_to_fused_multiply_adds(assembly, neon_target):
     geometry = tiles.cpu_tiles(neon_target)
     assert geometry is tiles.NEON
-    text = assembly(linear.linear(geometry, k=96, n=100), neon_target)
+    text = assembly(kernel_of(geometry, k=96, n=100), neon_target)
     loops = innermost_loops(text, "fmla")
     check_loops(loops, geometry, "fmla")
     assert not [line for loop in loops for line in loop if re.search(r"\tst[rp]\tq", line)]
 
 
 def test_every_epilogue_compiles_for_neon(assembly, neon_target):
-    kernel = linear.linear(tiles.NEON, k=96, n=100, activation="gelu", residual=True, norm_eps=EPS)
+    kernel = kernel_of(tiles.NEON, k=96, n=100, activation="gelu", residual=True, norm_eps=EPS)
     assert "AllocWorkspace" not in assembly(kernel, neon_target)

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import tvm
 
-from turbo_tvm.schedules.cpu import linear_amx, tiles
+from turbo_tvm.ops import sized
 from turbo_tvm.schedules.common import weights
-from turbo_tvm.schedules.cpu.rows import RowFormat
 from turbo_tvm.schedules.common.space import Variant
+from turbo_tvm.schedules.cpu import amx, linear_amx, tiles
 
 EPS = 1e-5
 FP32, BF16 = "float32", "uint16"
@@ -39,14 +39,26 @@ def draw(seed, *shape):
     return np.random.default_rng(seed).standard_normal(shape).astype(FP32)
 
 
+def rows(width, dtype=BF16):
+    return sized.rows(GEOMETRY, width, dtype)
+
+
+def operator_of(k, n, **options):
+    return sized.linear(GEOMETRY, k, n, **{"x": rows(k), **options})
+
+
 @functools.cache
-def kernel_of(**options):
-    return linear_amx.linear(GEOMETRY, **options)
+def kernel_of(k, n, variants=(), instructions=amx.LLVM, **options):
+    return linear_amx.linear(operator_of(k, n, **options), GEOMETRY, variants, instructions)
+
+
+def space(k, **options):
+    return linear_amx.space(operator_of(k, 40, **options), GEOMETRY)
 
 
 @functools.cache
 def packing_of(k, n):
-    return weights.pack_weight(GEOMETRY, k=k, n=n, pairs=True)
+    return weights.pack_weight(sized.pack_weight(GEOMETRY, k, n, BF16), GEOMETRY)
 
 
 def check_use(use, t, k, n, width):
@@ -70,7 +82,7 @@ def multiply(run_kernel, tile_machine):
         packed = run_kernel(packing_of(k, n), [w], (panels, k // 2, GEOMETRY.col_tile), dtype="int32")
         padded = np.zeros(panels * GEOMETRY.col_tile, FP32)
         padded[:n] = bias
-        formats = {"x": RowFormat(x.shape[-1], BF16), "out": RowFormat(width, out)}
+        formats = {"x": rows(x.shape[-1]), "out": rows(width, out)}
         given = {name: value for name, value in options.items() if value}
         kernel = kernel_of(instructions=instructions, k=k, n=n, **formats, **given)
         if report is not None:
@@ -93,8 +105,8 @@ def check(multiply, stored, loaded):
         w = loaded(stored(draw(3, n, k) / np.float32(math.sqrt(k)), BF16), k).astype(FP32)
         bias, gamma, beta = draw(4, n), draw(5, n), draw(6, n)
         others = [extra_rows] * residual + [gamma, beta] * norm
-        options = {"activation": activation, "residual": residual, "norm_eps": EPS if norm else None}
-        options["extra"] = RowFormat(n + wider[1], extra) if residual else None
+        options = {"activation": activation, "norm_eps": EPS if norm else None}
+        options["residual"] = rows(n + wider[1], extra) if residual else None
         options["variants"] = variants
         got = loaded(multiply(x, w, bias, *others, width=n + wider[2], out=out, **options), n)
 
@@ -207,7 +219,7 @@ def test_no_row_is_none(multiply):
     assert multiply(np.zeros((0, R, 72), BF16), w, np.zeros(40), width=40).size == 0
 
 
-KNOBS = linear_amx.space(GEOMETRY, k=100).knobs
+KNOBS = space(100).knobs
 
 
 def end_of(place, names=tuple(knob.name for knob in KNOBS)):
@@ -245,7 +257,7 @@ def test_both_conversions_to_bf16_give_the_same(multiply, stored):
 
 
 def test_an_output_in_fp32_is_not_packed():
-    packed, plain = (kernel_of(k=72, n=64, x=RowFormat(72, BF16), variants=v) for v in (PACKED, BY_INTEGERS))
+    packed, plain = (kernel_of(k=72, n=64, variants=v) for v in (PACKED, BY_INTEGERS))
     tvm.ir.assert_structural_equal(packed, plain)
 
 
@@ -261,33 +273,32 @@ def test_a_knob_at_its_ends(check, name):
 
 
 def test_the_default_variant_is_the_kernel_by_itself():
-    options = {"k": 96, "n": 40, "x": RowFormat(96, BF16), "out": RowFormat(40, BF16)}
-    plain = linear_amx.linear(GEOMETRY, **options)
-    for setting in ((), tuple(linear_amx.space(GEOMETRY, **options).default.items())):
-        tuned = linear_amx.linear(GEOMETRY, **options, variants=(Variant(setting),))
+    options = {"k": 96, "n": 40, "out": rows(40)}
+    plain = kernel_of(**options)
+    for setting in ((), tuple(space(96).default.items())):
+        tuned = kernel_of(**options, variants=(Variant(setting),))
         tvm.ir.assert_structural_equal(tuned, plain)
 
 
 @pytest.mark.parametrize("width,usual", [(64, 12), (768, 12), (3072, 4), (13000, 1)])
 def test_a_block_takes_so_much_of_the_cache_by_itself(width, usual):
-    space = linear_amx.space(GEOMETRY, k=64, x=RowFormat(width, BF16))
-    assert space.default["block_tiles"] == usual
+    assert space(64, x=rows(width)).default["block_tiles"] == usual
 
 
 @pytest.mark.parametrize("setting", [("group", 4), ("block_tiles", 5), ("near", -1), ("pack", 2)])
 def test_settings_that_do_not_exist_are_refused(setting):
     with pytest.raises(ValueError, match=r"there is no knob 'group'|knob (block_tiles|near|pack) cannot be"):
-        linear_amx.linear(GEOMETRY, k=64, n=32, x=RowFormat(64, BF16), variants=(Variant((setting,)),))
+        kernel_of(k=64, n=32, variants=(Variant((setting,)),))
 
 
 def test_tiles_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="does not fit AMX"):
-        linear_amx.linear(tiles.AVX2, k=8, n=8, x=RowFormat(8, BF16))
+        linear_amx.linear(sized.linear(tiles.AVX2, 8, 8, x=sized.rows(tiles.AVX2, 8, BF16)), tiles.AVX2)
 
 
 def test_the_same_parameters_as_without_amx():
     def names(**options):
-        return [p.name for p in linear_amx.linear(GEOMETRY, k=8, n=32, x=RowFormat(8, BF16), **options).params]
+        return [p.name for p in kernel_of(k=8, n=32, **options).params]
 
     assert names() == ["source", "weight", "bias", "result"]
     assert names(residual=True, norm_eps=EPS)[3:6] == ["residual_rows", "gamma", "beta"]
@@ -298,7 +309,7 @@ def run_code(assembly):
     """`run_code(k, n)`: the text of the function that works through a run of tiles, on a CPU with AMX."""
 
     def get(k, n, mcpu="sapphirerapids"):
-        kernel = linear_amx.linear(GEOMETRY, k=k, n=n, x=RowFormat(k, BF16), activation="gelu", norm_eps=EPS)
+        kernel = kernel_of(k=k, n=n, activation="gelu", norm_eps=EPS)
         text = assembly(kernel, {"kind": "llvm", "mtriple": "x86_64-linux-gnu", "mcpu": mcpu})
         assert "vdpbf16ps" not in text
         assert not re.search(r"\bturbo_\w+@", text), "a function that was not imported"

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import tvm
 
-from turbo_tvm.schedules.cpu import normalization, tiles
-from turbo_tvm.schedules.cpu.rows import RowFormat
+from turbo_tvm.ops import sized
 from turbo_tvm.schedules.common.space import Variant
+from turbo_tvm.schedules.cpu import normalization, tiles
 
 WIDTHS = [1, 2, 7, 16, 36, 64, 100, 384, 768, 1003]
 EPS = 1e-12
@@ -32,13 +32,25 @@ def draw(seed, *shape):
     return np.random.default_rng(seed).standard_normal(shape).astype("float32")
 
 
+def norm(geometry, n, variants=(), **options):
+    return normalization.norm(sized.norm(geometry, n, **options), geometry, variants)
+
+
+def l2_normalize(geometry, n, variants=(), **options):
+    return normalization.l2_normalize(sized.l2_normalize(geometry, n, **options), geometry, variants)
+
+
+def space(geometry):
+    return normalization.space(sized.norm(geometry, 8), geometry)
+
+
 def layer_norm64(x, gamma, beta, eps=EPS):
     x = x.astype("float64")
     return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + eps) * gamma + beta
 
 
 def run_layer_norm(run_kernel, target, x, gamma, beta, eps=EPS):
-    kernel = normalization.norm(tiles.cpu_tiles(target), n=x.shape[-1], eps=eps)
+    kernel = norm(tiles.cpu_tiles(target), n=x.shape[-1], eps=eps)
     return run_kernel(kernel, [x, gamma, beta], x.shape, target)
 
 
@@ -47,7 +59,7 @@ def test_layer_norm(run_kernel, target, n, residual):
     geometry = tiles.cpu_tiles(target)
     x, extra = draw(1, 3, geometry.row_tile, n), draw(2, 3, geometry.row_tile, n)
     gamma, beta = draw(3, n), draw(4, n)
-    kernel = normalization.norm(geometry, n=n, eps=1e-5, residual=residual)
+    kernel = norm(geometry, n=n, eps=1e-5, residual=residual)
     out = run_kernel(kernel, [x, *([extra] * residual), gamma, beta], x.shape, target)
     expected = layer_norm64(x.astype("float64") + extra * residual, gamma, beta, 1e-5)
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
@@ -58,16 +70,17 @@ def test_rms_norm(run_kernel, target, n, residual):
     geometry = tiles.cpu_tiles(target)
     x, extra, gamma = draw(1, 3, geometry.row_tile, n), draw(2, 3, geometry.row_tile, n), draw(3, n)
     x[0, 0] += 1e3
-    kernel = normalization.norm(geometry, n=n, eps=1e-5, kind="rms", residual=residual)
+    kernel = norm(geometry, n=n, eps=1e-5, rms=True, residual=residual)
     out = run_kernel(kernel, [x, *([extra] * residual), gamma], x.shape, target)
     total = x.astype("float64") + extra * residual
     wanted = total / np.sqrt((total * total).mean(-1, keepdims=True) + 1e-5) * gamma
     np.testing.assert_allclose(out, wanted, rtol=1e-5, atol=1e-6)
 
 
-def test_an_unknown_kind_of_norm():
-    with pytest.raises(ValueError, match="unknown norm 'batch'"):
-        normalization.norm(tiles.AVX2, n=8, eps=EPS, kind="batch")
+def test_parameters_follow_the_kind_of_norm():
+    """Whether there is a beta decides what is computed: a kind that is unknown cannot be asked for."""
+    names = [[p.name for p in norm(tiles.AVX2, 8, rms=rms, residual=not rms).params] for rms in (False, True)]
+    assert names == [["source", "residual_rows", "gamma", "beta", "result"], ["source", "gamma", "result"]]
 
 
 def bound(wanted, dtype):
@@ -78,10 +91,10 @@ def bound(wanted, dtype):
 @pytest.mark.parametrize("formats", FORMATS, ids=str)
 def test_formats_of_layer_norm(run_kernel, stored, loaded, target, formats, n):
     geometry, (*dtypes, wider) = tiles.cpu_tiles(target), formats
-    x, extra, out = (RowFormat(n + more, dtype) for more, dtype in zip(wider, dtypes, strict=True))
+    x, extra, out = (sized.rows(geometry, n + more, dtype) for more, dtype in zip(wider, dtypes, strict=True))
     rows = [stored(draw(i, 3, geometry.row_tile, n), f.dtype, f.width) for i, f in enumerate((x, extra))]
     gamma, beta = draw(3, n), draw(4, n)
-    kernel = normalization.norm(geometry, n=n, eps=1e-5, residual=True, x=x, extra=extra, out=out)
+    kernel = norm(geometry, n, eps=1e-5, residual=extra, x=x, out=out)
     shape = (3, geometry.row_tile, out.width)
     got = loaded(run_kernel(kernel, [*rows, gamma, beta], shape, target, out.dtype), n)
     wanted = layer_norm64(loaded(rows[0], n) + loaded(rows[1], n), gamma, beta, 1e-5)
@@ -92,10 +105,10 @@ def test_formats_of_layer_norm(run_kernel, stored, loaded, target, formats, n):
 @pytest.mark.parametrize("formats", FORMATS, ids=str)
 def test_formats_of_l2_normalize(run_kernel, stored, loaded, target, formats, n):
     geometry, (*dtypes, wider) = tiles.cpu_tiles(target), formats
-    x, _, out = (RowFormat(n + more, dtype) for more, dtype in zip(wider, dtypes, strict=True))
+    x, _, out = (sized.rows(geometry, n + more, dtype) for more, dtype in zip(wider, dtypes, strict=True))
     rows = stored(draw(1, 3, geometry.row_tile, n), x.dtype, x.width)
     shape = (3, geometry.row_tile, out.width)
-    kernel = normalization.l2_normalize(geometry, n=n, x=x, out=out)
+    kernel = l2_normalize(geometry, n=n, x=x, out=out)
     got = loaded(run_kernel(kernel, [rows], shape, target, out.dtype), n)
     wanted = loaded(rows, n) / np.linalg.norm(loaded(rows, n), axis=-1, keepdims=True)
     assert (np.abs(got - wanted) - bound(wanted, out.dtype)).max() <= 0
@@ -135,7 +148,7 @@ def test_l2_normalize(run_kernel, target, n):
     x[0, 1] = 0
     x[1, 0] *= 1e-15
     x[1, 1] *= 1e15
-    out = run_kernel(normalization.l2_normalize(geometry, n=n), [x], x.shape, target)
+    out = run_kernel(l2_normalize(geometry, n=n), [x], x.shape, target)
     length = np.linalg.norm(x.astype("float64"), axis=-1, keepdims=True)
     np.testing.assert_allclose(out, x / np.maximum(length, 1e-12), rtol=1e-5, atol=1e-7)
 
@@ -143,8 +156,8 @@ def test_l2_normalize(run_kernel, target, n):
 def test_neon_compiles_to_vectors_without_allocations(assembly, neon_target):
     geometry = tiles.cpu_tiles(neon_target)
     for kernel in (
-        normalization.norm(geometry, n=100, eps=EPS, residual=True),
-        normalization.l2_normalize(geometry, n=100),
+        norm(geometry, n=100, eps=EPS, residual=True),
+        l2_normalize(geometry, n=100),
     ):
         text = assembly(kernel, neon_target)
         assert "fmla" in text
@@ -155,7 +168,7 @@ def test_neon_compiles_to_vectors_without_allocations(assembly, neon_target):
 def test_layer_norm_in_the_place_of_an_input(run_kernel, target, over):
     geometry, n = tiles.cpu_tiles(target), 100
     rows, affine = [draw(i, 3, geometry.row_tile, n) for i in (1, 2)], [draw(3, n), draw(4, n)]
-    kernel = normalization.norm(geometry, n=n, eps=1e-5, residual=True)
+    kernel = norm(geometry, n=n, eps=1e-5, residual=True)
     wanted = run_kernel(kernel, [*rows, *affine], rows[0].shape, target)
     got = run_kernel(kernel, [*rows, *affine], rows[0].shape, target, out=rows[over])
     np.testing.assert_array_equal(got, wanted)
@@ -164,7 +177,7 @@ def test_layer_norm_in_the_place_of_an_input(run_kernel, target, over):
 def test_l2_normalize_in_the_place_of_its_input(run_kernel, target):
     geometry, n = tiles.cpu_tiles(target), 100
     rows = draw(1, 3, geometry.row_tile, n)
-    kernel = normalization.l2_normalize(geometry, n=n)
+    kernel = l2_normalize(geometry, n=n)
     wanted = run_kernel(kernel, [rows], rows.shape, target)
     np.testing.assert_array_equal(run_kernel(kernel, [rows], rows.shape, target, out=rows), wanted)
 
@@ -172,13 +185,13 @@ def test_l2_normalize_in_the_place_of_its_input(run_kernel, target):
 def kernels_of(geometry, n, **options):
     """Every kernel of this file, with the function that it computes of x, gamma and beta."""
     return {
-        "layer": (normalization.norm(geometry, n=n, eps=1e-5, **options), lambda *a: layer_norm64(*a, 1e-5)),
+        "layer": (norm(geometry, n=n, eps=1e-5, **options), lambda *a: layer_norm64(*a, 1e-5)),
         "rms": (
-            normalization.norm(geometry, n=n, eps=1e-5, kind="rms", **options),
+            norm(geometry, n=n, eps=1e-5, rms=True, **options),
             lambda x, gamma, _: x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-5) * gamma,
         ),
         "l2": (
-            normalization.l2_normalize(geometry, n=n, **options),
+            l2_normalize(geometry, n=n, **options),
             lambda x, *_: x / np.linalg.norm(x, axis=-1, keepdims=True),
         ),
     }
@@ -196,7 +209,7 @@ def check_kernels(run_kernel, target, batches, **options):
 
 
 def test_extreme_settings(run_kernel, target, extremes):
-    for variant in extremes(normalization.space(tiles.cpu_tiles(target))):
+    for variant in extremes(space(tiles.cpu_tiles(target))):
         check_kernels(run_kernel, target, (3,), variants=(variant,))
 
 
@@ -206,13 +219,13 @@ def test_variants_by_rows(run_kernel, host_target):
 
 
 def test_the_default_setting_is_what_is_done_without_any():
-    usual = Variant(tuple(normalization.space(tiles.NEON).default.items()))
+    usual = Variant(tuple(space(tiles.NEON).default.items()))
     plain, asked = kernels_of(tiles.NEON, 100), kernels_of(tiles.NEON, 100, variants=(usual,))
     for name, (kernel, _) in plain.items():
         tvm.ir.assert_structural_equal(kernel, asked[name][0])
 
 
-@pytest.mark.parametrize("kernel", [normalization.norm, normalization.l2_normalize])
+@pytest.mark.parametrize("kernel", [norm, l2_normalize])
 def test_settings_that_do_not_exist(kernel):
     with pytest.raises(ValueError, match="knob chains cannot be 3; it is one of 2, 4, 8"):
         kernel(tiles.AVX2, n=8, eps=EPS, variants=(Variant((("chains", 3),)),))

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import tvm
 
-from turbo_tvm.schedules.cpu.pooling import MODES, pool, space
-from turbo_tvm.schedules.cpu.rows import RowFormat
+from turbo_tvm.ops import sized
 from turbo_tvm.schedules.common.space import Space, Variant
+from turbo_tvm.schedules.cpu import pooling
+from turbo_tvm.schedules.cpu.pooling import MODES
 from turbo_tvm.schedules.cpu.tiles import NEON, cpu_tiles
 
 RAGGED = (1, 2, 3, 4, 5, 7, 11, 12, 13, 31, 32, 33, 128, 511, 512)
@@ -17,6 +18,14 @@ RAGGED = (1, 2, 3, 4, 5, 7, 11, 12, 13, 31, 32, 33, 128, 511, 512)
 @pytest.fixture(params=["host_target", "avx2_target"])
 def target(request):
     return request.getfixturevalue(request.param)
+
+
+def pool(tiles, hidden: int, mode: str, variants=(), **options):
+    return pooling.pool(sized.pool(tiles, hidden, mode, **options), tiles, variants)
+
+
+def space(tiles, hidden: int, mode: str):
+    return pooling.space(sized.pool(tiles, hidden, mode), tiles)
 
 
 def pooled(run_kernel, target, x: np.ndarray, lengths, mode: str, variants=()) -> np.ndarray:
@@ -54,7 +63,7 @@ def test_formats(dtype, wider, mode, target, run_kernel, stored, loaded):
     tiled = stored(np.pad(values, ((0, -len(x) % tiles.row_tile), (0, 0))), dtype, hidden + wider)
     cu_seqlens = np.concatenate([[0], np.cumsum(lengths)]).astype("int32")
     shape = (-(-len(lengths) // tiles.row_tile), tiles.row_tile, hidden)
-    kernel = pool(tiles, hidden=hidden, mode=mode, x=RowFormat(hidden + wider, dtype))
+    kernel = pool(tiles, hidden=hidden, mode=mode, x=sized.rows(tiles, hidden + wider, dtype))
     out = run_kernel(kernel, [tiled.reshape(-1, tiles.row_tile, hidden + wider), cu_seqlens], shape, target)
     out = out.reshape(-1, hidden)
     np.testing.assert_allclose(out[: len(lengths)], expected(loaded(x, hidden), lengths, mode), rtol=1e-5, atol=1e-5)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from turbo_tvm.ops import sized
 from turbo_tvm.schedules.cpu import rotary, tiles
-from turbo_tvm.schedules.cpu.rows import RowFormat
 
 HALF_ULP = 2.0**-8  # of a bf16 number, relative to it
 POSITIONS = 50
@@ -21,6 +21,12 @@ SHAPES = [  # columns, head_dim, dims that turn, spans
 def table_of(dims: int) -> np.ndarray:
     angles = np.arange(POSITIONS)[:, None] * 100.0 ** (-np.arange(dims // 2) * 2 / dims)
     return np.concatenate([np.cos(angles), np.sin(angles)], axis=1).astype("float32")
+
+
+def kernel_of(geometry, shape, **formats):
+    columns, head_dim, dims, spans = shape
+    sizes = {"head_dim": head_dim, "dims": dims, "positions": POSITIONS}
+    return rotary.rotary(sized.rotary(geometry, columns, spans, **sizes, **formats), geometry)
 
 
 def expected(x, ids, table, head_dim, dims, spans):
@@ -45,10 +51,9 @@ def inputs(geometry, columns, dims):
 def test_matches_float64(run_kernel, stored, loaded, host_target, shape, dtypes):
     geometry, (columns, head_dim, dims, spans) = tiles.cpu_tiles(host_target), shape
     x, ids, table = inputs(geometry, columns, dims)
-    formats = {name: RowFormat(columns + 16, dtype) for name, dtype in zip(("x", "out"), dtypes, strict=True)}
-    options = {"columns": columns, "head_dim": head_dim, "dims": dims, "positions": POSITIONS, "spans": spans}
+    x_rows, out_rows = (sized.rows(geometry, columns + 16, dtype) for dtype in dtypes)
     rows = stored(x, dtypes[0], columns + 16)
-    kernel = rotary.rotary(geometry, **options, **formats)
+    kernel = kernel_of(geometry, shape, x=x_rows, out=out_rows)
     shape = (3, geometry.row_tile, columns + 16)
     got = loaded(run_kernel(kernel, [rows, ids, table], shape, host_target, dtypes[1]), columns)
     wanted = expected(loaded(rows, columns), ids, table, head_dim, dims, spans)
@@ -60,14 +65,12 @@ def test_in_the_place_of_its_input(run_kernel, request, target):
     target = request.getfixturevalue(target)
     geometry, (columns, head_dim, dims, spans) = tiles.cpu_tiles(target), SHAPES[0]
     x, ids, table = inputs(geometry, columns, dims)
-    kernel = rotary.rotary(geometry, columns=columns, head_dim=head_dim, dims=dims, positions=POSITIONS, spans=spans)
+    kernel = kernel_of(geometry, SHAPES[0])
     wanted = run_kernel(kernel, [x, ids, table], x.shape, target)
     np.testing.assert_array_equal(run_kernel(kernel, [x, ids, table], x.shape, target, out=x), wanted)
     np.testing.assert_allclose(wanted, expected(x.astype("f8"), ids, table, head_dim, dims, spans), atol=1e-6)
 
 
 def test_neon_compiles_to_vectors_without_allocations(assembly, neon_target):
-    columns, head_dim, dims, spans = SHAPES[0]
-    options = {"columns": columns, "head_dim": head_dim, "dims": dims, "positions": POSITIONS, "spans": spans}
-    text = assembly(rotary.rotary(tiles.cpu_tiles(neon_target), **options), neon_target)
+    text = assembly(kernel_of(tiles.cpu_tiles(neon_target), SHAPES[0]), neon_target)
     assert "fmul" in text and ".4s" in text and "AllocWorkspace" not in text

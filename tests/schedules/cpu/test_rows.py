@@ -6,8 +6,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from turbo_tvm.ops import sized
 from turbo_tvm.schedules.cpu import rows, tiles
-from turbo_tvm.schedules.cpu.rows import RowFormat
 
 
 @pytest.fixture(params=["host_target", "avx2_target"])
@@ -24,10 +24,10 @@ def draw(*shape):
 def test_to_tiles_and_back(run_kernel, target, count, columns):
     geometry, x = tiles.cpu_tiles(target), draw(count, columns)
     shape = (-(-count // geometry.row_tile), geometry.row_tile, columns)
-    tiled = run_kernel(rows.tile_rows(geometry, columns=columns), [x], shape, target)
+    tiled = run_kernel(rows.tile_rows(sized.tile_rows(geometry, columns), geometry), [x], shape, target)
     np.testing.assert_array_equal(tiled.reshape(-1, columns)[:count], x)
     assert (tiled.reshape(-1, columns)[count:] == 0).all()
-    flat = run_kernel(rows.untile_rows(geometry, columns=columns), [tiled], x.shape, target)
+    flat = run_kernel(rows.untile_rows(sized.untile_rows(geometry, columns), geometry), [tiled], x.shape, target)
     np.testing.assert_array_equal(flat, x)
 
 
@@ -36,13 +36,14 @@ def test_to_tiles_and_back(run_kernel, target, count, columns):
 def test_cast_rows(run_kernel, loaded, target, columns, wider):
     geometry = tiles.cpu_tiles(target)
     x = draw(3, geometry.row_tile, columns)
-    kernel = rows.cast_rows(geometry, columns=columns, out=RowFormat(columns + wider, "uint16"))
-    out = run_kernel(kernel, [x], (3, geometry.row_tile, columns + wider), target, "uint16")
+    operator = sized.cast_rows(geometry, columns, sized.rows(geometry, columns + wider, "uint16"))
+    out = run_kernel(rows.cast_rows(operator, geometry), [x], (3, geometry.row_tile, columns + wider), target, "uint16")
     np.testing.assert_array_equal(loaded(out, columns), x.astype(ml_dtypes.bfloat16).astype("float64"))
 
 
-def test_bf16_rows_are_as_wide_as_their_columns_by_default(run_kernel, host_target):
+def test_every_bit_of_bf16_rows_that_are_as_wide_as_their_columns(run_kernel, host_target):
     geometry = tiles.cpu_tiles(host_target)
     x = draw(1, geometry.row_tile, 20)
-    out = run_kernel(rows.cast_rows(geometry, columns=20), [x], x.shape, host_target, "uint16")
+    operator = sized.cast_rows(geometry, 20, sized.rows(geometry, 20, "uint16"))
+    out = run_kernel(rows.cast_rows(operator, geometry), [x], x.shape, host_target, "uint16")
     np.testing.assert_array_equal(out, x.astype(ml_dtypes.bfloat16).view("uint16"))

@@ -12,9 +12,11 @@ from cuda_kernels import LENGTHS, TARGET, stored
 from tvm import relax
 
 from turbo_tvm.compiler.cuda import lowering
+from turbo_tvm.ops import sized
+from turbo_tvm.ops.operand import Operand
 from turbo_tvm.schedules.cuda.normalization import norm
 from turbo_tvm.schedules.cuda.softmax import softmax
-from turbo_tvm.schedules.cpu.rows import RowFormat
+from turbo_tvm.schedules.cuda.tiles import CUDA_TILES
 
 ROWS = 64
 
@@ -39,10 +41,12 @@ def stock(operator: str, n: int, dtype: str) -> dict[str, tvm.tirx.PrimFunc]:
 
 def ours(operator: str, n: int, dtype: str) -> tvm.tirx.PrimFunc:
     """The one kernel that we have for it."""
-    rows = dict.fromkeys(("x", "out"), RowFormat(n, dtype))
+    rows = Operand.rows(n, dtype)
     if operator == "softmax":
-        return softmax(n=n, **rows)
-    return norm(n=n, eps=1e-5, residual=operator == "add_norm", vectors=dtype, extra=RowFormat(n, dtype), **rows)
+        return softmax(sized.softmax(CUDA_TILES, n, x=rows, out=rows), CUDA_TILES)
+    residual = rows if operator == "add_norm" else False
+    normed = sized.norm(CUDA_TILES, n, eps=1e-5, residual=residual, vectors=dtype, x=rows, out=rows)
+    return norm(normed, CUDA_TILES)
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from cuda_kernels import DTYPES, ULP, loaded, stored
 
+from turbo_tvm.ops import sized
+from turbo_tvm.ops.operand import Operand
 from turbo_tvm.runtime import batch
+from turbo_tvm.schedules.common.space import Variant
 from turbo_tvm.schedules.cuda.attention import MAX_HEAD_DIM, attention, space
 from turbo_tvm.schedules.cuda.tiles import CUDA_TILES
-from turbo_tvm.schedules.cpu.rows import RowFormat
-from turbo_tvm.schedules.common.space import Variant
 
 pytestmark = pytest.mark.xdist_group("cuda-attention")
 
@@ -36,27 +37,27 @@ def kernel(
     widths = [inner, *[(kv_heads or heads) * head_dim] * 2]
     width = (sum(widths) if merged else inner) + wider
     places = [(width, sum(widths[:i])) for i in range(3)] if merged else [(w + wider, 0) for w in widths]
-    return attention(
+    operator = sized.attention(
         CUDA_TILES,
-        heads=heads,
-        head_dim=head_dim,
-        scale=scale or head_dim**-0.5,
-        max_length=longest,
+        heads,
+        head_dim,
+        longest,
+        columns=places,
+        scale=scale,
         position_bias=bias,
         kv_heads=kv_heads,
         window=window,
-        variants=variants,
-        x=RowFormat(width, dtype),
-        out=RowFormat(inner, out or dtype),
-        **dict(zip("qkv", places, strict=True)),
+        dtype=dtype,
+        out=Operand.rows(inner, out or dtype),
     )
+    return attention(operator, CUDA_TILES, variants)
 
 
 def check(gpu, heads, head_dim, dtype, lengths, *, change=lambda q, k, v: None, **options):
     inner, longest = heads * head_dim, max(lengths)
     merged, wider, biased = options.get("merged", True), options.get("wider", 0), options.get("bias", False)
     scale, out_type = options.get("scale") or head_dim**-0.5, options.get("out") or dtype
-    rng, limits = np.random.default_rng(0), batch.boundaries(list(lengths))
+    rng, limits = np.random.default_rng(0), batch.cu_seqlens_of(list(lengths))
     shared, window = heads // (options.get("kv_heads") or heads), options.get("window")
     q, k, v = (rng.normal(size=(sum(lengths), size)) for size in (inner, inner // shared, inner // shared))
     change(q, k, v)
@@ -164,13 +165,13 @@ def test_counts(gpu, dtype):
 
 
 def test_heads_too_wide():
-    with pytest.raises(ValueError, match=f"at most {MAX_HEAD_DIM}"):
+    with pytest.raises(ValueError, match=f"head of {MAX_HEAD_DIM + 1} columns; the GPU's kernel takes {MAX_HEAD_DIM}"):
         kernel(1, MAX_HEAD_DIM + 1, "float32", 8)
 
 
 def space_of(head_dim, dtype):
-    places = {name: (3 * head_dim, i * head_dim) for i, name in enumerate("qkv")}
-    return space(CUDA_TILES, heads=1, head_dim=head_dim, x=RowFormat(3 * head_dim, dtype), **places)
+    places = [(3 * head_dim, i * head_dim) for i in range(3)]
+    return space(sized.attention(CUDA_TILES, 1, head_dim, 8, columns=places, dtype=dtype), CUDA_TILES)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from cuda_kernels import DTYPES, allowed, loaded, stored
 
+from turbo_tvm.ops import sized
+from turbo_tvm.ops.operand import Operand
 from turbo_tvm.schedules.cuda.embedding import embedding, space
-from turbo_tvm.schedules.cpu.rows import RowFormat
+from turbo_tvm.schedules.cuda.tiles import CUDA_TILES
 
 SIZES = (1000, 2, 300)
 EPS = 1e-12
@@ -22,7 +24,8 @@ def test_matches_float64(gpu, dtype, normalised, hidden, tables):
     held = [stored(rng.normal(size=(size, hidden)), dtype) for size in SIZES[:tables]]
     gamma, beta = (stored(rng.normal(size=hidden), dtype) for _ in range(2))
     options = {"norm_eps": EPS if normalised else None, "table_type": dtype, "vectors": dtype}
-    module = gpu.build({"f": embedding(hidden=hidden, tables=tables, out=RowFormat(hidden, dtype), **options)})
+    operator = sized.embedding(CUDA_TILES, hidden, tables, out=Operand.rows(hidden, dtype), **options)
+    module = gpu.build({"f": embedding(operator, CUDA_TILES)})
     for m in (1, 3, 17, 64):
         ids = [rng.integers(0, size, (m, 1), dtype=np.int32) for size in SIZES[:tables]]
         inputs = [*ids, *held, *([gamma, beta] if normalised else [])]
@@ -41,18 +44,18 @@ def test_matches_float64(gpu, dtype, normalised, hidden, tables):
 @pytest.mark.parametrize("tables", [0, 4])
 def test_too_many_tables(tables):
     with pytest.raises(ValueError, match="1 to 3 are supported"):
-        embedding(hidden=8, tables=tables)
+        embedding(sized.embedding(CUDA_TILES, 8, tables), CUDA_TILES)
 
 
 @pytest.mark.xdist_group("cuda-embedding")
 def test_extreme_settings(gpu, extremes):
     hidden, m, rng = 300, 21, np.random.default_rng(0)
-    options = {"hidden": hidden, "tables": 2, "table_type": "float16", "out": RowFormat(hidden)}
+    operator = sized.embedding(CUDA_TILES, hidden, 2, table_type="float16")
     tables = [rng.normal(size=(size, hidden)).astype("float16") for size in SIZES[:2]]
     ids = [rng.integers(0, size, (m, 1), dtype=np.int32) for size in SIZES[:2]]
     want = sum(loaded(table)[i] for i, table in zip(ids, tables, strict=True))
-    variants = extremes(space(**options))
-    module = gpu.build({f"f_{i}": embedding(variants=(variant,), **options) for i, variant in enumerate(variants)})
+    variants = extremes(space(operator, CUDA_TILES))
+    module = gpu.build({f"f_{i}": embedding(operator, CUDA_TILES, (variant,)) for i, variant in enumerate(variants)})
     with gpu.device.uncounted():
         for i in range(len(variants)):
             found = gpu.run(module, f"f_{i}", [*ids, *tables], np.zeros((m, 1, hidden), np.float32))

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from cuda_kernels import DTYPES, LENGTHS, ROWS, ULP, allowed, loaded, stored
 
+from turbo_tvm.ops import sized
+from turbo_tvm.ops.operand import Operand
+from turbo_tvm.schedules.common.space import Variant
 from turbo_tvm.schedules.cuda.linear import linear, space
 from turbo_tvm.schedules.cuda.tiles import CUDA_TILES
-from turbo_tvm.schedules.cpu.rows import RowFormat
-from turbo_tvm.schedules.common.space import Variant
 
 COLUMNS = CUDA_TILES.col_tile
 SIZES = tuple(zip(LENGTHS, reversed(LENGTHS), strict=True))  # k and n: each takes every length once
@@ -46,9 +47,13 @@ def draw(seed: int, *shape: int, dtype: str = "float32", scale: float = 1.0) -> 
     return stored(np.random.default_rng(seed).normal(size=shape) * scale, dtype)
 
 
-def kernel(k, n, dtype, **options):
-    formats = {"x": RowFormat(k, dtype), "extra": RowFormat(n, dtype), "out": RowFormat(n, dtype)}
-    return linear(CUDA_TILES, k=k, n=n, **formats | options)
+def operator(k, n, dtype, *, residual=False, **options):
+    formats = {"x": Operand.rows(k, dtype), "out": Operand.rows(n, dtype)}
+    return sized.linear(CUDA_TILES, k, n, residual=residual and Operand.rows(n, dtype), **formats | options)
+
+
+def kernel(k, n, dtype, variants=(), **options):
+    return linear(operator(k, n, dtype, **options), CUDA_TILES, variants)
 
 
 def check(gpu, module, name, m, k, n, dtype, *, activation=None, residual=False, out=None, x_width=None, scale=1.0):
@@ -103,7 +108,7 @@ def test_activations(gpu, dtype, activation):
 @pytest.mark.parametrize("dtype", ["float16", "uint16"])
 @pytest.mark.parametrize("extra", [False, True])
 def test_formats_and_wider_rows(gpu, dtype, extra):
-    formats = {"x": RowFormat(104, dtype), "out": RowFormat(200)}
+    formats = {"x": Operand.rows(104, dtype), "out": Operand.rows(200)}
     module = gpu.build({"f": kernel(100, 200, dtype, residual=extra, **formats)})
     check(gpu, module, "f", 65, 100, 200, dtype, residual=extra, out="float32", x_width=104)
 
@@ -148,7 +153,7 @@ def test_shared_memory_has_few_bank_conflicts(gpu, dtype, share):
 def test_extreme_settings(gpu, extremes, k, dtype):
     """The batch ends within a tile, k within a step; 33 columns have no wide accesses."""
     n, options = 130, {"activation": "relu", "residual": True}
-    variants = extremes(space(CUDA_TILES, k=k, n=n, x=RowFormat(k, dtype)))
+    variants = extremes(space(operator(k, n, dtype, **options), CUDA_TILES))
     if k == 33:
         variants = variants[:2]  # what else there is does not depend on how x is read
     module = gpu.build({f"f_{i}": kernel(k, n, dtype, variants=(v,), **options) for i, v in enumerate(variants)})

@@ -6,13 +6,28 @@ import numpy as np
 import pytest
 from cuda_kernels import DTYPES, LENGTHS, ROWS, allowed, loaded, stored
 
-from turbo_tvm.schedules.cuda.normalization import KINDS, norm, space
+from turbo_tvm.ops import sized
+from turbo_tvm.ops.operand import Operand
+from turbo_tvm.schedules.cuda.normalization import l2_normalize, norm, space
 from turbo_tvm.schedules.cuda.reduction import row_form, vector_width
-from turbo_tvm.schedules.cpu.rows import RowFormat
+from turbo_tvm.schedules.cuda.tiles import CUDA_TILES
 
 pytestmark = pytest.mark.xdist_group("cuda-norm")
 
 EPS = 1e-12
+KINDS = ("layer", "rms", "l2")
+
+
+def operator(n, kind="layer", *, eps=EPS, x=None, out=None, **options):
+    if kind == "l2":
+        return sized.l2_normalize(CUDA_TILES, n, eps=eps, x=x, out=out)
+    return sized.norm(CUDA_TILES, n, eps=eps, rms=kind == "rms", x=x, out=out, **options)
+
+
+def kernel(n, kind="layer", *, how=None, **options):
+    """how: further arguments of the schedule."""
+    schedule = l2_normalize if kind == "l2" else norm
+    return schedule(operator(n, kind, **options), CUDA_TILES, **how or {})
 
 
 def expected(v, gamma=None, beta=None, kind="layer", eps=EPS):
@@ -62,9 +77,9 @@ def kernels(gpu):
 
     def of(dtype):
         if dtype not in made:
-            options = {"eps": EPS, "residual": True, "bias": True, "vectors": dtype}
-            formats = {n: dict.fromkeys(("x", "extra", "out"), RowFormat(n, dtype)) for n in LENGTHS}
-            made[dtype] = gpu.build({f"norm_{n}": norm(n=n, **options, **formats[n]) for n in LENGTHS})
+            options, formats = {"vectors": dtype, "how": {"bias": True}}, ("x", "residual", "out")
+            rows = {n: dict.fromkeys(formats, Operand.rows(n, dtype)) for n in LENGTHS}
+            made[dtype] = gpu.build({f"norm_{n}": kernel(n, **options, **rows[n]) for n in LENGTHS})
         return made[dtype]
 
     return of
@@ -88,8 +103,8 @@ def test_residual_bias_and_norm_match_float64(gpu, kernels, dtype, n):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_kinds(gpu, kind, dtype):
     n, eps = 100, 1e-5
-    formats = {"x": RowFormat(n, dtype), "out": RowFormat(n, dtype)}
-    module = gpu.build({"f": norm(n=n, eps=eps, kind=kind, vectors=dtype, **formats)})
+    formats = {"x": Operand.rows(n, dtype), "out": Operand.rows(n, dtype)}
+    module = gpu.build({"f": kernel(n, kind, eps=eps, vectors=dtype, **formats)})
     x = stored(np.random.default_rng(0).normal(size=(9, 1, n)), dtype)
     _, gamma, beta = vectors(n, dtype)
     taken = {"layer": [gamma, beta], "rms": [gamma], "l2": []}[kind]
@@ -101,8 +116,8 @@ def test_kinds(gpu, kind, dtype):
 @pytest.mark.parametrize("out", DTYPES)
 def test_formats_and_wider_rows(gpu, x, out):
     n = 100
-    formats = {"x": RowFormat(104, x), "extra": RowFormat(n, out), "out": RowFormat(120, out)}
-    module = gpu.build({"f": norm(n=n, eps=EPS, residual=True, **formats)})
+    formats = {"x": Operand.rows(104, x), "residual": Operand.rows(n, out), "out": Operand.rows(120, out)}
+    module = gpu.build({"f": kernel(n, **formats)})
     values = stored(np.random.default_rng(0).normal(size=(9, 1, 104)), x)
     extra = stored(np.random.default_rng(1).normal(size=(9, 1, n)), out)
     _, gamma, beta = vectors(n, "float32")
@@ -114,9 +129,9 @@ def test_formats_and_wider_rows(gpu, x, out):
 @pytest.mark.parametrize("rows", [1, 2, 4, 8])
 @pytest.mark.parametrize(("n", "threads"), [(64, 4), (200, 32), (300, 64), (900, 256)])
 def test_every_form(gpu, rows, n, threads):
-    form = row_form(n, vector_width(n, RowFormat(n)), rows=rows, threads=threads)
+    form = row_form(n, vector_width(n, Operand.rows(n)), rows=rows, threads=threads)
     x, (bias, gamma, beta) = adversarial(21, n, "float32"), vectors(n, "float32")
-    module = gpu.build({"f": norm(n=n, eps=EPS, bias=True, form=form)})
+    module = gpu.build({"f": kernel(n, how={"bias": True, "form": form})})
     out = gpu.run(module, "f", [x, bias, gamma, beta], x)
     check(out, loaded(x) + bias, gamma.astype("f8"), beta.astype("f8"), "float32")
     assert gpu.counts().barriers == (0 if threads <= 32 else 2 * -(-21 // rows))
@@ -128,7 +143,7 @@ def test_rows_too_long_for_registers(gpu, kind):
     x = stored(np.random.default_rng(0).normal(5, 1, size=(3, 1, n)), "float32")
     _, gamma, beta = vectors(n, "float32")
     taken = {"layer": [gamma, beta], "rms": [gamma], "l2": []}[kind]
-    out = gpu.run(gpu.build({"f": norm(n=n, eps=EPS, kind=kind)}), "f", [x, *taken], x)
+    out = gpu.run(gpu.build({"f": kernel(n, kind)}), "f", [x, *taken], x)
     check(out, loaded(x), gamma.astype("f8") if taken else None, beta.astype("f8"), "float32", kind)
 
 
@@ -142,23 +157,17 @@ def test_in_place_of_an_input(gpu):
         adversarial(17, n, "float32", 1),
         vectors(n, "float32"),
     )
-    module = gpu.build({"f": norm(n=n, eps=EPS, residual=True)})
+    module = gpu.build({"f": kernel(n, residual=True)})
     tensors = [tvm.runtime.tensor(a, tvm.cuda(0)) for a in (x, residual, gamma, beta)]
     module["f"](*tensors, tensors[1])
     check(tensors[1].numpy(), loaded(x) + loaded(residual), gamma.astype("f8"), beta.astype("f8"), "float32")
 
 
-def test_an_unknown_kind():
-    with pytest.raises(ValueError, match="unknown norm 'batch'"):
-        norm(n=8, eps=EPS, kind="batch")
-
-
 @pytest.mark.parametrize(("n", "dtype"), [(300, "float32"), (1100, "float16")])
 def test_extreme_settings(gpu, extremes, n, dtype):
-    rows = dict.fromkeys(("x", "extra", "out"), RowFormat(n, dtype))
-    options = {"n": n, "eps": EPS, "residual": True, "vectors": dtype, **rows}
-    variants = extremes(space(**options))
-    module = gpu.build({f"f_{i}": norm(variants=(variant,), **options) for i, variant in enumerate(variants)})
+    options = {**dict.fromkeys(("x", "residual", "out"), Operand.rows(n, dtype)), "vectors": dtype}
+    variants = extremes(space(operator(n, **options), CUDA_TILES))
+    module = gpu.build({f"f_{i}": kernel(n, how={"variants": (v,)}, **options) for i, v in enumerate(variants)})
     x, residual, (_, gamma, beta) = adversarial(21, n, dtype), adversarial(21, n, dtype, seed=1), vectors(n, dtype)
     v = loaded(x) + loaded(residual)
     v[np.abs(v) < 1e-30] = 0

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from cuda_kernels import LENGTHS
 
-from turbo_tvm.schedules.cuda.reduction import chosen_form, row_form, row_space
 from turbo_tvm.schedules.common.space import Variant
+from turbo_tvm.schedules.cuda.reduction import chosen_form, row_form, row_space
 
 
 @pytest.mark.parametrize("registers", [16, 72])

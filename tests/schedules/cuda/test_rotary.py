@@ -7,8 +7,10 @@ import pytest
 import tvm
 from cuda_kernels import DTYPES, allowed, loaded, stored
 
+from turbo_tvm.ops import sized
+from turbo_tvm.ops.operand import Operand
 from turbo_tvm.schedules.cuda.rotary import rotary, space
-from turbo_tvm.schedules.cpu.rows import RowFormat
+from turbo_tvm.schedules.cuda.tiles import CUDA_TILES
 
 pytestmark = pytest.mark.xdist_group("cuda-norm")
 
@@ -18,6 +20,11 @@ SHAPES = {  # columns, wider, head_dim, dims that turn, spans
     "partial": (40, 4, 10, 6, ((0, 2), (30, 1))),
     "everything": (32, 0, 16, 16, ((0, 2),)),
 }
+
+
+def operator(columns, head_dim, dims, spans, **formats):
+    turn = {"head_dim": head_dim, "dims": dims, "positions": POSITIONS}
+    return sized.rotary(CUDA_TILES, columns, spans, **turn, **formats)
 
 
 def expected(x, ids, table, head_dim, dims, spans):
@@ -34,9 +41,8 @@ def expected(x, ids, table, head_dim, dims, spans):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_matches_float64_also_in_place(gpu, dtype):
     def kernel(columns, wider, head_dim, dims, spans):
-        rows = RowFormat(columns + wider, dtype)
-        options = {"head_dim": head_dim, "dims": dims, "positions": POSITIONS, "spans": spans}
-        return rotary(columns=columns, x=rows, out=rows, **options)
+        rows = Operand.rows(columns + wider, dtype)
+        return rotary(operator(columns, head_dim, dims, spans, x=rows, out=rows), CUDA_TILES)
 
     module = gpu.build({name: kernel(*shape) for name, shape in SHAPES.items()})
     for name, (columns, wider, *turn) in SHAPES.items():
@@ -55,12 +61,12 @@ def test_matches_float64_also_in_place(gpu, dtype):
 
 def test_extreme_settings(gpu, extremes):
     columns, _, *turn = SHAPES["partial"]
-    options = dict(zip(("columns", "head_dim", "dims", "spans"), (columns, *turn), strict=True), positions=POSITIONS)
     rng = np.random.default_rng(0)
     x, table = rng.normal(size=(5, 1, columns)).astype("float32"), rng.normal(size=(POSITIONS, 6)).astype("float32")
     ids = rng.integers(0, POSITIONS, (5, 1)).astype("int32")
-    want, variants = expected(loaded(x), ids, table, *turn), extremes(space(**options))
-    module = gpu.build({f"f_{i}": rotary(variants=(variant,), **options) for i, variant in enumerate(variants)})
+    turned = operator(columns, *turn)
+    want, variants = expected(loaded(x), ids, table, *turn), extremes(space(turned, CUDA_TILES))
+    module = gpu.build({f"f_{i}": rotary(turned, CUDA_TILES, (variant,)) for i, variant in enumerate(variants)})
     for i in range(len(variants)):
         found = gpu.run(module, f"f_{i}", [x, ids, table], x)
         assert (np.abs(found - want) <= allowed(want, "float32", 1e-6)).all()

@@ -8,35 +8,38 @@ import pytest
 import tvm
 import tvm_ffi
 
+from turbo_tvm.ops import sized
+from turbo_tvm.ops.operand import Operand
+from turbo_tvm.schedules.common.space import Knob, Space, Variant
 from turbo_tvm.schedules.cuda import attention, embedding, gate, linear, normalization, pooling, rotary, rows, softmax
 from turbo_tvm.schedules.cuda.script import only_setting
 from turbo_tvm.schedules.cuda.tiles import CUDA_TILES
-from turbo_tvm.schedules.cpu.rows import RowFormat
-from turbo_tvm.schedules.common.space import Knob, Space, Variant
 
-HEADS = {"heads": 2, "head_dim": 32, "scale": 0.2, "max_length": 8, "q": (192, 0), "k": (192, 64), "v": (192, 128)}
-TURN = {"columns": 96, "head_dim": 32, "dims": 32, "positions": 8, "spans": ((0, 2),)}
-FAMILIES = {  # module, schedule, positional arguments, options
-    "linear": (linear, linear.linear, (CUDA_TILES,), {"k": 64, "n": 128}),
-    "linear fp16": (linear, linear.linear, (CUDA_TILES,), {"k": 64, "n": 128, "x": RowFormat(64, "float16")}),
-    "attention": (attention, attention.attention, (CUDA_TILES,), HEADS),
-    "attention fp16": (attention, attention.attention, (CUDA_TILES,), HEADS | {"x": RowFormat(192, "float16")}),
-    "norm": (normalization, normalization.norm, (), {"n": 300, "eps": 1e-5, "residual": True}),
-    "softmax": (softmax, softmax.softmax, (), {"n": 300}),
-    "embedding": (embedding, embedding.embedding, (), {"hidden": 300, "tables": 2, "norm_eps": 1e-5}),
-    "mean": (pooling, pooling.pool, (), {"hidden": 40, "mode": "mean"}),
-    "first": (pooling, pooling.pool, (), {"hidden": 40, "mode": "first"}),
-    "gate": (gate, gate.gate, (), {"columns": 40, "activation": "silu"}),
-    "rotary": (rotary, rotary.rotary, (), TURN),
-    "cast_rows": (rows, rows.cast_rows, (), {"columns": 40, "out": RowFormat(40, "float16")}),
+HALF = "float16"
+HEADS = {"heads": 2, "head_dim": 32, "max_length": 8, "columns": ((192, 0), (192, 64), (192, 128))}
+TURN = {"columns": 96, "spans": ((0, 2),), "head_dim": 32, "dims": 32, "positions": 8}
+FAMILIES = {  # module, name of the schedule, operator
+    "linear": (linear, "linear", sized.linear(CUDA_TILES, 64, 128)),
+    "linear fp16": (linear, "linear", sized.linear(CUDA_TILES, 64, 128, x=Operand.rows(64, HALF))),
+    "attention": (attention, "attention", sized.attention(CUDA_TILES, **HEADS)),
+    "attention fp16": (attention, "attention", sized.attention(CUDA_TILES, **HEADS, dtype=HALF)),
+    "norm": (normalization, "norm", sized.norm(CUDA_TILES, 300, eps=1e-5, residual=True)),
+    "normalize": (normalization, "l2_normalize", sized.l2_normalize(CUDA_TILES, 300)),
+    "softmax": (softmax, "softmax", sized.softmax(CUDA_TILES, 300)),
+    "embedding": (embedding, "embedding", sized.embedding(CUDA_TILES, 300, 2, norm_eps=1e-5)),
+    "mean": (pooling, "pool", sized.pool(CUDA_TILES, 40, "mean")),
+    "first": (pooling, "pool", sized.pool(CUDA_TILES, 40, "first")),
+    "gate": (gate, "gate", sized.gate(CUDA_TILES, 40, "silu")),
+    "rotary": (rotary, "rotary", sized.rotary(CUDA_TILES, **TURN)),
+    "cast_rows": (rows, "cast_rows", sized.cast_rows(CUDA_TILES, 40, Operand.rows(40, HALF))),
 }
 
 
 @pytest.fixture(params=FAMILIES)
 def family(request):
     """(version, space, schedule that takes `variants`)."""
-    module, schedule, tiles, options = FAMILIES[request.param]
-    return module.VERSION, module.space(*tiles, **options), partial(schedule, *tiles, **options)
+    module, name, operator = FAMILIES[request.param]
+    return module.VERSION, module.space(operator, CUDA_TILES), partial(getattr(module, name), operator, CUDA_TILES)
 
 
 def test_the_default_setting_is_what_is_done_without_any(family):

@@ -25,7 +25,7 @@ NAME = "turbo_tvm_cuda"
 
 
 def source_of(module: tvm.runtime.Module) -> str:
-    """The CUDA C in a module or what it imports."""
+    """Return the CUDA C in a module or in what it imports. Raises CompileError if there is none."""
     pending = [module]
     while pending:
         part = pending.pop()
@@ -36,7 +36,7 @@ def source_of(module: tvm.runtime.Module) -> str:
 
 
 def register(counts: dict[str, BlockCounts] | None = None) -> str:
-    """Make the pipeline known to TVM; returns the name to pass as `tir_pipeline`.
+    """Make the pipeline known to TVM, and return the name to pass as `tir_pipeline`.
 
     counts: gets what is counted of each kernel that it lowers.
     """
@@ -47,8 +47,8 @@ def register(counts: dict[str, BlockCounts] | None = None) -> str:
 
 
 @tvm.transform.module_pass(opt_level=0, name="turbo_tvm.schedule_others")
-def schedule_others(mod: ir.IRModule, _ctx) -> ir.IRModule:
-    """Give every kernel that has no schedule one of TVM's, for operators that no composite claimed."""
+def schedule_others(mod: ir.IRModule, _ctx: tvm.transform.PassContext) -> ir.IRModule:
+    """Give every kernel that has no schedule one of TVM's, for operators that no operator of ours claimed."""
     rules = dlight.gpu
     return dlight.ApplyDefaultSchedule(
         rules.Matmul(), rules.GEMV(), rules.Reduction(), rules.GeneralReduction(), rules.Fallback()
@@ -56,10 +56,11 @@ def schedule_others(mod: ir.IRModule, _ctx) -> ir.IRModule:
 
 
 def _pipeline(counts: dict[str, BlockCounts]) -> tvm.transform.Pass:
+    """Return TVM's passes from schedules to host and device code, in its order, and one that counts."""
     s, t = s_tir.transform, tirx.transform
 
     @tvm.transform.module_pass(opt_level=0, name="turbo_tvm.count")
-    def count(mod: ir.IRModule, _ctx) -> ir.IRModule:
+    def count(mod: ir.IRModule, _ctx: tvm.transform.PassContext) -> ir.IRModule:
         counts.update({var.name_hint: block_counts.count(func) for var, func in mod.functions_items()})
         return mod
 
@@ -114,10 +115,10 @@ def _pipeline(counts: dict[str, BlockCounts]) -> tvm.transform.Pass:
 
 
 def _others(step: tvm.transform.Pass) -> tvm.transform.Pass:
-    """The pass, on the functions that do not synchronise themselves."""
+    """Return the pass on the functions that do not synchronise themselves."""
 
     @tvm.transform.module_pass(opt_level=0, name=f"turbo_tvm.{step.info.name}")
-    def on_others(mod: ir.IRModule, _ctx) -> ir.IRModule:
+    def on_others(mod: ir.IRModule, _ctx: tvm.transform.PassContext) -> ir.IRModule:
         ours, others = _split(mod, lambda func: SYNCHRONIZED in dict(func.attrs or {}))
         others = step(others)
         others.update(ours)
@@ -127,7 +128,8 @@ def _others(step: tvm.transform.Pass) -> tvm.transform.Pass:
 
 
 def _split(mod: ir.IRModule, first: Callable[[ir.BaseFunc], bool]) -> tuple[ir.IRModule, ir.IRModule]:
-    parts: tuple[dict, dict] = ({}, {})
+    """Return the functions of which `first` holds, and the others."""
+    parts: tuple[dict[ir.GlobalVar, ir.BaseFunc], dict[ir.GlobalVar, ir.BaseFunc]] = ({}, {})
     for var, func in mod.functions_items():
         parts[0 if first(func) else 1][var] = func
     return ir.IRModule(parts[0]), ir.IRModule(parts[1], attrs=mod.attrs)

@@ -34,18 +34,22 @@ _USED = re.compile(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?")
 
 @dataclass(frozen=True)
 class DeviceCode:
-    """Machine code by architecture ("sm_80"), what its kernels take, and the sha256 of its source; none for a CPU."""
+    """What a model's kernels became; empty for a CPU."""
 
-    cubins: Mapping[str, bytes] = field(default_factory=dict)
-    kernels: tuple[DeviceKernelSpec, ...] = ()
-    source: str = ""
+    cubins: Mapping[str, bytes] = field(default_factory=dict)  # machine code by architecture ("sm_80")
+    kernels: tuple[DeviceKernelSpec, ...] = ()  # what each takes of the GPU
+    source: str = ""  # sha256 of the CUDA C
 
 
 def compile_source(source: str, architectures: Sequence[str], counts: Mapping[str, BlockCounts]) -> DeviceCode:
-    """Compile a CUDA source for each architecture. counts: what is known of its kernels.
+    """Compile a CUDA source for each architecture.
+
+    counts: what is known of its kernels, by name.
 
     Raises CompileError if there is no compiler or it fails, TargetError for an architecture that none knows.
     """
+    if not architectures:
+        return DeviceCode()
     compilers = choose_compilers(architectures)
     with tempfile.TemporaryDirectory(prefix="turbo_tvm_") as directory:
 
@@ -65,8 +69,14 @@ def compile_source(source: str, architectures: Sequence[str], counts: Mapping[st
     return DeviceCode(cubins, kernels, hashlib.sha256(source.encode()).hexdigest())
 
 
+def check_compilers(architectures: Sequence[str]) -> None:
+    """Raise CompileError or TargetError unless somebody here compiles for all of these; none need anybody."""
+    if architectures:
+        choose_compilers(architectures)
+
+
 def choose_compilers(architectures: Sequence[str]) -> dict[str, Nvcc | Nvrtc]:
-    """Who compiles for which architecture: nvcc if it can.
+    """Return who compiles for which architecture: nvcc if it can.
 
     Raises CompileError if there is no compiler, TargetError for an architecture that none of them knows.
     """
@@ -90,11 +100,12 @@ def choose_compilers(architectures: Sequence[str]) -> dict[str, Nvcc | Nvrtc]:
 
 
 def _spilled(kernels: list[DeviceKernelSpec]) -> int:
+    """Return the bytes of registers that kernels spill together."""
     return sum(kernel.spill_bytes for kernel in kernels)
 
 
 def _resources(report: str, architecture: str, counts: Mapping[str, BlockCounts]) -> list[DeviceKernelSpec]:
-    """What ptxas says of each kernel, and what was counted."""
+    """Return what ptxas reports of each kernel, with what was counted. Raises CompileError for another report."""
     specs: list[DeviceKernelSpec] = []
     for part in report.split("Compiling entry function")[1:]:
         entry = _ENTRY.match("Compiling entry function" + part)

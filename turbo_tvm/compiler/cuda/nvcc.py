@@ -13,16 +13,16 @@ from turbo_tvm.errors import CompileError
 
 @dataclass(frozen=True)
 class Nvcc:
-    """path: of the program."""
+    """An nvcc on this machine."""
 
-    path: str
+    path: str  # of the program
 
     def architectures(self) -> tuple[str, ...]:
-        """What it can make machine code for, oldest first. Raises CompileError if it does not run."""
+        """Return what it can make machine code for, oldest first. Raises CompileError if it does not run."""
         return _architectures(self.path)
 
     def compile(self, source: str, architecture: str, directory: Path, options: str) -> tuple[bytes, str]:
-        """Machine code and the assembler's report. options: the assembler's. Raises CompileError."""
+        """Return machine code and the assembler's report. options: the assembler's. Raises CompileError."""
         path, cubin = directory / f"{architecture}.cu", directory / f"{architecture}.cubin"
         path.write_text(source)
         command = [self.path, "-O3", "-std=c++17", "-cubin", f"-arch={architecture}", "-Xptxas", options]

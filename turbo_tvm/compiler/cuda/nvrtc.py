@@ -23,14 +23,14 @@ _FIRST = 70
 
 @dataclass(frozen=True)
 class Nvrtc:
-    """The packages' parts: a library, a program, and where the headers are."""
+    """The parts of the packages, by path."""
 
-    library: str
-    ptxas: str
-    includes: tuple[str, ...]
+    library: str  # the compiler, from CUDA C to PTX
+    ptxas: str  # the assembler, from PTX to machine code
+    includes: tuple[str, ...]  # where headers are
 
     def architectures(self) -> tuple[str, ...]:
-        """What it can make machine code for, oldest first."""
+        """Return what it can make machine code for, oldest first."""
         library, count = ctypes.CDLL(self.library), ctypes.c_int()
         self._check(library, library.nvrtcGetNumSupportedArchs(ctypes.byref(count)))
         numbers = (ctypes.c_int * count.value)()
@@ -38,7 +38,7 @@ class Nvrtc:
         return tuple(f"sm_{n}" for n in sorted(numbers) if n >= _FIRST)
 
     def compile(self, source: str, architecture: str, directory: Path, options: str) -> tuple[bytes, str]:
-        """Machine code and the assembler's report, as nvcc's. options: the assembler's. Raises CompileError."""
+        """Return machine code and the assembler's report, as nvcc's. options: the assembler's. Raises CompileError."""
         ptx, cubin = directory / f"{architecture}.ptx", directory / f"{architecture}.cubin"
         ptx.write_bytes(self._ptx(source, architecture))
         command = [self.ptxas, f"-arch={architecture}", "-O3", *options.split(","), str(ptx), "-o", str(cubin)]
@@ -48,6 +48,7 @@ class Nvrtc:
         return cubin.read_bytes(), done.stderr
 
     def _ptx(self, source: str, architecture: str) -> bytes:
+        """Return the PTX of a CUDA source. Raises CompileError with the compiler's log if it refuses the source."""
         library, program = ctypes.CDLL(self.library), ctypes.c_void_p()
         name = ctypes.c_char_p(b"kernels.cu")
         self._check(library, library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), name, 0, None, None))
@@ -63,6 +64,7 @@ class Nvrtc:
             library.nvrtcDestroyProgram(ctypes.byref(program))
 
     def _read(self, library: ctypes.CDLL, what: str, program: ctypes.c_void_p) -> bytes:
+        """Return one of the texts that the compiler keeps of a program."""
         size = ctypes.c_size_t()
         self._check(library, getattr(library, f"nvrtcGet{what}Size")(program, ctypes.byref(size)))
         text = ctypes.create_string_buffer(size.value)
@@ -70,6 +72,7 @@ class Nvrtc:
         return text.value
 
     def _check(self, library: ctypes.CDLL, result: int) -> None:
+        """Raise CompileError unless a call of the library went well."""
         if result != 0:
             library.nvrtcGetErrorString.restype = ctypes.c_char_p
             raise CompileError(f"nvrtc does not work: {library.nvrtcGetErrorString(result).decode()}")
@@ -77,7 +80,7 @@ class Nvrtc:
 
 @lru_cache(maxsize=1)
 def find() -> Nvrtc | None:
-    """The packages, if all of them are installed."""
+    """Return the packages' parts, None unless all of them are installed."""
     if importlib.util.find_spec("nvidia") is None:
         return None
     for root in map(Path, importlib.import_module("nvidia").__path__):

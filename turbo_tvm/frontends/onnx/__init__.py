@@ -1,1 +1,1 @@
-"""Import of ONNX files, on TVM's own converters."""
+"""Import ONNX files, on TVM's own converters of operators."""

@@ -1,4 +1,4 @@
-"""How well a compiled model agrees with the ONNX file it was compiled from, on random ragged batches."""
+"""Compare a compiled model with the ONNX file it was compiled from, on random ragged batches."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from turbo_tvm.artifact.manifest import Bounds, Manifest
-from turbo_tvm.frontends.imported import ImageSample, Sample
+from turbo_tvm.artifact.manifest import Manifest, RequestLimits
 from turbo_tvm.frontends.onnx.file import load_file
 from turbo_tvm.frontends.onnx.inputs import OnnxInputs, read_inputs
-from turbo_tvm.frontends.onnx.reference import Reference, random_images, random_sample
+from turbo_tvm.frontends.onnx.reference import Reference, image_sample, text_sample
+from turbo_tvm.frontends.sample import ImageSample, Sample
 from turbo_tvm.progress import Progress
 from turbo_tvm.runtime.model import CompiledModel
 
@@ -20,24 +20,27 @@ _LONGEST = 512  # tokens: the file computes every padding token too
 
 @dataclass(frozen=True)
 class Agreement:
-    """One output: its largest difference over all batches, absolute, and the largest value that the file gave."""
+    """How well one output agrees, over all batches."""
 
-    output: str
-    difference: float
-    largest: float
+    output: str  # its name
+    difference: float  # the largest, absolute
+    largest: float  # the largest value that the file gave
 
 
 @dataclass(frozen=True)
 class Check:
-    """reference: what computed the file's answers. lengths: tokens per sequence or image, of all batches."""
+    """What a comparison found."""
 
-    reference: str
-    lengths: tuple[int, ...]
-    outputs: tuple[Agreement, ...]
+    reference: str  # what computed the file's answers, with its version
+    lengths: tuple[int, ...]  # tokens of every sequence or image, of all batches
+    outputs: tuple[Agreement, ...]  # one per output
 
 
 def check(path: Path, compiled: CompiledModel, batches: int = 4, progress: bool | None = None) -> Check:
-    """Compare answers for `batches` random batches of sequences of 1 to at most 512 tokens.
+    """Compare answers for random batches of sequences of 1 to at most 512 tokens.
+
+    batches: how many; the first is of one sequence, each later one of two more.
+    progress: whether to show progress on stderr; by default if it is a terminal.
 
     Raises UnsupportedModelError if the file cannot be run.
     """
@@ -46,7 +49,7 @@ def check(path: Path, compiled: CompiledModel, batches: int = 4, progress: bool 
     with Progress("check", progress) as show:
         show("loading the ONNX file")
         model = load_file(path)
-        inputs, reference = read_inputs(path, model, _image_size(manifest.bounds)), Reference(path, model)
+        inputs, reference = read_inputs(path, model, _image_size(manifest.request_limits)), Reference(path, model)
         found: dict[str, tuple[float, float]] = {}
         lengths: list[int] = []
         for number in range(batches):
@@ -59,24 +62,23 @@ def check(path: Path, compiled: CompiledModel, batches: int = 4, progress: bool 
     return Check(reference.name, tuple(lengths), tuple(Agreement(name, *both) for name, both in found.items()))
 
 
-def _image_size(bounds: Bounds) -> tuple[int, int] | None:
-    return None if bounds.image is None else (bounds.image.height, bounds.image.width)
+def _image_size(limits: RequestLimits) -> tuple[int, int] | None:
+    return None if limits.image is None else (limits.image.height, limits.image.width)
 
 
 def _sample(
     inputs: OnnxInputs, reference: Reference, manifest: Manifest, rng: np.random.Generator, batch: int
 ) -> tuple[Sample | ImageSample, list[int]]:
-    """A random batch with the file's answers, and how many tokens each of its requests has."""
-    bounds, batch = manifest.bounds, batch * (inputs.batch or 1)
+    """Return a random batch with the file's answers, and how many tokens each of its requests has."""
+    limits, batch = manifest.request_limits, batch * (inputs.batch or 1)
     if inputs.image is not None:
-        pixels = random_images(inputs, rng, batch)
-        answers = reference(inputs.feed_images(pixels), inputs.batch)
-        return ImageSample(pixels, answers), [bounds.max_length] * len(pixels)
-    longest = int(rng.integers(1, min(_LONGEST, bounds.max_length) + 1))
-    sample = random_sample(reference, inputs, bounds, manifest.positions, rng, batch, longest)
-    return sample, sample.mask.sum(1).tolist()
+        images = image_sample(reference, inputs, rng, batch)
+        return images, [limits.max_length] * len(images.pixels)
+    longest = int(rng.integers(1, min(_LONGEST, limits.max_length) + 1))
+    texts = text_sample(reference, inputs, (limits, manifest.positions), rng, (batch, longest))
+    return texts, texts.mask.sum(1).tolist()
 
 
 def _worse(known: float, values: np.ndarray) -> float:
-    """The largest of all; NaN if any is."""
+    """Return the largest of all; NaN if any is."""
     return float(np.maximum(known, np.abs(values).max()))

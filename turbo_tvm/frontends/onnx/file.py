@@ -11,15 +11,16 @@ from onnx import checker, inliner
 
 from turbo_tvm.errors import UnsupportedModelError, summary
 
-OPSETS = range(11, 24)
+OPSETS = range(11, 24)  # that are supported
 
 _AGAIN = "export the model again"
 
-_RUNTIME_OPERATORS = {"LayerNormalization": 17, "SimplifiedLayerNormalization": 99}  # and when ONNX has them itself
+# Operators of ONNX Runtime, and from which opset on ONNX has them itself.
+_RUNTIME_OPERATORS = {"LayerNormalization": 17, "SimplifiedLayerNormalization": 99}
 
 
 def load_file(path: Path) -> onnx.ModelProto:
-    """The model with its weights, external ones too, and with its functions inlined.
+    """Return the model with its weights, external ones too, and with its functions inlined.
 
     Raises UnsupportedModelError for a file that is damaged, not ONNX, of another opset, or whose external data are
     missing or of the wrong size.
@@ -46,7 +47,7 @@ def load_file(path: Path) -> onnx.ModelProto:
 
 
 def _name_domains(model: onnx.ModelProto) -> None:
-    """ONNX Runtime writes some of its operators without their domain."""
+    """Add the domain to operators that ONNX Runtime writes without it."""
     opset = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
     ours = [n for n in model.graph.node if not n.domain and opset < _RUNTIME_OPERATORS.get(n.op_type, 0)]
     for node in ours:
@@ -56,6 +57,7 @@ def _name_domains(model: onnx.ModelProto) -> None:
 
 
 def _check_header(path: Path, model: onnx.ModelProto) -> None:
+    """Raise UnsupportedModelError for a file without a graph, or of an opset that is not supported."""
     if not model.HasField("graph") or not model.graph.output:
         raise UnsupportedModelError(f"{path} holds no graph: it is damaged or not an ONNX file; {_AGAIN}")
     opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
@@ -67,7 +69,7 @@ def _check_header(path: Path, model: onnx.ModelProto) -> None:
 
 
 def _check_external_data(path: Path, model: onnx.ModelProto) -> None:
-    """Every tensor that lies beside the file must be there, inside its folder, and of its declared size."""
+    """Raise UnsupportedModelError for weights beside the file that are missing, outside of its folder or cut short."""
     for tensor in model.graph.initializer:
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             continue
@@ -99,7 +101,10 @@ def _bytes_of(tensor: onnx.TensorProto) -> int:
 
 
 def _check_graph(path: Path, model: onnx.ModelProto) -> None:
-    """The order of nodes (a cycle has none), their attributes and the tensors' sizes, by ONNX's own checker."""
+    """Have ONNX's own checker look at the order of nodes (a cycle has none), their attributes and the tensors' sizes.
+
+    Raises UnsupportedModelError for what it finds.
+    """
     try:
         if model.ByteSize() < (1 << 31) - 1:
             checker.check_model(model)
@@ -113,7 +118,7 @@ def _check_graph(path: Path, model: onnx.ModelProto) -> None:
 
 
 def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with large tensors declared instead of given: shapes follow from less."""
+    """Return the model with large tensors declared instead of given: shapes follow from less."""
     small = onnx.ModelProto()
     small.CopyFrom(model) if model.ByteSize() < 1 << 24 else _copy_small(model, small)
     return small

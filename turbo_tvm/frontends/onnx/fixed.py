@@ -13,36 +13,40 @@ from typing import Any
 import numpy as np
 from tvm import tirx
 
-from turbo_tvm.frontends.onnx.values import factors
+from turbo_tvm.frontends.onnx.extents import factors
 
 
 class Loosen:
-    """Puts symbolic dimensions in the place of fixed ones; does nothing without any. dims, fixed: batch and length."""
+    """Puts symbolic dimensions in the place of fixed ones; does nothing for a file that fixes none."""
 
     def __init__(self, dims: Sequence[tirx.Var], fixed: Sequence[int | None] = ()):
+        """dims: the symbolic batch and length. fixed: the numbers that the file has in their place, None for none."""
         self.batch, self.length = dims
         self.batch_size, self.sequence = fixed or (None, None)
 
     def cut(self, shape: Sequence[int]) -> tuple[list[int], list[tirx.Var]]:
-        """The axes of a constant that are as long as the sequence, and where each must end."""
+        """Return the axes of a constant that are as long as the sequence, and where each must end."""
         if not self.sequence or self.sequence == 1:
             return [], []
         axes = [axis for axis, extent in enumerate(shape) if extent == self.sequence]
         return axes, [self.length] * len(axes)
 
     def shape(self, dims: Sequence[Any]) -> list[Any]:
-        """Extents that a constant or a broadcast gets: a batch of 1 broadcasts as it is."""
+        """Return the extents that a constant or a broadcast gets: a batch of 1 broadcasts as it is."""
         loose = [self.length if self.sequence and self.sequence > 1 and _is(d, self.sequence) else d for d in dims]
         if self.batch_size and self.batch_size > 1 and loose and _is(loose[0], self.batch_size):
             loose[0] = self.batch
         return loose
 
     def is_length(self, value: int) -> bool:
-        """Whether a number stands for the length."""
+        """Return whether a number stands for the length."""
         return bool(self.sequence and self.sequence > 1 and value == self.sequence)
 
     def all_tokens(self, ids: np.ndarray, dims: Sequence[Any]) -> list[Any] | None:
-        """The shape of a look-up of every token in its place, in data with a row per token; None if it is another."""
+        """Return the shape of a look-up of every token in its place; None if it is another look-up.
+
+        ids: what is looked up. dims: the shape of the data, a row per token.
+        """
         symbols = factors(dims[:1])[1]
         tokens = all(any(s.same_as(d) for s in symbols) for d in (self.batch, self.length))
         if not self.batch_size or not self.sequence or self.sequence == 1 or not tokens:
@@ -57,7 +61,7 @@ class Loosen:
         return [*shape, *dims[1:]]
 
     def reshape(self, source: Sequence[Any], target: Sequence[Any]) -> list[Any]:
-        """A target with the symbols that the source has: batch and length first come, first served."""
+        """Return the target of a reshape with the symbols that its source has, each at the first number that fits."""
         loose = list(target)
         if self.batch_size is None and self.sequence is None:
             return loose
@@ -66,14 +70,15 @@ class Loosen:
         if merged is not None:
             return merged
         present = [any(s.same_as(d) for s in symbols) for d in (self.batch, self.length)]
-        given = factors([d for d in target if not isinstance(d, int | np.integer)])[1]
+        kept = [d for i, d in enumerate(source) if i < len(target) and _is(target[i], 0)]  # 0: as in the source
+        given = factors([*kept, *(d for d in target if not isinstance(d, int | np.integer))])[1]
         for dim, size, needed in zip((self.batch, self.length), (self.batch_size, self.sequence), present, strict=True):
             if size and needed and not any(g.same_as(dim) for g in given):
                 _place(loose, dim, size)
         return loose
 
     def _merged(self, dims: list[Any], symbols: Sequence[Any]) -> list[Any] | None:
-        """A target in which one number stands for all tokens of the batch; None if none does."""
+        """Return a target in which one number stands for all tokens of the batch; None if none does."""
         if not self.batch_size or not self.sequence or self.sequence == 1:
             return None
         both = all(any(s.same_as(d) for s in symbols) for d in (self.batch, self.length))

@@ -1,4 +1,4 @@
-"""What lies beside an ONNX file, in folders as optimum writes them: its tokenizer, labels, longest sequence."""
+"""Read what lies beside an ONNX file, in folders as optimum writes them: tokenizer, labels, longest sequence."""
 
 from __future__ import annotations
 
@@ -17,25 +17,23 @@ _LONGEST = (("sentence_bert_config.json", "max_seq_length"), ("config.json", "ma
 
 @dataclass(frozen=True)
 class Beside:
-    """name: the folder's, for a file that is only called model; tokenizer: the text of a `tokenizer.json`; longest: in
-    tokens; labels: of a classifier.
-    """
+    """What belongs to an ONNX file."""
 
-    name: str
-    tokenizer: str | None
-    longest: int | None
-    labels: tuple[str, ...] = ()
+    name: str  # the file's, or the folder's for a file that is only called model
+    tokenizer: str | None  # the text of a `tokenizer.json`
+    longest: int | None  # sequence, in tokens
+    labels: tuple[str, ...] = ()  # of a classifier
 
 
 def file_in(folder: Path) -> Path | None:
-    """The ONNX file of a folder that has no weights for PyTorch."""
+    """Return the ONNX file of a folder; None if it has none, or has weights for PyTorch."""
     if any((folder / name).exists() for name in _WEIGHTS):
         return None
     return next((folder / place for place in _PLACES if (folder / place).is_file()), None)
 
 
 def beside(path: Path) -> Beside:
-    """What belongs to an ONNX file. Raises UnsupportedModelError for what is there and cannot be read."""
+    """Return what belongs to an ONNX file. Raises UnsupportedModelError for what is there and cannot be read."""
     folder = path.absolute().parent  # a link's own: caches link files to where nothing is beside them
     folder = folder.parent if folder.name == "onnx" else folder
     tokenizer = folder / "tokenizer.json"
@@ -47,7 +45,7 @@ def beside(path: Path) -> Beside:
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, empty where there is none."""
+    """Return the object in a JSON file; {} without the file."""
     if not path.exists():
         return {}
     try:

@@ -1,8 +1,8 @@
-"""From an ONNX graph to Relax, with symbolic batch and length, on TVM's converters of ONNX operators.
+"""Bring an ONNX graph to Relax, with symbolic batch and length, on TVM's converters of ONNX operators.
 
 TVM's own loop over the graph keeps shapes as tensors where exporters compute with them, and then cannot say what rank
-or shape a reshape has. This loop evaluates such values (`onnx_values.py`), converts what takes a shape as an operand
-itself, and leaves every other operator to TVM.
+or shape a reshape has. This loop evaluates such values (`values.py`), converts what takes a shape as an operand
+itself (`operators.py`) and fused operators (`fused.py`), and leaves every other operator to TVM.
 """
 
 from __future__ import annotations
@@ -15,28 +15,26 @@ from typing import Any
 import numpy as np
 import onnx
 import tvm
-from onnx import helper, numpy_helper
+from onnx import helper
 from tvm import ir, relax, tirx
 from tvm.relax.frontend.onnx import onnx_frontend as stock
 
+from turbo_tvm import tvm_compat
 from turbo_tvm.errors import UnsupportedModelError, summary
-from turbo_tvm.frontends.onnx import fused as onnx_fused
-from turbo_tvm.frontends.onnx import operators as onnx_operators
+from turbo_tvm.frontends.onnx import fused, operators
+from turbo_tvm.frontends.onnx.constants import Constants, is_constant, refused
 from turbo_tvm.frontends.onnx.fixed import Loosen
 from turbo_tvm.frontends.onnx.values import Values, is_known
+from turbo_tvm.ops.entry import ENCODE
+from turbo_tvm.ops.inputs import NUM_INPUT
 from turbo_tvm.passes.rewriter import shape_of
 
-_OWN = onnx_operators.OPERATORS | onnx_fused.OPERATORS
-_WEIGHT_ELEMENTS = 2  # smaller floating-point constants are part of the code, not weights
+_OWN = operators.OPERATORS | fused.OPERATORS  # converters that come before TVM's
+_ASKED_FOR = 4096  # elements: a converter of TVM may ask for the values of weights that are no larger
 
 
 class OnnxGraph:
-    """Imports the graph of a checked model.
-
-    inputs: `main`'s parameters by the graph's names for them, int64 (batch, length) or images; they are cast to what
-    the graph declares. dims: the symbolic dimensions. fixed: the numbers that the graph has in their place, None where
-    it has none (`onnx_fixed.py`).
-    """
+    """Imports the graph of a checked model, once."""
 
     def __init__(
         self,
@@ -45,29 +43,37 @@ class OnnxGraph:
         dims: Sequence[tirx.Var],
         fixed: Sequence[int | None] = (),
     ):
+        """Prepare an import.
+
+        inputs: `main`'s parameters by the graph's names for them, int64 (batch, length) or images; they are cast to
+            what the graph declares.
+        dims: the symbolic batch and length.
+        fixed: the numbers that the graph has in their place, None where it has none (`fixed.py`).
+        """
         self.graph = model.graph
         self.opset = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
         self.inputs = inputs
         self.values = Values(dims, self.opset)
         self.loosen = Loosen(dims, fixed)
         self.builder = relax.BlockBuilder()
-        self.known: dict[str, np.ndarray] = {}
-        self.nodes: dict[str, relax.Expr] = {}
-        self.weights: dict[str, tuple[relax.Var, np.ndarray]] = {}  # by the variable's name
-        self.sliced: list[int] = []  # what constants that are cut to the length allow
+        constants = Constants({p.name for p in inputs.values()})
+        constants.add_all(model.graph)
+        self.weights = constants.weights  # variable and value, by the variable's name
+        self.known: dict[str, np.ndarray] = constants.known  # values, by the graph's name
+        self.nodes: dict[str, relax.Expr] = dict(constants.variables)  # other results, by the graph's name
+        self.sliced: list[int] = []  # how many tokens constants that are cut to the length allow
         self._parser = stock.ONNXGraphImporter({}, "float32")
-        self._converters = stock._get_convert_map()
+        self._converters = tvm_compat.onnx_converters(stock)
 
     def run(self) -> tuple[ir.IRModule, list[tvm.runtime.Tensor]]:
-        """`main(inputs..., weights...)` and the weights' values.
+        """Return `main(inputs..., weights...)` and the weights' values.
 
-        UnsupportedModelError names an operator, and its node, that cannot be imported.
+        Raises UnsupportedModelError, which names the operator and the node that cannot be imported.
         """
-        self._constants(self.graph)
         weights = [var for var, _ in self.weights.values()]
         params = [*dict.fromkeys(self.inputs.values()), *weights]
         count = len(params) - len(weights)
-        with self.builder.function("main", params, attrs={"num_input": count}):
+        with self.builder.function(ENCODE, params, attrs={NUM_INPUT: count}):
             with self.builder.dataflow():
                 self._declare_inputs()
                 try:
@@ -80,49 +86,19 @@ class OnnxGraph:
             self.builder.emit_func_output(out)
         if failed is not None:
             raise failed
-        mod = relax.transform.DeadCodeElimination(["main"])(self.builder.finalize())
+        mod = relax.transform.DeadCodeElimination([ENCODE])(self.builder.finalize())
         return self._without_unused(mod, count)
 
     def _without_unused(self, mod: ir.IRModule, count: int) -> tuple[ir.IRModule, list[tvm.runtime.Tensor]]:
-        """The function without the weights that only values which are known now were made from."""
-        main = mod["main"]
+        """Drop the weights that only values which are known now were made from."""
+        main = mod[ENCODE]
         used = set(relax.analysis.free_vars(main.body))
         kept = [p for p in main.params[count:] if p in used]
         params = [*main.params[:count], *kept]
         func = relax.Function(params, main.body, main.ret_ty, is_pure=True, attrs=main.attrs)
         weights = [tvm.runtime.tensor(np.ascontiguousarray(self.weights[p.name][1])) for p in kept]
-        mod.update_func(mod.get_global_var("main"), func)
+        mod.update_func(mod.get_global_var(ENCODE), func)
         return mod, weights
-
-    # Constants, weights and inputs
-
-    def _constants(self, graph: onnx.GraphProto) -> None:
-        """Initializers and `Constant` nodes: weights as parameters, integers and single numbers as known values."""
-        for tensor in graph.initializer:
-            self._constant(tensor.name, numpy_helper.to_array(tensor))
-        for node in graph.node:
-            if node.op_type == "Constant" and node.domain in ("", "ai.onnx"):
-                self._constant(node.output[0], _constant_value(node))
-            for attribute in node.attribute:
-                if attribute.type == onnx.AttributeProto.GRAPH:
-                    self._constants(attribute.g)
-
-    def _constant(self, name: str, array: np.ndarray) -> None:
-        floating = array.dtype.kind == "f" or "float" in str(array.dtype)
-        if not floating or array.size < _WEIGHT_ELEMENTS:
-            self.known[name] = array
-            return
-        if array.dtype != np.float32:
-            array = array.astype(np.float32)
-        clean = "".join(
-            c if c.isalnum() or c == "_" else "_" for c in name.removeprefix("onnx::").removeprefix("model.")
-        )
-        clean = clean if clean[:1].isalpha() or clean.startswith("_") else f"w_{clean}"
-        while clean in self.weights or any(clean == p.name for p in self.inputs.values()):
-            clean += "_"
-        var = relax.Var(clean, relax.TensorType(array.shape, "float32"))
-        self.weights[clean] = (var, array)
-        self.nodes[name] = var
 
     def _declare_inputs(self) -> None:
         for declared in self.graph.input:
@@ -135,12 +111,12 @@ class OnnxGraph:
     # Nodes
 
     def emit(self, expr: relax.Expr) -> relax.Expr:
-        """Bind an expression; tuples and variables as they are."""
+        """Bind an expression in `main`; tuples, variables and constants stay as they are."""
         expr = self.builder.normalize(expr)
         return expr if isinstance(expr, relax.Var | relax.Tuple | ir.GenericConst) else self.builder.emit(expr)
 
     def expression(self, value: Any) -> relax.Expr:
-        """A value, or a part of the graph, as an expression."""
+        """Return a value, or a part of the graph, as an expression."""
         if not is_known(value):
             return value
         if value.dtype != object:
@@ -155,16 +131,16 @@ class OnnxGraph:
         return flat if value.ndim == 1 else self.emit(relax.op.reshape(flat, value.shape))
 
     def is_weight(self, expr: relax.Expr) -> bool:
-        """Whether it is one of the file's weights, as it is stored."""
+        """Return whether it is one of the file's weights, as it is stored."""
         return isinstance(expr, relax.Var) and expr.name in self.weights
 
     def _value(self, name: str) -> Any:
-        """What a name stands for: None, a known value or an expression."""
+        """Return what a name stands for: None for none, a known value or an expression."""
         return None if name == "" else self.known[name] if name in self.known else self.nodes[name]
 
     def _convert_all(self, graph: onnx.GraphProto) -> None:
         for node in graph.node:
-            if node.op_type == "Constant" and node.domain in ("", "ai.onnx"):
+            if is_constant(node):
                 continue
             inputs = [self._value(name) for name in node.input]
             self._keep(node, self._convert(node, inputs))
@@ -200,12 +176,12 @@ class OnnxGraph:
             raise refused(node, summary(error)) from error
 
     def _branch(self, graph: onnx.GraphProto) -> list[Any]:
-        """The results of a branch that is known to be taken."""
+        """Return the results of a branch that is known to be taken."""
         self._convert_all(graph)
         return [self._value(output.name) for output in graph.output]
 
     def _stock(self, node: onnx.NodeProto, inputs: list[Any], attrs: dict[str, Any]) -> Sequence[Any]:
-        """TVM's conversion."""
+        """Convert a node by TVM's converter. Raises UnsupportedModelError where there is none that serves."""
         converter = self._converters.get(node.op_type)
         if converter is None or node.domain not in ("", "ai.onnx", "com.microsoft"):
             raise refused(node, "there is no conversion of this operator")
@@ -225,7 +201,7 @@ class OnnxGraph:
         return [made]
 
     def _cut_weights(self, operands: Sequence[relax.Expr]) -> list[relax.Expr]:
-        """Weights that hold a row per token of a fixed length, cut to the length of what they are combined with."""
+        """Cut weights that hold a row per token of a fixed length to the length of what they are combined with."""
         return [self._cut_weight(x, other) for x, other in zip(operands, reversed(operands), strict=True)]
 
     def _cut_weight(self, x: relax.Expr, other: relax.Expr) -> relax.Expr:
@@ -242,35 +218,13 @@ class OnnxGraph:
         return self.emit(relax.op.strided_slice(x, axes, [0] * len(axes), stops, assume_inbound=True))
 
     def _small(self, operands: Sequence[Any]) -> list[tuple[str, tuple[relax.Var, np.ndarray]]]:
-        """The weights among a node's operands: a converter may ask for their values."""
+        """Return the weights among a node's operands whose values a converter may ask for."""
         names = [x.name for x in operands if isinstance(x, relax.Var) and x.name in self.weights]
-        return [(name, self.weights[name]) for name in names if self.weights[name][1].size <= 4096]
-
-
-def refused(node: onnx.NodeProto, why: str) -> UnsupportedModelError:
-    """The error for a node that cannot be imported."""
-    domain = f"{node.domain}::" if node.domain not in ("", "ai.onnx") else ""
-    name = f"node {node.name!r}" if node.name else f"the node that makes {node.output[0]!r}"
-    return UnsupportedModelError(
-        f"the ONNX operator {domain}{node.op_type} ({name}) cannot be imported: {why}; export the model again with "
-        "torch.onnx.export(..., dynamo=True) or another opset (11 to 23), or compile the PyTorch model itself"
-    )
-
-
-def _constant_value(node: onnx.NodeProto) -> np.ndarray:
-    (attribute,) = node.attribute
-    value = helper.get_attribute_value(attribute)
-    if attribute.name == "value":
-        return numpy_helper.to_array(value)
-    if attribute.name in ("value_float", "value_floats"):
-        return np.array(value, np.float32)
-    if attribute.name in ("value_int", "value_ints"):
-        return np.array(value, np.int64)
-    raise refused(node, f"its value is a {attribute.name}")
+        return [(name, self.weights[name]) for name in names if self.weights[name][1].size <= _ASKED_FOR]
 
 
 def _part(dims: list[Any], attrs: Mapping[str, Any]) -> list[Any]:
-    """The dimensions that a `Shape` asks for."""
+    """Return the dimensions that a `Shape` asks for."""
     return dims[attrs.get("start", 0) : attrs.get("end", len(dims))]
 
 

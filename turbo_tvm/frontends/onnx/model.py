@@ -1,154 +1,180 @@
-"""ONNX files to Relax: what a file takes, what a request may hold, and what the file answers itself."""
+"""Import ONNX files: what a file takes, what a request may hold, and what the file answers itself."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import onnx
+import tvm
 from tvm import ir, tirx
 
-from turbo_tvm.artifact.manifest import Bounds, PositionRule
+from turbo_tvm.artifact.manifest import PositionRule, RequestLimits
 from turbo_tvm.errors import UnsupportedModelError, summary
-from turbo_tvm.frontends.imported import DEFAULT_MAX_LENGTH, ImageSample, Imported, Sample
+from turbo_tvm.frontends import import_passes
+from turbo_tvm.frontends.imported import Imported, inputs_of
 from turbo_tvm.frontends.onnx.file import load_file
-from turbo_tvm.frontends.onnx.folder import Beside, beside
+from turbo_tvm.frontends.onnx.folder import beside
 from turbo_tvm.frontends.onnx.graph import OnnxGraph
 from turbo_tvm.frontends.onnx.inputs import OnnxInputs, read_inputs
-from turbo_tvm.frontends.onnx.reference import Reference, random_images, random_sample
-from turbo_tvm.frontends.patches import Size, patches_of
-from turbo_tvm.passes.extract_inputs import Positions, extract_inputs
-from turbo_tvm.passes.normalize import normalize
+from turbo_tvm.frontends.onnx.reference import Reference, image_sample, text_sample
+from turbo_tvm.frontends.options import DEFAULT_MAX_LENGTH, DEFAULTS, ImportOptions
+from turbo_tvm.frontends.patches import patches_of
+from turbo_tvm.frontends.sample import ImageSample, Sample
+from turbo_tvm.ops.entry import ENCODE
+from turbo_tvm.ops.inputs import InputKind, input_params, kind_of
+from turbo_tvm.passes.extract_inputs import Positions
 from turbo_tvm.passes.rewriter import is_call, shape_of
-from turbo_tvm.passes.tabulate_positions import tabulate_positions
 
 _SAMPLED = 150  # tokens of the batch that the compiled model is compared on: more than most windows
+_UNLIMITED = 1 << 30  # tokens
 
 
-def import_file(
-    path: Path,
-    name: str | None = None,
-    max_length: int | None = None,
-    tokenizer: str | None = None,
-    image_size: Size | None = None,
-) -> Imported:
+def import_file(path: Path, options: ImportOptions = DEFAULTS) -> Imported:
     """Import an encoder from an ONNX file of opset 11 to 23.
 
     Its inputs are token ids, attention mask and, where it has them, token types and positions, all (batch, length), of
-    any integer or floating-point type; or images. Dimensions may be symbolic or fixed. max_length: the longest sequence
-    in tokens; by default what its table of positions and a `config.json` beside it allow. tokenizer: by default the
-    `tokenizer.json` beside it. image_size: of images, where the file leaves it open.
+    any integer or floating-point type; or images. Dimensions may be symbolic or fixed.
+
+    options: name and tokenizer are those beside the file by default, max_length what its table of positions and a
+        `config.json` beside it allow. image_size is for files of images that leave it open.
 
     Raises UnsupportedModelError with the reason.
     """
     try:
-        found = beside(path)
-        return _import(path, name or found.name, max_length, tokenizer or found.tokenizer, image_size, found)
+        return _import(path, options)
     except UnsupportedModelError:
         raise
     except Exception as error:  # whatever ONNX and TVM raise for a file that passed the checks
         raise UnsupportedModelError(f"{path} cannot be imported: {summary(error)}") from error
 
 
-def _import(
-    path: Path,
-    name: str,
-    max_length: int | None,
-    tokenizer: str | None,
-    image_size: Size | None,
-    found: Beside,
-) -> Imported:
-    model = load_file(path)
-    inputs = read_inputs(path, model, image_size)
-    dims = tirx.Var("batch", "int64"), tirx.Var("length", "int64")
-    graph = OnnxGraph(model, inputs.parameters(*dims), dims, (inputs.batch, inputs.length))
-    mod, weights = graph.run()
-    reference = Reference(path, model)
+@dataclass(frozen=True)
+class _Read:
+    """A file's graph as a module, before import passes."""
+
+    path: Path
+    inputs: OnnxInputs
+    mod: ir.IRModule  # `main(inputs..., weights...)`, inputs as the file has them
+    weights: list[tvm.runtime.Tensor]  # the values of the weight parameters
+    reference: Reference  # what answers for the file
+    limits: tuple[int, ...]  # of the length in tokens, other than a table of positions
+
+
+@dataclass(frozen=True)
+class _Fed:
+    """The module that is compiled, and what must be known to feed it."""
+
+    mod: ir.IRModule
+    request_limits: RequestLimits
+    positions: PositionRule
     sample: Sample | ImageSample
-    if inputs.image is not None:
-        if max_length is not None:
-            raise UnsupportedModelError(f"{path} takes images, so max_length={max_length} says nothing")
-        mod, bounds = patches_of(mod, str(path))
-        rule, sample = PositionRule("arange"), _image_sample(inputs, reference)
-    else:
-        if image_size is not None:
-            raise UnsupportedModelError(f"{path} takes no images, so image_size={image_size} says nothing")
-        limits = [*graph.sliced, *([inputs.length] if inputs.length else [])]
-        mod, bounds, rule = _text(path, mod, inputs, limits, max_length, found.longest)
-        batch = 2 * (inputs.batch or 1)
-        length = min(_SAMPLED, bounds.max_length)
-        sample = random_sample(reference, inputs, bounds, rule, np.random.default_rng(0), batch, length)
+
+
+def _import(path: Path, options: ImportOptions) -> Imported:
+    found = beside(path)
+    options = options.or_else(name=found.name, tokenizer=found.tokenizer)
+    model = load_file(path)
+    read = _read(path, model, options)
+    fed = _images(read, options) if read.inputs.image is not None else _texts(read, options, found.longest)
     return Imported(
-        name=name,
+        name=options.name or found.name,
         model_type="onnx",
-        mod=mod,
-        weights=weights,
+        mod=fed.mod,
+        weights=read.weights,
         output_names=tuple(output.name for output in model.graph.output),
-        bounds=bounds,
-        positions=rule,
-        parameter_count=sum(int(np.prod(w.shape)) for w in weights),
-        tokenizer=tokenizer,
+        request_limits=fed.request_limits,
+        positions=fed.positions,
+        parameter_count=sum(int(np.prod(w.shape)) for w in read.weights),
+        tokenizer=options.tokenizer,
         labels=found.labels,
-        sample=sample,
+        sample=fed.sample,
     )
 
 
-def _text(
-    path: Path,
-    mod: ir.IRModule,
-    inputs: OnnxInputs,
-    limits: list[int],
-    max_length: int | None,
-    longest: int | None,
-) -> tuple[ir.IRModule, Bounds, PositionRule]:
-    """The module with positions as an input, what a request may hold, and how positions follow from token ids.
+def _read(path: Path, model: onnx.ModelProto, options: ImportOptions) -> _Read:
+    inputs = read_inputs(path, model, options.image_size)
+    dims = tirx.Var("batch", "int64"), tirx.Var("length", "int64")
+    graph = OnnxGraph(model, inputs.parameters(*dims), dims, (inputs.batch, inputs.length))
+    mod, weights = graph.run()
+    limits = (*graph.sliced, *([inputs.length] if inputs.length else []))
+    return _Read(path, inputs, mod, weights, Reference(path, model), limits)
 
-    limits: of the length in tokens, other than the table of positions. longest: what is usual, by a `config.json`.
+
+def _images(read: _Read, options: ImportOptions) -> _Fed:
+    """Put patches in the place of images. Raises UnsupportedModelError for a graph without patches."""
+    if options.max_length is not None:
+        raise UnsupportedModelError(f"{read.path} takes images, so max_length={options.max_length} says nothing")
+    mod, allowed = patches_of(read.mod, str(read.path))
+    sample = image_sample(read.reference, read.inputs, np.random.default_rng(0), _sample_size(read.inputs))
+    return _Fed(mod, allowed, PositionRule("arange"), sample)
+
+
+def _texts(read: _Read, options: ImportOptions, usual: int | None) -> _Fed:
+    """Make positions an input, and find out what a request may hold.
+
+    usual: the longest sequence in tokens by a `config.json`, if there is one.
+
+    Raises UnsupportedModelError for a graph that looks no token ids up, and for a length that is not possible.
     """
-    mod, positions = extract_inputs(normalize(mod), *([min(limits)] if limits else []))
+    if options.image_size is not None:
+        raise UnsupportedModelError(f"{read.path} takes no images, so image_size={options.image_size} says nothing")
+    mod, found = import_passes.texts(read.mod, min(read.limits, default=None))
     rows = _table_rows(mod)
-    if "input_ids" not in rows:
-        raise UnsupportedModelError(f"{path}: no table of embeddings is looked up with {inputs.roles['input_ids']!r}")
-    if "position_ids" in inputs.roles:  # those that a caller of the file supplies are counted from 0
-        positions = Positions("arange", 0, None, rows.get("position_ids", 1 << 30))
-    limits = [*limits, *([positions.longest] if positions else [])]
-    bounds = Bounds(_max_length(limits, max_length, longest), rows["input_ids"], _token_types(inputs, rows))
-    if positions is None or (positions.kind, positions.offset) == ("arange", 0):
-        mod = tabulate_positions(mod, bounds.max_length)
-    if positions is None:
-        counted = any(p.name == "position_ids" for p in mod["main"].params)
-        return mod, bounds, PositionRule("arange") if counted else PositionRule()
-    return mod, bounds, PositionRule(positions.kind, positions.offset, positions.pad_id)  # type: ignore[arg-type]
+    if InputKind.TOKEN_IDS not in rows:
+        name = read.inputs.names[InputKind.TOKEN_IDS]
+        raise UnsupportedModelError(f"{read.path}: no table of embeddings is looked up with {name!r}")
+    if InputKind.POSITION_IDS in read.inputs.names:  # those that a caller of the file supplies are counted from 0
+        found = Positions("arange", 0, None, rows.get(InputKind.POSITION_IDS, _UNLIMITED))
+    limits = [*read.limits, *([found.longest] if found else [])]
+    longest = _max_length(limits, options.max_length, usual)
+    allowed = RequestLimits(longest, rows[InputKind.TOKEN_IDS], _token_types(read.inputs, rows))
+    if found is None or (found.kind, found.offset) == ("arange", 0):
+        mod = import_passes.tabulated(mod, allowed.max_length)
+    rule = _position_rule(mod, found)
+    shape = (_sample_size(read.inputs), min(_SAMPLED, allowed.max_length))
+    sample = text_sample(read.reference, read.inputs, (allowed, rule), np.random.default_rng(0), shape)
+    return _Fed(mod, allowed, rule, sample)
 
 
-def _image_sample(inputs: OnnxInputs, reference: Reference) -> ImageSample:
-    pixels = random_images(inputs, np.random.default_rng(0), 2 * (inputs.batch or 1))
-    return ImageSample(pixels, reference(inputs.feed_images(pixels), inputs.batch))
+def _sample_size(inputs: OnnxInputs) -> int:
+    """Return how many requests are compared: as often as the file takes at once, twice."""
+    return 2 * (inputs.batch or 1)
 
 
-def _token_types(inputs: OnnxInputs, rows: dict[str, int]) -> int:
-    """How many token types a request may name: one where the file itself takes none, but looks the first one up."""
-    if "token_type_ids" not in rows:
+def _position_rule(mod: ir.IRModule, found: Positions | None) -> PositionRule:
+    """Return how position ids follow from token ids: as found in the graph, else from 0 on if they are an input."""
+    if found is not None:
+        return PositionRule(found.kind, found.offset, found.pad_id)  # type: ignore[arg-type]
+    return PositionRule("arange") if InputKind.POSITION_IDS in inputs_of(mod) else PositionRule()
+
+
+def _token_types(inputs: OnnxInputs, rows: dict[InputKind, int]) -> int:
+    """Return how many token types a request may name: one if the file takes none, but looks the first one up."""
+    if InputKind.TOKEN_TYPE_IDS not in rows:
         return 0
-    return rows["token_type_ids"] if "token_type_ids" in inputs.roles else 1
+    return rows[InputKind.TOKEN_TYPE_IDS] if InputKind.TOKEN_TYPE_IDS in inputs.names else 1
 
 
-def _table_rows(mod: ir.IRModule) -> dict[str, int]:
-    """How many rows the table has that an input looks up, by input."""
-    main = mod["main"]
-    names = {p: p.name for p in main.params[: int(main.attrs["num_input"])]}
-    rows: dict[str, int] = {}
+def _table_rows(mod: ir.IRModule) -> dict[InputKind, int]:
+    """Return how many rows the table has that an input looks up, by input."""
+    main = mod[ENCODE]
+    kinds = {p: kind_of(p.name) for p in input_params(main)}
+    rows: dict[InputKind, int] = {}
     for block in main.body.blocks:
         for binding in block.bindings:
             value = binding.value
-            if is_call(value, "astype") and value.args[0] in names and "int" in str(value.attrs.dtype):
-                names[binding.var] = names[value.args[0]]
-            if is_call(value, "take") and value.args[1] in names and isinstance(shape_of(value.args[0])[0], int):
-                name, size = names[value.args[1]], int(shape_of(value.args[0])[0])
-                rows[name] = min(size, rows.get(name, size))
+            if is_call(value, "astype") and value.args[0] in kinds and "int" in str(value.attrs.dtype):
+                kinds[binding.var] = kinds[value.args[0]]
+            if is_call(value, "take") and value.args[1] in kinds and isinstance(shape_of(value.args[0])[0], int):
+                kind, size = kinds[value.args[1]], int(shape_of(value.args[0])[0])
+                rows[kind] = min(size, rows.get(kind, size))
     return rows
 
 
 def _max_length(limits: list[int], asked: int | None, usual: int | None) -> int:
+    """Return the longest sequence in tokens: what is asked for, if no limit is shorter."""
     limit = min(limits) if limits else None
     if asked is not None and (asked < 1 or (limit is not None and asked > limit)):
         allowed = f"1 to {limit}" if limit is not None else "1 or more"

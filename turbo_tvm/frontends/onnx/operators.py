@@ -1,29 +1,28 @@
-"""ONNX operators that take a shape or bounds as an operand, and those that TVM's frontend lacks.
+"""Convert ONNX operators that take a shape or bounds as an operand, and those that TVM's frontend lacks.
 
-A function takes the graph that is being imported, the node's inputs (None, known values or expressions) and its
+A converter takes the graph that is being imported, the node's inputs (None, known values or expressions) and its
 attributes, and returns its results, or None to leave the node to TVM.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tvm import relax
 
-from turbo_tvm.frontends.onnx.values import broadcast, is_known
+from turbo_tvm.frontends.onnx.extents import broadcast
+from turbo_tvm.frontends.onnx.operands import Attributes, Operator, Results
+from turbo_tvm.frontends.onnx.values import is_known
 from turbo_tvm.frontends.tile import tile
 from turbo_tvm.passes.rewriter import shape_of
 
 if TYPE_CHECKING:
     from turbo_tvm.frontends.onnx.graph import OnnxGraph
 
-Results = Sequence[Any] | None
-Attributes = Mapping[str, Any]
-
-_ENDLESS = 1 << 30  # a bound beyond it is the end
-_LIMIT = 32  # a bound from here on is a limit of the length
+_ENDLESS = 1 << 30  # a bound of a slice beyond it is the end
+_LIMIT = 32  # a bound of a slice from here on is a limit of the length, in tokens
 
 
 def _reshape(graph: OnnxGraph, inputs: list[Any], attrs: Attributes) -> Results:
@@ -73,7 +72,7 @@ def _range(graph: OnnxGraph, inputs: list[Any], attrs: Attributes) -> Results:
 
 
 def _slice(graph: OnnxGraph, inputs: list[Any], attrs: Attributes) -> Results:
-    """A slice with known bounds; what is cut to the length must be long enough for it (`OnnxGraph.sliced`)."""
+    """Convert a slice with known bounds; what is cut to the length must be long enough for it (`OnnxGraph.sliced`)."""
     x, bounds = graph.expression(inputs[0]), inputs[1:]
     if not all(b is None or is_known(b) for b in bounds):
         return None
@@ -98,7 +97,7 @@ def _slice(graph: OnnxGraph, inputs: list[Any], attrs: Attributes) -> Results:
 
 
 def _bound(graph: OnnxGraph, value: Any, extent: Any) -> Any:
-    """A bound of a slice as ONNX means it: negative from the end, and never past it.
+    """Return a bound of a slice as ONNX means it: negative from the end, and never past it.
 
     Of a symbolic extent a bound of some size is taken to be one of the length, as where tokens are cut to 512.
     """
@@ -122,7 +121,10 @@ def _bound(graph: OnnxGraph, value: Any, extent: Any) -> Any:
 
 
 def _gather(graph: OnnxGraph, inputs: list[Any], attrs: Attributes) -> Results:
-    """By numbers; or rows of a weight, whose ids are checked before anything runs, so that none counts from the end."""
+    """Convert a look-up by numbers, or of rows of a weight.
+
+    Ids that are looked up in a weight are checked before anything runs, so that none counts from the end.
+    """
     data, ids, axis = graph.expression(inputs[0]), inputs[1], attrs.get("axis", 0)
     if is_known(ids):
         extent = shape_of(data)[axis]
@@ -139,7 +141,7 @@ def _gather(graph: OnnxGraph, inputs: list[Any], attrs: Attributes) -> Results:
 
 
 def _gather_nd(graph: OnnxGraph, inputs: list[Any], attrs: Attributes) -> Results:
-    """Of a fixed batch, everything in its place; anything else is TVM's."""
+    """Convert what looks everything up in its place, as files of a fixed batch do; anything else is TVM's."""
     data, ids = graph.expression(inputs[0]), inputs[1]
     dims = shape_of(data)
     if not is_known(ids) or ids.dtype == object or len(dims) != 2 or ids.shape[-1] != 2 or attrs.get("batch_dims", 0):
@@ -156,7 +158,7 @@ def _tile(graph: OnnxGraph, inputs: list[Any], attrs: Attributes) -> Results:
 
 
 def _clip(graph: OnnxGraph, inputs: list[Any], attrs: Attributes) -> Results:
-    """With known bounds, which are inputs from opset 11 on."""
+    """Convert a clip with known bounds, which are inputs from opset 11 on."""
     bounds = [*inputs[1:], None, None][:2]
     if not all(b is None or (is_known(b) and b.dtype != object) for b in bounds):
         return None
@@ -168,13 +170,16 @@ def _clip(graph: OnnxGraph, inputs: list[Any], attrs: Attributes) -> Results:
 
 
 def _dropout(graph: OnnxGraph, inputs: list[Any], attrs: Attributes) -> Results:
-    """Nothing is dropped where nothing is trained."""
+    """Return the input: nothing is dropped where nothing is trained."""
     training = len(inputs) > 2 and inputs[2] is not None and not (is_known(inputs[2]) and not inputs[2].any())
     return None if training else [inputs[0]]
 
 
 def _softmax(graph: OnnxGraph, inputs: list[Any], attrs: Attributes) -> Results:
-    """Before opset 13 it is one of a matrix with all later axes in its columns: no other if there is one."""
+    """Convert a softmax over the last axis.
+
+    Before opset 13 it is one of a matrix with all later axes in its columns: the same if there is one such axis.
+    """
     x = graph.expression(inputs[0])
     rank = len(shape_of(x))
     last = attrs.get("axis", -1 if graph.opset >= 13 else 1) % rank == rank - 1
@@ -197,7 +202,8 @@ def _dims(values: Sequence[Any]) -> list[Any]:
     return [int(d) if isinstance(d, int | np.integer) else d for d in values]
 
 
-OPERATORS: dict[tuple[str, str], Callable[[OnnxGraph, list[Any], Attributes], Results]] = {
+# Converters by domain and operator.
+OPERATORS: dict[tuple[str, str], Operator] = {
     ("", "Reshape"): _reshape,
     ("", "Flatten"): _flatten,
     ("", "Expand"): _expand,

@@ -1,4 +1,4 @@
-"""What an ONNX file answers itself: by ONNX Runtime if it is installed, else by ONNX's own reference in NumPy."""
+"""Run an ONNX file: by ONNX Runtime if it is installed, else by ONNX's own reference in NumPy."""
 
 from __future__ import annotations
 
@@ -9,19 +9,22 @@ from typing import Any
 import numpy as np
 import onnx
 
-from turbo_tvm.artifact.manifest import Bounds, PositionRule
+from turbo_tvm.artifact.manifest import PositionRule, RequestLimits
 from turbo_tvm.errors import UnsupportedModelError, summary
-from turbo_tvm.frontends.imported import Sample
 from turbo_tvm.frontends.onnx.inputs import OnnxInputs
+from turbo_tvm.frontends.sample import ImageSample, Sample
 
 Arrays = dict[str, np.ndarray]
 Run = Callable[[Arrays], Any]  # the outputs in order
 
 
 class Reference:
-    """Calling it answers inputs by name with outputs by name. name: what computes them, with its version."""
+    """A file that can be run: a call answers inputs, by name, with outputs, by name."""
+
+    name: str  # what computes the answers, with its version
 
     def __init__(self, path: Path, model: onnx.ModelProto):
+        """Open the file. Raises UnsupportedModelError if it cannot be run."""
         names = [output.name for output in model.graph.output]
         self._run: Run
         try:
@@ -35,8 +38,10 @@ class Reference:
         self._names = names
 
     def __call__(self, inputs: Arrays, batch: int | None = None) -> Arrays:
-        """The outputs. batch: how many requests the file takes at once, if it fixes that: the inputs are that many, or
-        a multiple of it."""
+        """Return the outputs.
+
+        batch: how many requests the file takes at once, if it fixes that: the inputs are a multiple of it.
+        """
         count = len(next(iter(inputs.values())))
         size = batch or count
         parts = [self._run({name: x[i : i + size] for name, x in inputs.items()}) for i in range(0, count, size)]
@@ -70,30 +75,33 @@ def _reference(path: Path, model: onnx.ModelProto, names: list[str]) -> Run:
     return lambda inputs: evaluator.run(names, inputs)
 
 
-def random_sample(
+def text_sample(
     reference: Reference,
     inputs: OnnxInputs,
-    bounds: Bounds,
-    rule: PositionRule,
+    limits: tuple[RequestLimits, PositionRule],
     rng: np.random.Generator,
-    batch: int,
-    longest: int,
+    shape: tuple[int, int],
 ) -> Sample:
-    """A ragged batch of any token ids and types, padded on the right, and the file's answers.
+    """Return a ragged batch of any token ids and types, padded on the right, and the file's answers.
 
-    Small ids, which often are special, are among the first. The length is that which the file fixes, if it does.
+    Small ids, which often are special, are among the first.
+
+    limits: what a request may hold, and how its position ids follow.
+    shape: sequences, and tokens of the longest; of a file that fixes the length, that one.
     """
+    (allowed, rule), (batch, longest) = limits, shape
     length = inputs.length or longest
-    ids = rng.integers(0, bounds.vocab_size, (batch, length))
-    ids[:, 1:2] = np.arange(batch)[:, None] % min(5, bounds.vocab_size)
+    ids = rng.integers(0, allowed.vocab_size, (batch, length))
+    ids[:, 1:2] = np.arange(batch)[:, None] % min(5, allowed.vocab_size)
     ends = rng.integers(1, length + 1, batch)
     ends[0] = length if batch > 1 and inputs.length is None else ends[0]
     mask = (np.arange(length)[None, :] < ends[:, None]).astype(np.int64)
-    types = rng.integers(0, max(bounds.type_vocab_size, 1), ids.shape)
+    types = rng.integers(0, max(allowed.type_vocab_size, 1), ids.shape)
     answers = reference(inputs.feed(ids, mask, types, rule), inputs.batch)
-    return Sample(ids, mask, answers, types if bounds.type_vocab_size else None)
+    return Sample(ids, mask, answers, types if allowed.type_vocab_size else None)
 
 
-def random_images(inputs: OnnxInputs, rng: np.random.Generator, batch: int) -> np.ndarray:
-    """Images of noise, fp32 (batch, channels, height, width)."""
-    return rng.standard_normal((batch, *(inputs.image or ()))).astype(np.float32)
+def image_sample(reference: Reference, inputs: OnnxInputs, rng: np.random.Generator, batch: int) -> ImageSample:
+    """Return `batch` images of noise and the file's answers."""
+    pixels = rng.standard_normal((batch, *(inputs.image or ()))).astype(np.float32)
+    return ImageSample(pixels, reference(inputs.feed_images(pixels), inputs.batch))

@@ -1,4 +1,4 @@
-"""Model folders, as Hugging Face and sentence-transformers write them: configuration, weights and tokenizer."""
+"""Read model folders, as Hugging Face and sentence-transformers write them: configuration, weights and tokenizer."""
 
 from __future__ import annotations
 
@@ -9,11 +9,23 @@ from typing import Any
 from torch import nn
 
 from turbo_tvm.errors import UnsupportedModelError
+from turbo_tvm.frontends.imported import Imported
+from turbo_tvm.frontends.options import DEFAULTS, ImportOptions
+from turbo_tvm.frontends.torch.module import import_module
 from turbo_tvm.frontends.torch.sentence import SentenceEncoder
 
 
+def import_folder(folder: Path, options: ImportOptions = DEFAULTS) -> Imported:
+    """Import the model of a folder; name, longest sequence and tokenizer are the folder's by default.
+
+    Raises UnsupportedModelError, as `load_folder` and `import_module` do.
+    """
+    module, tokenizer, longest = load_folder(folder)
+    return import_module(module, options.or_else(folder.resolve().name, longest, tokenizer))
+
+
 def load_folder(folder: Path) -> tuple[nn.Module, str | None, int | None]:
-    """The folder's model as a torch module, its `tokenizer.json` as text, and its longest sequence, if it names one.
+    """Return a folder's model, the text of its `tokenizer.json`, and its longest sequence in tokens, if it names one.
 
     A sentence-transformers folder becomes a `SentenceEncoder` with its pooling and normalisation. Raises
     UnsupportedModelError for a folder that is not a model, a model type that transformers does not know, and modules
@@ -62,7 +74,10 @@ def _load(folder: Path, config: dict[str, Any], bare: bool) -> nn.Module:
 
 
 def _refuse_invented_weights(folder: Path, model: nn.Module, missing: list[str]) -> None:
-    """transformers fills what the file lacks with random numbers. A pooler that was never saved is left out instead."""
+    """Raise UnsupportedModelError for weights that transformers filled with random numbers, as the file lacks them.
+
+    A pooler that was never saved is left out instead.
+    """
     if missing and all(name.startswith("pooler.") for name in missing):
         model.pooler = None  # type: ignore[assignment]
     elif missing:
@@ -71,7 +86,7 @@ def _refuse_invented_weights(folder: Path, model: nn.Module, missing: list[str])
 
 
 def _stages(folder: Path) -> dict[str, Any] | None:
-    """The pooling and normalisation that `modules.json` asks for, or None without one."""
+    """Return the arguments of `SentenceEncoder` that `modules.json` asks for; None without such a file."""
     if not (folder / "modules.json").exists():
         return None
     stages: dict[str, Any] = {"pooling": None, "normalize": False}

@@ -1,4 +1,4 @@
-"""PyTorch modules to Relax: what a model takes and allows is found out, then `torch_export` brings it over.
+"""Import PyTorch modules: what a model takes and allows is found out, then `export.to_relax` brings it over.
 
 How a model derives position ids from token ids is found by trying: the rule whose explicit ids give the model's own
 outputs is its rule. So is whether a token sees those after it. A model whose own mask says still more, and a decoder,
@@ -12,127 +12,78 @@ from typing import Any
 import torch
 from torch import nn
 
-from turbo_tvm.artifact.manifest import Bounds, PositionRule
+from turbo_tvm.artifact.manifest import PositionRule, RequestLimits
 from turbo_tvm.errors import UnsupportedModelError, summary
-from turbo_tvm.frontends.images import import_images
-from turbo_tvm.frontends.imported import DEFAULT_MAX_LENGTH, TOLERANCES, Imported, Sample, labels_in
-from turbo_tvm.frontends.patches import PIXELS, Size
+from turbo_tvm.frontends.imported import Imported, labels_in
+from turbo_tvm.frontends.options import DEFAULT_MAX_LENGTH, DEFAULTS, ImportOptions
+from turbo_tvm.frontends.sample import TOLERANCES, Sample
+from turbo_tvm.frontends.torch.checks import check_module, check_options, takes_images
 from turbo_tvm.frontends.torch.export import to_relax
+from turbo_tvm.frontends.torch.images import import_images
 from turbo_tvm.frontends.torch.wrapper import (
     FixedInputs,
     config_of,
     encoder_of,
-    input_names_of,
+    parameters_of,
     sample_ids,
     sample_mask,
     tensors_of,
     type_vocab_size,
     vocab_size,
 )
+from turbo_tvm.ops.inputs import InputKind
 
 
-def import_module(
-    model: nn.Module,
-    name: str | None = None,
-    max_length: int | None = None,
-    tokenizer: str | None = None,
-    image_size: Size | None = None,
-) -> Imported:
+def import_module(model: nn.Module, options: ImportOptions = DEFAULTS) -> Imported:
     """Import an encoder.
 
     model: a Hugging Face encoder with or without head, or any module whose `forward` takes `input_ids` and
-        `attention_mask`, both `(batch, length)`, or `pixel_values`, `(batch, channels, height, width)`. fp32 weights on
-        the CPU; it is put in evaluation mode while traced.
-    max_length: the longest sequence in tokens; by default what the model's configuration allows.
-    image_size: of a model of images, see `import_images`.
+        `attention_mask`, both int64 (batch, length), or `pixel_values`, fp32 (batch, channels, height, width). Its
+        weights are fp32 on the CPU; it is put in evaluation mode while it is traced.
+    options: max_length is what the configuration allows by default; image_size is for models of images, see
+        `import_images`.
 
     Raises UnsupportedModelError with the reason.
     """
-    _check_module(model)
-    _check_options(model, max_length, image_size)
+    check_module(model)
+    check_options(model, options)
     modes = [(part, part.training) for part in model.modules()]
     model.eval()
     try:
-        if takes_images(model):
-            return import_images(model, name or type(model).__name__, image_size)
-        _sample(model, None)  # whether it runs at all
-        positions = _position_rule(model)
-        limit = _max_length(model, positions, max_length)
-        sample = _sample(model, limit)
-        wrapper = _wrapper(model, positions, limit, sample)
-        mod, weights = _imported(wrapper, limit)
-        return Imported(
-            name=name or type(model).__name__,
-            model_type=str(getattr(config_of(model), "model_type", type(model).__name__)),
-            mod=mod,
-            weights=weights,
-            output_names=wrapper.output_names(),
-            bounds=Bounds(limit, vocab_size(model), type_vocab_size(model)),
-            positions=positions,
-            parameter_count=sum(p.numel() for p in model.parameters()),
-            tokenizer=tokenizer,
-            labels=labels_in(getattr(config_of(model), "id2label", None)),
-            sample=sample,
-        )
+        return import_images(model, options) if takes_images(model) else _import_texts(model, options)
     finally:
         for part, training in modes:
             part.training = training
 
 
-def _check_module(model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise UnsupportedModelError(f"a torch.nn.Module is needed, not {type(model).__name__}")
-    odd = {str(p.dtype) for p in model.parameters() if p.is_floating_point() and p.dtype != torch.float32}
-    if odd:
-        raise UnsupportedModelError(
-            f"the model's weights are {', '.join(sorted(odd))}; only torch.float32 is supported: call model.float()"
-        )
-    if any(p.device.type != "cpu" for p in model.parameters()):
-        raise UnsupportedModelError("the model's weights are not on the CPU: call model.cpu() first")
-    config = config_of(model)
-    if getattr(config, "is_encoder_decoder", False) or getattr(config, "is_decoder", False):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} is a decoder (model type {config.model_type!r}); only encoders are supported"
-        )
-    if takes_images(model):
-        _check_tower(model)
-        return
-    missing = {"input_ids", "attention_mask"} - set(input_names_of(model))
-    if missing:
-        raise UnsupportedModelError(
-            f"{type(model).__name__}.forward takes no {' and no '.join(sorted(missing))}; "
-            "an encoder's forward(input_ids, attention_mask, ...) is needed"
-        )
-
-
-def _check_options(model: nn.Module, max_length: int | None, image_size: Size | None) -> None:
-    if image_size is not None and not takes_images(model):
-        raise UnsupportedModelError(
-            f"image_size={image_size!r} is for models of images; {type(model).__name__} is not one"
-        )
-    if max_length is not None and takes_images(model):
-        raise UnsupportedModelError(
-            f"max_length={max_length} is for models of text; {type(model).__name__} takes images: give image_size"
-        )
-
-
-def takes_images(model: nn.Module) -> bool:
-    """Whether its forward takes pixels."""
-    return PIXELS in input_names_of(model)
-
-
-def _check_tower(model: nn.Module) -> None:
-    if "input_ids" in input_names_of(model):
-        towers = [f"model.{part}" for part in ("text_model", "vision_model") if hasattr(model, part)]
-        hint = f": compile {' and '.join(towers)} instead" if towers else ""
-        raise UnsupportedModelError(
-            f"{type(model).__name__} takes images and text at once; models of one of them are supported{hint}"
-        )
+def _import_texts(model: nn.Module, options: ImportOptions) -> Imported:
+    _sample(model, None)  # whether it runs at all
+    positions = _position_rule(model)
+    limit = _max_length(model, positions, options.max_length)
+    sample = _sample(model, limit)
+    wrapper = _wrapper(model, positions, limit, sample)
+    mod, weights = _imported(wrapper, limit)
+    return Imported(
+        name=options.name or type(model).__name__,
+        model_type=str(getattr(config_of(model), "model_type", type(model).__name__)),
+        mod=mod,
+        weights=weights,
+        output_names=wrapper.output_names(),
+        request_limits=RequestLimits(limit, vocab_size(model), type_vocab_size(model)),
+        positions=positions,
+        parameter_count=sum(p.numel() for p in model.parameters()),
+        tokenizer=options.tokenizer,
+        labels=labels_in(getattr(config_of(model), "id2label", None)),
+        sample=sample,
+    )
 
 
 @torch.inference_mode()
 def _sample(model: nn.Module, longest: int | None) -> Sample:
-    """What the model itself, without the wrapper, answers to a batch with padding."""
+    """Return what the model itself, without the wrapper, answers to a batch with padding.
+
+    Raises UnsupportedModelError for a model that cannot be run on token ids and a mask alone.
+    """
     ids = sample_ids(model)[:, :longest]
     mask = sample_mask(ids)
     try:
@@ -148,12 +99,13 @@ def _sample(model: nn.Module, longest: int | None) -> Sample:
 
 @torch.inference_mode()
 def _wrapper(model: nn.Module, positions: PositionRule, longest: int, sample: Sample) -> FixedInputs:
-    """The wrapper that leaves what the model answers for real tokens as it is; UnsupportedModelError if none does.
+    """Return the wrapper that leaves what the model answers for real tokens as it is.
 
-    A causal mask is tried for models without a cache: what has one generates text.
+    A causal mask is tried for models without a cache: what has one generates text. Raises UnsupportedModelError if no
+    wrapper does.
     """
     encoder = encoder_of(model)
-    encodes = encoder is not None and "past_key_values" not in input_names_of(encoder)
+    encodes = encoder is not None and "past_key_values" not in parameters_of(encoder)
     for causal in (False, True) if encodes else (False,):
         wrapper = FixedInputs(model, positions, causal, longest)
         inputs = wrapper.example(torch.from_numpy(sample.token_ids), torch.from_numpy(sample.mask))
@@ -167,18 +119,18 @@ def _wrapper(model: nn.Module, positions: PositionRule, longest: int, sample: Sa
 
 @torch.inference_mode()
 def _position_rule(model: nn.Module) -> PositionRule:
-    """The rule whose explicit position ids reproduce what the model does without any, if it looks at them."""
+    """Return the rule whose explicit position ids reproduce what the model does without any, if it looks at them."""
     encoder = encoder_of(model)
-    if encoder is None or "position_ids" not in input_names_of(encoder):
+    if encoder is None or InputKind.POSITION_IDS.parameter not in parameters_of(encoder):
         return PositionRule()
     ids = sample_ids(model)
     plain = FixedInputs(model, PositionRule())
     wanted = plain(*plain.example(ids))
     for rule in _candidate_rules(model):
         attempt = FixedInputs(model, rule)
-        given = dict(zip(attempt.names, attempt.example(ids), strict=True))
+        given = dict(zip(attempt.kinds, attempt.example(ids), strict=True))
         if _close(attempt(*given.values()), wanted):
-            given["position_ids"] = torch.zeros_like(ids)
+            given[InputKind.POSITION_IDS] = torch.zeros_like(ids)
             return PositionRule() if _close(attempt(*given.values()), wanted) else rule
     raise UnsupportedModelError(
         f"{type(model).__name__}: no known rule gives the position ids that the model uses; "
@@ -200,6 +152,7 @@ def _candidate_rules(model: nn.Module) -> list[PositionRule]:
 
 
 def _max_length(model: nn.Module, positions: PositionRule, asked: int | None) -> int:
+    """Return the longest sequence in tokens: what is asked for, if the table of positions has as many rows."""
     table = getattr(config_of(model), "max_position_embeddings", None)
     offset = positions.offset + 1 if positions.kind == "count_non_pad" else positions.offset
     limit = int(table) - offset if table else None
@@ -213,7 +166,8 @@ def _max_length(model: nn.Module, positions: PositionRule, asked: int | None) ->
 
 
 def _imported(wrapper: FixedInputs, max_length: int) -> tuple[Any, list[Any]]:
+    """Return `main(inputs..., weights...)` and the weights' values. Raises UnsupportedModelError."""
     try:
-        return to_relax(wrapper, wrapper.names, wrapper.example(sample_ids(wrapper.model)), max_length)
+        return to_relax(wrapper, wrapper.kinds, wrapper.example(sample_ids(wrapper.model)), max_length)
     except Exception as error:  # whatever PyTorch's exporter and TVM's importer raise
         raise UnsupportedModelError(f"{type(wrapper.model).__name__} cannot be imported: {summary(error)}") from error

@@ -1,7 +1,8 @@
-"""PyTorch operators that TVM's importer gets wrong, or not at all, as Relax expressions.
+"""Convert PyTorch operators that TVM's importer gets wrong, or not at all.
 
 Its attention leaves out `scale` and grouped heads, its layer norm wants gain and shift, its repetition takes
-no symbolic count.
+no symbolic count. A converter takes a node of the exported graph and TVM's importer, whose `env` holds the expressions
+made so far, and returns what the node becomes.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ Converter = Callable[[Any, Any], relax.Var]
 
 
 def _argument(node: Any, index: int, name: str, default: Any = None) -> Any:
-    """An operator's argument, by position or by name."""
+    """Return an operator's argument, by position or by name."""
     return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
 
 
 def _attention(node: Any, importer: Any) -> relax.Var:
-    """aten.scaled_dot_product_attention on (batch, heads, length, head_dim)."""
+    """Convert aten.scaled_dot_product_attention of (batch, heads, length, head_dim)."""
     emit = importer.block_builder.emit
     q, k, v = (importer.env[arg] for arg in node.args[:3])
     if len(shape_of(q)) != 4:
@@ -52,7 +53,7 @@ def _attention(node: Any, importer: Any) -> relax.Var:
 
 
 def _layer_norm(node: Any, importer: Any) -> relax.Var:
-    """aten.layer_norm; what it lacks of gain and shift are ones and zeros."""
+    """Convert aten.layer_norm; where it has no gain or shift, these are ones and zeros."""
     x, shape = importer.env[node.args[0]], [int(d) for d in node.args[1]]
     gain, shift = (_argument(node, i, name) for i, name in ((2, "weight"), (3, "bias")))
     gain = importer.env[gain] if gain is not None else relax.const(np.ones(shape, "float32"))
@@ -63,7 +64,7 @@ def _layer_norm(node: Any, importer: Any) -> relax.Var:
 
 
 def _repeat(node: Any, importer: Any) -> relax.Var:
-    """aten.repeat by broadcasting; the counts may be symbolic."""
+    """Convert aten.repeat to a broadcast; the counts may be symbolic."""
     x, *counts = importer.retrieve_args(node)
     counts = counts[0] if isinstance(counts[0], tuple | list) else counts
     return tile(importer.block_builder.emit, x, counts)

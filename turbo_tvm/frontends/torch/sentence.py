@@ -14,13 +14,14 @@ POOLING = ("mean", "cls")
 
 
 class SentenceEncoder(nn.Module):
-    """One vector per sequence: `forward(input_ids, attention_mask)`, both (batch, length), gives (batch, hidden) fp32.
-
-    encoder: a Hugging Face encoder. pooling: "mean" over the tokens under the mask, or "cls", the first token.
-    normalize: divide every vector by its Euclidean length.
-    """
+    """One vector per sequence: token ids and mask, int64 (batch, length), give fp32 (batch, hidden)."""
 
     def __init__(self, encoder: nn.Module, pooling: str = "mean", normalize: bool = False):
+        """Wrap a Hugging Face encoder. Raises UnsupportedModelError for other pooling.
+
+        pooling: "mean" over the tokens under the mask, or "cls", the first token.
+        normalize: whether every vector is divided by its Euclidean length.
+        """
         super().__init__()
         if pooling not in POOLING:
             raise UnsupportedModelError(f"pooling {pooling!r} is not supported; {' and '.join(POOLING)} are")
@@ -29,6 +30,7 @@ class SentenceEncoder(nn.Module):
         self.normalize = normalize
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the vectors by the name that sentence-transformers gives them."""
         hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask)["last_hidden_state"]
         vectors = hidden[:, 0] if self.pooling == "cls" else _mean(hidden, attention_mask)
         if self.normalize:

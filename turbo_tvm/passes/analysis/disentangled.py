@@ -18,10 +18,10 @@ import numpy as np
 import tvm_ffi
 from tvm import relax, tirx
 
+from turbo_tvm.ops.inputs import input_params, weight_params
 from turbo_tvm.passes.analysis.disentangled_formula import TERMS, Measured, Sample, measure
 from turbo_tvm.passes.analysis.evaluate import concrete, cut, evaluate, specialized
-from turbo_tvm.passes.normalize import same_shape
-from turbo_tvm.passes.rewriter import Rewriter, has_symbolic_shape, is_call, is_tensor, shape_of
+from turbo_tvm.passes.rewriter import Rewriter, has_symbolic_shape, is_call, is_tensor, same_shape, shape_of
 
 _LAYOUT = ("reshape", "permute_dims", "broadcast_to", "expand_dims", "squeeze")
 _SHORT = 9
@@ -66,8 +66,7 @@ class DisentangledAttention:
 
     def __init__(self, rewriter: Rewriter, mask: relax.Var, max_length: int):
         self.rewriter, self.mask, self.max_length = rewriter, mask, max_length
-        count = int(rewriter.func.attrs["num_input"])
-        self._inputs, self._weights = set(rewriter.func.params[:count]), set(rewriter.func.params[count:])
+        self._inputs, self._weights = set(input_params(rewriter.func)), set(weight_params(rewriter.func))
         self._measured: list[tuple[relax.Function, Measured | None]] = []
 
     def match(self, call: relax.Call) -> Disentangled | None:

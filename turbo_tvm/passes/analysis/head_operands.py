@@ -16,9 +16,9 @@ import numpy as np
 from tvm import relax, tirx
 from tvm.sym.analyzer import Analyzer
 
+from turbo_tvm.ops.inputs import input_params
 from turbo_tvm.passes.analysis.evaluate import cut, evaluate, specialized
-from turbo_tvm.passes.normalize import same_shape
-from turbo_tvm.passes.rewriter import Rewriter, is_call, shape_of
+from turbo_tvm.passes.rewriter import Rewriter, is_call, same_shape, shape_of
 
 _BATCH, _LENGTH = 2, 5  # of the numbers, where they are symbolic
 
@@ -234,7 +234,7 @@ class HeadOperands:
         return emit(relax.op.strided_slice(flat, [1], [0], [half]))
 
     def _depends_on_positions(self, angles: relax.Expr) -> bool:
-        inputs = list(self.rewriter.func.params[: int(self.rewriter.func.attrs["num_input"])])
+        inputs = input_params(self.rewriter.func)
         read = [p for p in cut(self.rewriter, angles)[0] if any(p.same_as(i) for i in inputs)]
         return len(read) == 1 and read[0].same_as(self.position_ids)
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 from tvm import relax
 
+from turbo_tvm.ops.inputs import input_params
 from turbo_tvm.passes.analysis.evaluate import cut, evaluate, is_arange, specialized
 from turbo_tvm.passes.rewriter import Rewriter, has_symbolic_shape, is_call, shape_of
 
@@ -66,7 +67,7 @@ class BiasMeasurement:
 
     def __init__(self, rewriter: Rewriter, tokens: tuple, max_length: int, mask: relax.Var):
         self.rewriter, self.tokens, self.max_length, self.mask = rewriter, tokens, max_length, mask
-        self.inputs = list(rewriter.func.params[: int(rewriter.func.attrs["num_input"])])
+        self.inputs = input_params(rewriter.func)
 
     def analyse(self, biases: tuple[relax.Expr, ...], heads: int) -> Bias | None:
         """The sum of the biases; None if it is not recognised."""

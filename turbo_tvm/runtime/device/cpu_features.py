@@ -1,7 +1,7 @@
-"""Which CPU features this machine has, in LLVM's names, so that code it cannot run is never started; AMX's permission.
+"""CPU features of this machine, in LLVM's names, so that code it cannot run is never started; permission to use AMX.
 
 The operating system's list is the source (`flags` or `Features` in /proc/cpuinfo): what the processor offers
-and the system enables. A machine with several kinds of core has what all of them have.
+and the system enables. A machine with several kinds of core has the features that all of them have.
 """
 
 import ctypes
@@ -10,8 +10,8 @@ import platform
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from turbo_tvm.errors import ArtifactError, TargetError
 from turbo_tvm.artifact.manifest import TargetSpec
+from turbo_tvm.errors import ArtifactError, TargetError
 
 __all__ = [
     "check_host",
@@ -94,10 +94,12 @@ def host_arch() -> str:
 
 
 def host_features(cpuinfo: str | None = None, arch: str | None = None) -> frozenset[str]:
-    """The LLVM names of the features this machine has.
+    """Return the LLVM names of the features that this machine has.
 
-    cpuinfo: the text of /proc/cpuinfo, arch: "x86_64" or "aarch64"; both are looked up when not given.
-    TargetError where they cannot be found out: not Linux, no such file, another architecture.
+    cpuinfo: the text of /proc/cpuinfo; by default it is read.
+    arch: "x86_64" or "aarch64"; by default this machine's.
+
+    Raises TargetError where they cannot be found out: not Linux, no such file, another architecture.
     """
     arch = arch or host_arch()
     if arch not in _TABLE:
@@ -107,7 +109,7 @@ def host_features(cpuinfo: str | None = None, arch: str | None = None) -> frozen
 
 
 def checkable(features: Iterable[str], arch: str) -> tuple[str, ...]:
-    """Those of an LLVM CPU's features that a machine can be checked for, sorted: what an artifact records.
+    """Return the features that a machine can be checked for, sorted, which an artifact records.
 
     The others are tuning flags ("fast-movbe") and system instructions that generated code never has.
     """
@@ -115,18 +117,18 @@ def checkable(features: Iterable[str], arch: str) -> tuple[str, ...]:
 
 
 def missing(required: Iterable[str], cpuinfo: str | None = None, arch: str | None = None) -> tuple[str, ...]:
-    """The required features that this machine lacks, sorted. A name that cannot be checked counts as lacking.
+    """Return the required features that this machine lacks, sorted. A name that cannot be checked counts as lacking.
 
-    TargetError where something is required and the machine's features cannot be found out.
+    Raises TargetError where something is required and the machine's features cannot be found out.
     """
     wanted = set(required)
     return tuple(sorted(wanted - host_features(cpuinfo, arch))) if wanted else ()
 
 
 def check_host(target: TargetSpec, cpuinfo: str | None = None, arch: str | None = None) -> None:
-    """Return if this machine can run code compiled for `target`.
+    """Raise ArtifactError, with what it lacks, if this machine cannot run code compiled for `target`.
 
-    ArtifactError names what it lacks; TargetError if that cannot be found out.
+    Raises TargetError if that cannot be found out.
     """
     arch = arch or host_arch()
     if arch != target.triple_arch:
@@ -146,8 +148,8 @@ def check_host(target: TargetSpec, cpuinfo: str | None = None, arch: str | None 
 def request_amx(target: TargetSpec, syscall: Callable[..., int] | None = None) -> None:
     """Ask Linux to let this process use AMX's tiles, if the target has them; asking again does no harm.
 
-    Without it the first such instruction kills the process. It holds for every thread, later ones too. syscall: the
-    system's, with `ctypes.get_errno()`. ArtifactError if it is refused.
+    Without permission the first such instruction kills the process. It holds for every thread, later ones too.
+    syscall: the system's by default, which sets `ctypes.get_errno()`. Raises ArtifactError if it is refused.
     """
     if "amx-tile" not in target.features:
         return
@@ -172,7 +174,7 @@ def _cpuinfo() -> str:
 
 
 def _flags(cpuinfo: str, key: str) -> frozenset[str]:
-    """The flags that every processor in the text has."""
+    """Return the flags that every processor in the text has."""
     rows = (line.partition(":") for line in cpuinfo.splitlines())
     per_core = [frozenset(flags.split()) for name, _, flags in rows if name.strip() == key]
     if not per_core:
@@ -181,7 +183,7 @@ def _flags(cpuinfo: str, key: str) -> frozenset[str]:
 
 
 def cpu_name() -> str:
-    """The CPU's model as the system names it: its name and family, or what identifies an Arm core."""
+    """Return the CPU's model as the system names it: its name and family, or the numbers that identify an Arm core."""
     try:
         rows = [line.partition(":") for line in CPUINFO.read_text(errors="replace").splitlines()]
     except OSError:
@@ -191,5 +193,5 @@ def cpu_name() -> str:
 
 
 def machine_name(threads: int) -> str:
-    """What measured costs are kept under: the CPU, and how many threads a model has."""
+    """Return the name that measured costs are kept under: the CPU, and how many threads a model has."""
     return f"{cpu_name()}; {threads} thread{'s' if threads != 1 else ''}"

@@ -1,4 +1,4 @@
-"""Where a model's tensors lie: in this machine's memory, or on a GPU."""
+"""Devices: the places where a model's tensors lie, which are this machine's memory or a GPU."""
 
 from __future__ import annotations
 
@@ -22,31 +22,31 @@ class Input(Protocol):
     """One input of a compiled function: memory that every call fills anew, with the tensors of recent shapes."""
 
     def tensor(self, values: np.ndarray) -> tvm.runtime.Tensor:
-        """The values, until the next call."""
+        """Return the values, until the next call."""
 
 
 class Device(Protocol):
-    """A place for tensors. handle: TVM's device."""
+    """A place for tensors."""
 
-    handle: tvm.runtime.Device
+    handle: tvm.runtime.Device  # TVM's
 
     def allocate(self, size: int) -> Block:
-        """Uninitialised memory of so many bytes."""
+        """Return `size` bytes of uninitialised memory."""
 
     def view(self, block: Block, offset: int, dtype: np.dtype, shape: tuple[int, ...]) -> tvm.runtime.Tensor:
-        """A tensor in a block, from that byte on, which lives no longer than the block."""
+        """Return a tensor in a block, from byte `offset` on, which must live no longer than the block."""
 
     def upload(self, array: np.ndarray) -> tvm.runtime.Tensor:
-        """An array's tensor; it may use the array's memory, which is aligned."""
+        """Return a tensor of an array's values; it may use the array's memory, which is aligned."""
 
     def download(self, tensor: tvm.runtime.Tensor) -> np.ndarray:
-        """A tensor's values, once they are there; they may be overwritten by the next call."""
+        """Return a tensor's values, once they are there; they may be overwritten by the next call."""
 
     def input(self, dtype: str) -> Input:
-        """Memory for an input."""
+        """Return memory for an input of this dtype."""
 
     def wait(self) -> None:
-        """Until all kernels that were launched are done."""
+        """Wait until all kernels that were launched are done."""
 
 
 class Host:
@@ -55,28 +55,28 @@ class Host:
     handle = tvm.cpu()
 
     def allocate(self, size: int) -> np.ndarray:
-        """Bytes from a 64-byte boundary on."""
+        """Return `size` bytes from a 64-byte boundary on."""
         return aligned_empty(size)
 
     def view(self, block: np.ndarray, offset: int, dtype: np.dtype, shape: tuple[int, ...]) -> tvm.runtime.Tensor:
-        """A view of the block."""
+        """Return a view of the block."""
         region = block[offset : offset + math.prod(shape) * dtype.itemsize]
         return tvm.runtime.from_dlpack(region.view(dtype).reshape(shape))
 
     def upload(self, array: np.ndarray) -> tvm.runtime.Tensor:
-        """A view of the array, which must outlive it."""
+        """Return a view of the array, which must outlive it."""
         return tvm.runtime.from_dlpack(array)
 
     def download(self, tensor: tvm.runtime.Tensor) -> np.ndarray:
-        """A view of the tensor."""
+        """Return a view of the tensor."""
         return np.from_dlpack(tensor)
 
     def input(self, dtype: str) -> HostInput:
-        """Memory for an input."""
+        """Return memory for an input of this dtype."""
         return HostInput(dtype)
 
     def wait(self) -> None:
-        """Kernels are done when they return."""
+        """Do nothing: kernels are done when they return."""
 
 
 class Gpu:
@@ -86,7 +86,7 @@ class Gpu:
         self.handle = tvm.cuda(index)
 
     def allocate(self, size: int) -> tvm.runtime.Tensor:
-        """Device memory, from a 256-byte boundary on. Raises MemoryError if the GPU has no more."""
+        """Return device memory from a 256-byte boundary on. Raises MemoryError if the GPU has no more."""
         try:
             return tvm.runtime.empty((max(1, size),), "uint8", self.handle)
         except Exception as error:  # TVM raises its own types for what the driver says
@@ -95,29 +95,29 @@ class Gpu:
     def view(
         self, block: tvm.runtime.Tensor, offset: int, dtype: np.dtype, shape: tuple[int, ...]
     ) -> tvm.runtime.Tensor:
-        """A view of the block."""
+        """Return a view of the block."""
         place = (self.handle.dlpack_device_type(), self.handle.index)
         return tensor_at(block.data_ptr() + offset, dtype, shape, place)
 
     def upload(self, array: np.ndarray) -> tvm.runtime.Tensor:
-        """A copy on the GPU."""
+        """Return a copy on the GPU."""
         return tvm.runtime.tensor(array, self.handle)
 
     def download(self, tensor: tvm.runtime.Tensor) -> np.ndarray:
-        """A copy in this machine's memory."""
+        """Return a copy in this machine's memory."""
         return tensor.numpy()
 
     def input(self, dtype: str) -> GpuInput:
-        """Memory for an input."""
+        """Return memory for an input of this dtype."""
         return GpuInput(dtype, self)
 
     def wait(self) -> None:
-        """Until TVM's stream is empty."""
+        """Wait until TVM's stream is empty."""
         self.handle.sync()
 
 
 class _Kept:
-    """Views of one piece of memory by shape; it grows when a shape does not fit, and all views go with the old one."""
+    """Views of one piece of memory, by shape. It grows when a shape does not fit; views of the old one are dropped."""
 
     def __init__(self, itemsize: int, allocate: Callable[[int], Block], view: Callable[[Block, tuple], Any]):
         self._itemsize, self._allocate, self._make = itemsize, allocate, view
@@ -125,7 +125,7 @@ class _Kept:
         self._views: dict[tuple[int, ...], Any] = {}
 
     def of(self, shape: tuple[int, ...]) -> Any:
-        """The view of that shape."""
+        """Return the view of this shape."""
         found = self._views.get(shape)
         if found is not None:
             return found
@@ -153,7 +153,7 @@ class HostInput:
         self._kept = _Kept(kind.itemsize, aligned_empty, view)
 
     def tensor(self, values: np.ndarray) -> tvm.runtime.Tensor:
-        """The values, until the next call."""
+        """Return the values, until the next call."""
         array, tensor = self._kept.of(values.shape)
         array[...] = values
         return tensor
@@ -168,12 +168,12 @@ class GpuInput:
         self._kept = _Kept(kind.itemsize, gpu.allocate, lambda block, shape: gpu.view(block, 0, kind, shape))
 
     def tensor(self, values: np.ndarray) -> tvm.runtime.Tensor:
-        """The values, until the next call."""
+        """Return the values, until the next call."""
         return self._kept.of(values.shape).copyfrom(np.ascontiguousarray(values, self._dtype))
 
 
 def aligned_empty(size: int) -> np.ndarray:
-    """Uninitialised memory of `size` bytes as a uint8 array that starts on a 64-byte boundary."""
+    """Return `size` bytes of uninitialised memory, uint8 (size,), from a 64-byte boundary on."""
     block = np.empty(size + ALIGNMENT, np.uint8)
     start = -block.ctypes.data % ALIGNMENT
     return block[start : start + size]

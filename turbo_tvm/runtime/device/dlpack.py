@@ -1,6 +1,6 @@
-"""Tensors of TVM's at an address: what its own views are not, since compiled functions take no byte offsets.
+"""TVM tensors at an address. TVM's own views have a byte offset, which compiled functions do not accept.
 
-Through DLPack, the exchange format of all array libraries, version 1 of its managed tensor (dlpack.h).
+They are made through DLPack, the exchange format of array libraries: version 1 of its managed tensor (dlpack.h).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class _Managed(ctypes.Structure):
     ]
 
 
-# A header is one piece of C's memory and its deleter C's own: it may be called when no Python runs any more.
+# A header lies in memory from C's malloc, and its deleter is C's free: it may be called when no Python runs any more.
 _libc = ctypes.CDLL(None)
 _libc.malloc.restype = ctypes.c_void_p
 _libc.malloc.argtypes = [ctypes.c_size_t]
@@ -64,9 +64,9 @@ class _Exporter:
 
 
 def tensor_at(address: int, dtype: np.dtype, shape: tuple[int, ...], device: tuple[int, int]) -> Any:
-    """TVM's tensor on what lies there, row-major; it must live no longer than that.
+    """Return TVM's tensor on the memory at an address, row-major; it must live no longer than that memory.
 
-    device: DLPack's type and number, (2, 0) for the first NVIDIA GPU. Raises MemoryError.
+    device: DLPack's type and number, (2, 0) for the first NVIDIA GPU. Raises MemoryError if there is none for a header.
     """
     import tvm
 

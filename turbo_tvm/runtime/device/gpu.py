@@ -1,7 +1,7 @@
-"""Machine code on an NVIDIA GPU: which of an artifact's, and how TVM's loader comes by it.
+"""Machine code for this machine's NVIDIA GPU: choosing it in an artifact, and giving it to TVM's loader.
 
 TVM keeps the CUDA source in a library and asks the function `tvm_callback_cuda_compile` for machine code when it loads
-one. Here that function looks up what the artifact brought, by the source's sum: no compiler runs where a model is
+one. Here that function looks up the artifact's machine code by the source's sum: no compiler runs where a model is
 served.
 """
 
@@ -19,7 +19,7 @@ _known: dict[str, bytes] = {}  # machine code by the sum of its source
 
 
 def choose(architectures: Iterable[str]) -> str:
-    """The architecture whose code this machine's first GPU runs: its own, or an older one of its generation.
+    """Return the architecture whose code this machine's first GPU runs: its own, or an older one of its generation.
 
     Raises ArtifactError if there is no GPU, or none of the architectures fits it.
     """
@@ -44,7 +44,7 @@ def choose(architectures: Iterable[str]) -> str:
 
 
 def _load_runtime() -> str:
-    """Load TVM's CUDA runtime, which a process that was not made to compile lacks; why it cannot be, if so."""
+    """Load TVM's CUDA runtime, which a process that only runs models lacks. Return why it cannot be loaded, or ""."""
     import tvm_ffi
     from tvm_ffi.libinfo import load_lib_ctypes
 
@@ -61,7 +61,7 @@ def _load_runtime() -> str:
 
 
 def provide(source_sum: str, code: bytes) -> None:
-    """Let TVM find this machine code when it loads the source of that sha256, in hexadecimal digits."""
+    """Let TVM find this machine code when it loads the source with this sha256 in hexadecimal digits."""
     import tvm_ffi
 
     _known[source_sum] = code

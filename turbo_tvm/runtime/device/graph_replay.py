@@ -1,4 +1,4 @@
-"""When to replay a batch as one CUDA graph: from the second time on that a shape is seen, while nothing has moved.
+"""Replaying a batch as one CUDA graph, from the second time on that a shape is seen, while nothing has moved.
 
 A GPU's kernels are launched one by one, some microseconds each; for a short batch that is most of its time. A graph of
 them is one launch, but holds the addresses that they were given, and making one costs as much as several runs: a batch
@@ -18,8 +18,8 @@ Key = tuple[tuple[int, ...], ...]
 class GraphReplay:
     """Calls a compiled function, or its captured twin, whose results lie where the function's own did.
 
-    plain, captured: the function and its twin, of one virtual machine. forget: called to replace both, by `renew`, when
-    graphs must go.
+    plain, captured: the function and its twin, of one virtual machine.
+    forget: called when graphs must be dropped; it replaces both functions with `renew`.
     """
 
     def __init__(self, plain: Callable[..., Any], captured: Callable[..., Any], forget: Callable[[], None]):
@@ -32,7 +32,7 @@ class GraphReplay:
         self._seen: dict[Key, tuple[tuple[int, ...], Any]] = {}
 
     def __call__(self, inputs: Sequence[Any], weights: Sequence[Any], buffers: Sequence[Any]) -> Any:
-        """The function's results."""
+        """Call the function, or replay its graph, and return the results."""
         shapes: Key = tuple(tuple(int(d) for d in tensor.shape) for tensor in inputs)
         places = tuple(tensor.data_ptr() for tensor in (*inputs, *buffers))
         known = self._seen.get(shapes)

@@ -9,17 +9,17 @@ from turbo_tvm.errors import ArtifactError
 
 __all__ = ["load_library"]
 
-# The parts of a 64-bit little-endian ELF file that say which of its bytes get mapped.
+# The parts of a 64-bit little-endian ELF file that say which of its bytes are mapped.
 _ELF_HEADER = struct.Struct("<6s26xQ14xHH6x")  # magic; program headers: offset, bytes each, count
 _SEGMENT = struct.Struct("<I4xQ16xQ16x")  # type, offset, bytes in the file
 _LOADED = 1
 
 
 def load_library(data: bytes) -> Any:
-    """The TVM module in a shared library's bytes, which the caller has verified.
+    """Return the TVM module in a shared library's bytes, which the caller has verified.
 
     The bytes pass through a file in a directory that only this user can enter (mode 0700); both are gone when
-    this returns: the loader keeps its own mapping. ArtifactError if there is no room for the file, or if it
+    this returns: the loader keeps its own mapping. Raises ArtifactError if there is no room for the file, or if it
     cannot be loaded.
     """
     import tvm
@@ -42,7 +42,7 @@ def load_library(data: bytes) -> Any:
 
 
 def _is_whole(data: bytes) -> bool:
-    """Whether every segment lies inside the file: the system's loader maps what does not, and crashes."""
+    """Return whether every segment lies inside the file: the system's loader maps what does not, and crashes."""
     try:
         magic, offset, size, count = _ELF_HEADER.unpack_from(data)
         segments = [_SEGMENT.unpack_from(data, offset + index * size) for index in range(count)]

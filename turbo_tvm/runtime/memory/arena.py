@@ -1,11 +1,11 @@
 """The arena: the memory of a compiled function's intermediates and outputs, as plans ask for it.
 
-A batch's shape gives a plan, once; a plan says which chunks of memory are held and where in them each tensor lies.
+The first batch of a shape is planned; a plan says which chunks of memory are held and where in them each tensor lies.
 Plans and the tensors made from them are kept for recent shapes, so that a shape that was seen costs a look-up.
 
-Hysteresis, for the strategy "compact": its chunk grows to the next of a few sizes when a batch needs more, at once. It
-shrinks only when none of the last `WINDOW` batches needed as much. The old chunk goes before the new one comes: no
-tensor outlives a run.
+The strategy "compact" has hysteresis: its chunk grows at once, to the next of a few sizes, when a batch needs more. It
+shrinks only when none of the last `WINDOW` batches needed as much. The old chunk is freed before the new one is
+allocated: no tensor outlives a run.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ Block = TypeVar("Block")
 
 @dataclass
 class MemoryStatistics:
-    """What an arena did since it was made: pieces of memory and their bytes, and batches of a shape not seen lately."""
+    """What an arena has done since it was made."""
 
-    allocations: int = 0
+    allocations: int = 0  # chunks
     bytes_allocated: int = 0
     bytes_freed: int = 0
-    plans: int = 0
+    plans: int = 0  # for batches of a shape not seen lately
 
 
 class Chunks(Generic[Block]):
     """The chunks that are held, on any device: `allocate(bytes)` makes one, dropping it frees it.
 
-    forget: called before anything is freed, to drop what looks at it.
+    forget: called before anything is freed, to drop every view of it.
     """
 
     def __init__(self, allocate: Callable[[int], Block], forget: Callable[[], None], statistics: MemoryStatistics):
@@ -49,9 +49,9 @@ class Chunks(Generic[Block]):
         self._statistics = statistics
 
     def hold(self, chunks: Sequence[Chunk]) -> None:
-        """Hold these from now on, in this order. What goes is freed before anything comes.
+        """Hold these chunks from now on, in this order; others are freed before any is allocated.
 
-        If an allocation fails, nothing is held afterwards.
+        If an allocation fails, nothing is held afterwards, and its error goes on.
         """
         if [c.held for c in chunks] == list(range(len(self.sizes))):
             return
@@ -76,9 +76,12 @@ class Chunks(Generic[Block]):
 class Arena(Generic[Block]):
     """Plans batches and holds the memory that they need. Not thread-safe: its executor takes turns.
 
-    table: the buffers. allocate: makes a block of so many bytes, aligned. forget: called before blocks go. largest: the
-    largest batch, for the strategy "static". budget: the most bytes that may be held, None for any number; it may be
-    changed between runs.
+    table: the buffers.
+    allocate: makes an aligned block of a number of bytes.
+    forget: called before blocks are freed.
+    strategy: one of STRATEGY_NAMES.
+    largest: the symbols of the largest batch, for the strategy "static".
+    budget: the most bytes that may be held, None for any number; it may be changed between runs.
     """
 
     def __init__(
@@ -107,30 +110,33 @@ class Arena(Generic[Block]):
 
     @property
     def bytes_held(self) -> int:
-        """Bytes of all chunks."""
+        """Bytes of all chunks that are held."""
         return sum(self._chunks.sizes)
 
     @property
     def blocks(self) -> list[Block]:
-        """The chunks, by the number that places name."""
+        """The chunks' memory, by the number that a `Place` has for its chunk."""
         return self._chunks.blocks
 
     def peak_bytes(self, symbols: Symbols) -> int:
-        """Bytes that a batch needs when nothing is held: of tensors if they lie in one chunk, else of whole chunks."""
+        """Return the bytes that a batch needs when nothing is held.
+
+        Those are the bytes of its tensors if they lie in one chunk, else of whole chunks.
+        """
         plan = self._planned(symbols, ())
         return plan.peak if self.strategy in COMPACT else plan.bytes_held
 
     def fits(self, symbols: Symbols) -> bool:
-        """Whether the batch fits the budget."""
+        """Return whether the batch fits the budget."""
         return self.budget is None or self.peak_bytes(symbols) <= self.budget
 
     def plan(self, symbols: Symbols) -> Plan:
-        """Where a batch's tensors lie, given what is held; changes nothing. MemoryBudgetError if it does not fit."""
+        """Return where a batch's tensors would lie, given what is held. Raises MemoryBudgetError if it does not fit."""
         plan = self._planned(symbols, self._chunks.sizes)
         return plan if self.budget is None or plan.bytes_held <= self.budget else self._within_budget(symbols)
 
     def hold(self, symbols: Symbols) -> Plan:
-        """The same, with its chunks held from now on. Counts the batch."""
+        """Plan a batch, hold the chunks of its plan from now on, and return the plan."""
         self._settle()
         plan = self.plan(symbols)
         self._needed = max(self._needed, plan.peak)
@@ -138,7 +144,7 @@ class Arena(Generic[Block]):
         return plan
 
     def release(self) -> None:
-        """Hold nothing."""
+        """Free every chunk."""
         self._chunks.hold(())
 
     def _planned(self, symbols: Symbols, held: tuple[int, ...]) -> Plan:
@@ -156,7 +162,7 @@ class Arena(Generic[Block]):
         return self._largest is not None and all(symbols[s] <= most for s, most in self._largest.items())
 
     def _within_budget(self, symbols: Symbols) -> Plan:
-        """A plan on new chunks that are no larger than they must be."""
+        """Return a plan on new chunks that are no larger than they must be."""
         plan, budget = self._planned(symbols, ()), self.budget or 0
         if self.strategy in COMPACT and plan.chunks:
             room = budget // ALIGNMENT * ALIGNMENT
@@ -170,7 +176,7 @@ class Arena(Generic[Block]):
         return plan
 
     def _settle(self) -> None:
-        """Once in `WINDOW` batches, shrink to what these needed."""
+        """Count a batch; every `WINDOW` batches, shrink to what these needed."""
         self._batches += 1
         if self._batches % WINDOW or self.strategy != "compact":
             return

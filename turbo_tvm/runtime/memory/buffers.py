@@ -1,4 +1,4 @@
-"""TVM's tensors in what the arena holds."""
+"""The tensors of a compiled function's buffers: views of the memory that the arena holds."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import tvm
 
-from turbo_tvm.runtime.memory.arena import Arena
-from turbo_tvm.runtime.device.devices import KEPT_SHAPES, Block, Device, Host
 from turbo_tvm.artifact.manifest import BufferSpec
+from turbo_tvm.runtime.device.devices import KEPT_SHAPES, Block, Device, Host
+from turbo_tvm.runtime.memory.arena import Arena
 from turbo_tvm.runtime.memory.planner import COMPACT, Plan
 from turbo_tvm.runtime.memory.table import MemoryTable, Symbols
 
@@ -18,8 +18,9 @@ from turbo_tvm.runtime.memory.table import MemoryTable, Symbols
 class Buffers:
     """Gives every buffer of a compiled function its tensor for a batch. Steady state allocates nothing.
 
-    strategy, largest: as the arena's. forget: called before memory goes, to drop results that lie in it. device: where
-    the memory is.
+    strategy, largest: as the arena's.
+    forget: called before memory is freed, to drop results that lie in it.
+    device: where the memory is; this machine's by default.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class Buffers:
         self._forget = forget
 
     def tensors(self, symbols: Symbols) -> list[tvm.runtime.Tensor]:
-        """The buffers in call order, 64-byte aligned. MemoryBudgetError if they do not fit the budget."""
+        """Return the buffers' tensors in call order, 64-byte aligned. Raises MemoryBudgetError beyond the budget."""
         plan = self.arena.hold(symbols)
         self._held = plan, symbols
         key = tuple(symbols.values())
@@ -60,7 +61,10 @@ class Buffers:
         self._forget()
 
     def held_regions(self) -> list[np.ndarray]:
-        """The bytes of every place of the latest batch, by the table's numbers; of this machine's memory only."""
+        """Return the memory of every place of the latest batch, uint8 (bytes,), by the table's numbers.
+
+        Works for this machine's memory only, not a GPU's.
+        """
         if self._held is None:
             return []
         plan, symbols = self._held

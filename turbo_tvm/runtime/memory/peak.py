@@ -1,4 +1,4 @@
-"""The memory of a batch for the scheduler, which asks often: rounded up to few shapes, each planned once."""
+"""The memory that a batch needs, for the scheduler, which asks often: rounded up to few shapes, each planned once."""
 
 from __future__ import annotations
 
@@ -6,19 +6,22 @@ from collections.abc import Callable, Sequence
 
 from turbo_tvm.artifact.manifest import Manifest
 
-TOKENS, SEQUENCES = 64, 8  # a batch counts as the next multiple
+TOKENS, SEQUENCES = 64, 8  # a batch's tokens and sequences are rounded up to the next multiple
 
 
 class PeakBytes:
-    """`peak_bytes(lengths)`: at least what such a batch needs, and no less for a larger one."""
+    """An upper bound on the bytes that a batch needs; no less for a larger batch.
+
+    exact: the exact bytes for lengths, which is slow.
+    """
 
     def __init__(self, exact: Callable[[Sequence[int]], int], manifest: Manifest):
         self._exact = exact
-        self._longest, self._padded = manifest.bounds.max_length, manifest.layout == "padded"
+        self._longest, self._padded = manifest.request_limits.max_length, manifest.layout == "padded"
         self._known: dict[tuple[int, int], int] = {}
 
     def __call__(self, lengths: Sequence[int]) -> int:
-        """Bytes."""
+        """Return the bytes for a batch of sequences of these lengths."""
         if self._padded:
             key = _up(len(lengths), SEQUENCES), min(_up(max(lengths), TOKENS), self._longest)
             shape = [key[1]] * key[0]
@@ -35,6 +38,6 @@ def _up(value: int, step: int) -> int:
 
 
 def _spread(tokens: int, sequences: int) -> list[int]:
-    """So many tokens in so many sequences, none of them empty and none longer than it must be."""
+    """Return the lengths of this many sequences of this many tokens, none empty and none longer than it must be."""
     tokens = max(tokens, sequences)
     return [tokens // sequences + (i < tokens % sequences) for i in range(sequences)]

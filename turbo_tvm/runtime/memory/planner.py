@@ -1,11 +1,11 @@
-"""Where every intermediate tensor of a run lies: a plan for one batch shape, as pure functions.
+"""The memory planner: where every intermediate tensor of a run lies, for one batch shape. Pure functions.
 
 A record says when a tensor lives, from the step that writes it to the last that reads it; its size comes with the
 batch. A plan gives each tensor a chunk of memory and an offset in it, such that no two tensors that live at once
 overlap.
 
-    plan(records, sizes, held_chunks)            the default, "compact"
-    STRATEGIES["turbo2021"](records, sizes, ...) the others
+    plan(records, sizes, held_chunks)              the default, "compact"
+    STRATEGIES["turbo2021"](records, sizes, ...)   and the others
 
 - `compact`: one chunk. Tensors are placed one by one at the lowest offset that is free over their lifetime, in several
   orders (largest first, longest-lived first, ...), until the peak is the lower bound, the most bytes alive in any step,
@@ -17,9 +17,9 @@ overlap.
 - `pooled`: every tensor by itself, in memory of its own size in whole pages, given back after its last reader and never
   released: TVM's pooled allocator.
 
-A fourth choice, "static", is `compact` for the largest batch: `runtime/arena.py`.
+A fourth choice, "static", is `compact` for the largest batch: see `arena.py`.
 
-Lifetimes are the same for all shapes, so what follows from them alone, who lives at the same time as whom, is worked
+Lifetimes are the same for all shapes, so what follows from them alone, which tensors live at the same time, is worked
 out once per table of records.
 """
 
@@ -55,23 +55,20 @@ class Place(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """A piece of memory that a plan wants: bytes, and which held chunk it is, None for a new one."""
+    """A piece of memory that a plan uses."""
 
-    size: int
-    held: int | None
+    size: int  # bytes
+    held: int | None  # the index of the held chunk that it is; None for a new one
 
 
 @dataclass(frozen=True)
 class Plan:
-    """places: of every record, in order. chunks: what is held from now on; held chunks that are not among them go.
+    """Where the tensors of a batch lie."""
 
-    peak: bytes up to the end of the last tensor, over all chunks. lower_bound: the most bytes alive in any step.
-    """
-
-    places: tuple[Place, ...]
-    chunks: tuple[Chunk, ...]
-    peak: int
-    lower_bound: int
+    places: tuple[Place, ...]  # of every record, in order
+    chunks: tuple[Chunk, ...]  # to hold from now on; held chunks that are not among them are freed
+    peak: int  # bytes up to the end of the last tensor, over all chunks
+    lower_bound: int  # the most bytes alive in any step
 
     @property
     def bytes_held(self) -> int:
@@ -97,7 +94,7 @@ def plan(records: Sequence[Record], sizes: Sequence[int], held_chunks: Sequence[
 
 
 def turbo2021(records: Sequence[Record], sizes: Sequence[int], held_chunks: Sequence[int] = ()) -> Plan:
-    """The published placement, greedy by size in chunks."""
+    """Place tensors as published, greedily by size in chunks: the strategy "turbo2021"."""
     sizes = _checked(records, sizes)
     neighbours = _conflicts(tuple(records)).neighbours
     chunks = [Chunk(size, index) for index, size in enumerate(held_chunks)]
@@ -112,7 +109,7 @@ def turbo2021(records: Sequence[Record], sizes: Sequence[int], held_chunks: Sequ
 
 
 def pooled(records: Sequence[Record], sizes: Sequence[int], held_chunks: Sequence[int] = ()) -> Plan:
-    """Every tensor by itself, as TVM's pooled allocator serves it: in whole pages, from memory of the same size."""
+    """Place every tensor by itself, as TVM's pooled allocator does: in whole pages, in memory of the same size."""
     sizes = _checked(records, sizes)
     chunks = [Chunk(size, index) for index, size in enumerate(held_chunks)]
     until = [-1] * len(chunks)  # the last step of the tensor that lies in each
@@ -136,7 +133,7 @@ COMPACT = ("compact", "static")  # the strategies with one chunk, where a tensor
 
 
 def lower_bound(records: Sequence[Record], sizes: Sequence[int]) -> int:
-    """The most bytes that are alive in any step: no plan can have a smaller peak."""
+    """Return the most bytes that are alive in any step: no plan can have a smaller peak."""
     change: dict[int, int] = {}
     for record, size in zip(records, sizes, strict=True):
         change[record.first] = change.get(record.first, 0) + size
@@ -149,12 +146,12 @@ def lower_bound(records: Sequence[Record], sizes: Sequence[int]) -> int:
 
 
 def aligned(size: int) -> int:
-    """The next multiple of the alignment."""
+    """Return the next multiple of the alignment."""
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def chunk_class(size: int) -> int:
-    """The next of a few chunk sizes, 4, 5, 6 or 7 times a power of two: growth lands on the same sizes again."""
+    """Return the next of a few chunk sizes, 4, 5, 6 or 7 times a power of two: growth lands on the same sizes again."""
     if size <= SMALLEST_CHUNK:
         return SMALLEST_CHUNK
     step = 1 << max((size - 1).bit_length() - CLASSES_PER_OCTAVE.bit_length(), 0)
@@ -162,11 +159,11 @@ def chunk_class(size: int) -> int:
 
 
 class _Conflicts(NamedTuple):
-    """What follows from lifetimes alone. neighbours: who lives at the same time; lifetimes: how many steps."""
+    """What follows from the lifetimes of records alone, each by a record's index."""
 
-    neighbours: tuple[tuple[int, ...], ...]
-    lifetimes: tuple[int, ...]
-    firsts: tuple[int, ...]
+    neighbours: tuple[tuple[int, ...], ...]  # the records that live at the same time
+    lifetimes: tuple[int, ...]  # steps
+    firsts: tuple[int, ...]  # first steps
 
 
 @lru_cache(maxsize=64)
@@ -184,7 +181,7 @@ def _conflicts(records: tuple[Record, ...]) -> _Conflicts:
 
 
 def _place_all(conflicts: _Conflicts, sizes: Sequence[int], bound: int) -> tuple[list[int], int]:
-    """Offsets and peak: the first order that reaches the bound, else the best of all and of some moves from it."""
+    """Return offsets and peak of the first order that reaches the bound, else of the best order after some moves."""
     best: tuple[list[int], int] | None = None
     order: Sequence[int] = ()
     for tried in _orders(conflicts, sizes):
@@ -196,7 +193,7 @@ def _place_all(conflicts: _Conflicts, sizes: Sequence[int], bound: int) -> tuple
     assert best is not None
     offsets = best[0]
     for _ in range(_MOVES):
-        # who sticks out above the bound chose too late: it chooses earlier (Joslin, Clements, "Squeaky wheel", 1999)
+        # a tensor that sticks out above the bound was placed too late (Joslin, Clements, "Squeaky wheel", 1999)
         late = {i for i in order if offsets[i] + sizes[i] > bound}
         order = sorted(order, key=lambda i: i not in late)
         offsets, reached = _in_order(order, conflicts.neighbours, sizes)
@@ -218,7 +215,7 @@ def _orders(conflicts: _Conflicts, sizes: Sequence[int]) -> Iterator[list[int]]:
 
 
 def _in_order(order: Sequence[int], neighbours: Sequence[Sequence[int]], sizes: Sequence[int]) -> tuple[list[int], int]:
-    """Each tensor at the lowest offset that is free while it lives."""
+    """Place each tensor at the lowest offset that is free while it lives; return offsets and peak."""
     offsets = [-1] * len(sizes)
     peak = 0
     for i in order:
@@ -237,7 +234,7 @@ def _in_order(order: Sequence[int], neighbours: Sequence[Sequence[int]], sizes: 
 def _published_fit(
     i: int, sizes: Sequence[int], neighbours: Sequence[int], chunks: Sequence[Chunk], places: dict[int, Place]
 ) -> Place | None:
-    """The smallest gap of the first chunk that has one, else its tail if that suffices."""
+    """Return the smallest gap of the first chunk that has one, else its tail if that suffices."""
     for number, chunk in enumerate(chunks):
         taken = sorted((places[j].offset, sizes[j]) for j in neighbours if j in places and places[j].chunk == number)
         smallest, found, end = chunk.size + 1, -1, 0
@@ -266,7 +263,7 @@ def _without_empty(
 
 
 def _checked(records: Sequence[Record], sizes: Sequence[int]) -> list[int]:
-    """The sizes in whole lines. ValueError for what is no size or no lifetime."""
+    """Return the sizes rounded up to the alignment. Raises ValueError for what is no size or no lifetime."""
     if len(records) != len(sizes):
         raise ValueError(f"there are {len(sizes)} sizes for {len(records)} records")
     if any(size < 0 for size in sizes):

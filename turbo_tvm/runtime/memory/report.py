@@ -1,47 +1,44 @@
-"""What lies where in memory during a run: the memory plan of a batch, for people and programs."""
+"""The memory plan of a batch, for people and programs: where each tensor lies during a run."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from turbo_tvm.artifact.manifest import Manifest
 from turbo_tvm.errors import TurboError
 from turbo_tvm.runtime import batch as packing
-from turbo_tvm.artifact.manifest import Manifest
+from turbo_tvm.runtime import validation
 from turbo_tvm.runtime.memory.planner import COMPACT, STRATEGIES
 from turbo_tvm.runtime.memory.table import MemoryTable
 
 
 @dataclass(frozen=True)
 class TensorPlace:
-    """A tensor of a run. first, last: steps, inclusive; size and offset in bytes, the offset within its chunk."""
+    """A tensor of a run, and where it lies."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str
-    first: int
-    last: int
-    size: int
-    chunk: int
-    offset: int
+    first: int  # the step that writes it
+    last: int  # the last step that reads it
+    size: int  # bytes
+    chunk: int  # the index of its chunk
+    offset: int  # bytes, within the chunk
 
 
 @dataclass(frozen=True)
 class MemoryReport:
-    """The plan of one batch.
-
-    steps: the kernels of a run, in order. chunks: bytes of each. peak: bytes up to the end of the last tensor, over all
-    chunks. lower_bound: the most bytes alive in any step, which no plan can beat. total: bytes of all tensors together.
-    """
+    """The plan of one batch."""
 
     model: str
-    lengths: tuple[int, ...]
+    lengths: tuple[int, ...]  # tokens of each sequence
     strategy: str
-    steps: tuple[str, ...]
+    steps: tuple[str, ...]  # the kernels of a run, in order
     tensors: tuple[TensorPlace, ...]
-    chunks: tuple[int, ...]
-    peak: int
-    lower_bound: int
+    chunks: tuple[int, ...]  # bytes of each
+    peak: int  # bytes up to the end of the last tensor, over all chunks
+    lower_bound: int  # the most bytes alive in any step, which no plan can beat
 
     @property
     def total(self) -> int:
@@ -50,18 +47,19 @@ class MemoryReport:
 
     @property
     def ratio(self) -> float:
-        """The peak over the lower bound."""
+        """The peak divided by the lower bound."""
         return self.peak / self.lower_bound if self.lower_bound else 1.0
 
 
 def memory_report(manifest: Manifest, lengths: Sequence[int], strategy: str = "compact") -> MemoryReport:
-    """The plan for a batch of these lengths when nothing is held yet.
+    """Return the plan for a batch of these lengths when nothing is held yet.
 
-    strategy: one of `memory_planner.STRATEGIES`. Raises InputError for lengths that the model cannot answer.
+    strategy: one of `planner.STRATEGIES`. Raises InputError for lengths that the model cannot answer, TurboError for a
+    strategy that there is not.
     """
     if strategy not in STRATEGIES:
         raise TurboError(f"there is no memory plan {strategy!r} for a batch; use one of {', '.join(STRATEGIES)}")
-    lengths = packing.check_lengths(lengths, manifest.bounds)
+    lengths = validation.check_lengths(lengths, manifest.request_limits)
     table = MemoryTable(manifest.buffers, strategy in COMPACT)
     symbols = packing.symbols(manifest.layout, manifest.row_tile, lengths)
     shapes, sizes = table.shapes(symbols), table.sizes(symbols)

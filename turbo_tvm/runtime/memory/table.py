@@ -14,7 +14,11 @@ Symbols = Mapping[str, int]  # the value of every symbol that the shapes name
 
 
 class MemoryTable:
-    """records: the lifetime of every place. places, dtypes: of every buffer, in call order; a place by its number.
+    """The lifetimes and sizes of a function's buffers.
+
+    records: the lifetime of every place.
+    places: the number of the place of every buffer, in call order.
+    dtypes: the dtype of every buffer, in call order.
 
     in_place: whether a buffer takes the place of the one that it may replace; the place then lives as long as both.
     """
@@ -37,17 +41,17 @@ class MemoryTable:
         self._owners = tuple(self.places.index(number) for number in range(len(records)))
 
     def shapes(self, symbols: Symbols) -> list[tuple[int, ...]]:
-        """The shape of every buffer. KeyError where a symbol has no value."""
+        """Return the shape of every buffer. KeyError where a symbol has no value."""
         return [tuple(n * math.prod(symbols[s] for s in names) for n, names in shape) for shape in self._shapes]
 
     def sizes(self, symbols: Symbols) -> list[int]:
-        """Bytes of every place."""
+        """Return the bytes of every place, by its number."""
         shapes = self.shapes(symbols)
         return [math.prod(shapes[i]) * self.dtypes[i].itemsize for i in self._owners]
 
 
 def _factors(product: str) -> tuple[int, tuple[str, ...]]:
-    """ "12*batch" --> (12, ("batch",))."""
+    """Split a product: "12*batch" --> (12, ("batch",))."""
     factors = product.split("*")
     numbers = [int(f) for f in factors if f.isdecimal()]
     return math.prod(numbers), tuple(f for f in factors if not f.isdecimal())

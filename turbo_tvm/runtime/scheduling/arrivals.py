@@ -15,10 +15,10 @@ from turbo_tvm.errors import InputError
 
 @dataclass(frozen=True)
 class Trace:
-    """arrival_s: float64 (requests,), seconds, never decreasing; lengths: int64 (requests,), tokens."""
+    """A stream of requests. Raises InputError for one that is empty, or whose times or lengths are none."""
 
-    arrival_s: np.ndarray
-    lengths: np.ndarray
+    arrival_s: np.ndarray  # float64 (requests,), seconds, never decreasing
+    lengths: np.ndarray  # int64 (requests,), tokens
 
     def __post_init__(self) -> None:
         times, lengths = self.arrival_s, self.lengths
@@ -39,7 +39,7 @@ class Trace:
         return (len(self) - 1) / seconds if seconds > 0 else math.inf
 
     def at_rate(self, rate: float) -> Trace:
-        """The same requests, faster or slower. InputError if all of them come at once, or there is only one."""
+        """Return the same requests, faster or slower. Raises InputError if all of them come at once."""
         if not np.isfinite(self.rate):
             raise InputError("a stream whose requests all come at once has no rate to change")
         return Trace((self.arrival_s - self.arrival_s[0]) * (self.rate / rate), self.lengths)
@@ -49,14 +49,14 @@ Lengths = Callable[[np.random.Generator, int], np.ndarray]
 
 
 def uniform(low: int, high: int) -> Lengths:
-    """Lengths uniform in low..high."""
+    """Return a source of lengths that are uniform in low..high. Raises InputError for what is no range."""
     if not 1 <= low <= high:
         raise InputError(f"lengths are a range from at least 1, not {low}..{high}")
     return lambda rng, count: rng.integers(low, high + 1, count)
 
 
 def poisson(rate: float, count: int, lengths: Lengths, seed: int = 0) -> Trace:
-    """Independent arrivals, `rate` per second on average."""
+    """Return `count` independent arrivals, `rate` per second on average. Raises InputError."""
     rng = np.random.default_rng(seed)
     gaps = rng.exponential(1 / _positive("rate", rate), count)
     return Trace(gaps.cumsum(), lengths(rng, count))
@@ -65,7 +65,10 @@ def poisson(rate: float, count: int, lengths: Lengths, seed: int = 0) -> Trace:
 def bursty(
     rate: float, count: int, lengths: Lengths, seed: int = 0, *, peak: float = 4.0, burst_s: float = 1.0
 ) -> Trace:
-    """Bursts at `peak` times the mean rate that last `burst_s` on average, and silence between: an on-off process."""
+    """Return `count` arrivals of an on-off process: bursts, and silence between them.
+
+    Bursts have `peak` times the mean rate, in requests per second, and last `burst_s` on average. Raises InputError.
+    """
     rng = np.random.default_rng(seed)
     if not _positive("peak", peak) > 1:
         raise InputError(f"peak is more than 1 times the rate, not {peak!r}")
@@ -79,7 +82,10 @@ def bursty(
 
 
 def read_trace(path: str | PathLike[str]) -> Trace:
-    """A CSV file with the columns arrival_s and length, rows in any order. InputError names the line that is wrong."""
+    """Read a trace from a CSV file with the columns arrival_s and length, rows in any order.
+
+    Raises InputError, which names the line that is wrong.
+    """
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             rows = csv.DictReader(file)

@@ -1,4 +1,4 @@
-"""Warm-up: measures a small design of batches on the device, from which `cost_model` learns what any batch costs."""
+"""Measuring a small set of batches on the device, from which `cost_model` learns what any batch costs."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ BATCHES = (1, 4, 16, 64)
 RAGGED = ((2, 100), (2, 30), (5, 500), (50, 250))  # uniform lengths of the held-out batches, which have RAGGED_SIZES
 RAGGED_SIZES = (6, 16, 4, 2)
 LEAST_SAMPLES, MOST_SAMPLES = 2, 7
-SHORT_S = 0.03  # a point is sampled for so long at least
-SHARE = 0.2  # of the budget: a point that is expected to take more for one sample is left out
+SHORT_S = 0.03  # a batch is sampled for this long at least
+SHARE = 0.2  # of the budget: a batch that is expected to take more for one sample is left out
 
 Run = Callable[[Sequence[int]], object]
 Say = Callable[[str], None]
@@ -32,11 +32,16 @@ def measure(
     say: Say = lambda _text: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[list[Point], list[Point]]:
-    """Points to fit, and ragged ones to hold out, in about `budget_s` seconds.
+    """Measure batches for about `budget_s` seconds: return points to fit a cost to, and ragged ones to hold out.
 
-    run(lengths) answers a batch. min_length: tokens that a sequence has at least; of images, all of them. Starts with
-    what tells most: single sequences, then small batches. What would take too long is left out, but a sequence of 8
-    tokens and of the greatest length are always measured, and a ragged batch.
+    run: answers a batch of these lengths.
+    max_length: tokens of the longest sequence.
+    max_tokens: tokens of the largest batch.
+    min_length: tokens of the shortest sequence; an image has its only length.
+    say: called with a line on what is being measured.
+
+    The batches that tell most come first: single sequences, then small batches. Those that would take too long are left
+    out, but a sequence of 8 tokens, one of the greatest length and a ragged batch are always measured.
     """
     started = clock()
     held_out = _sampled(
@@ -49,7 +54,7 @@ def measure(
 
 
 def _grid(min_length: int, max_length: int, max_tokens: int) -> list[tuple[int, ...]]:
-    """Batches of equal lengths: the shortest and the longest sequence first, then the others from short to long."""
+    """Return batches of equal lengths: single sequences, the shortest and the longest first, then several by tokens."""
     longest = max(min_length, min(max_length, LENGTHS[-1]))
     lengths = sorted({*(n for n in LENGTHS if min_length <= n < longest), longest})
     single = sorted(lengths, key=lambda n: n not in (lengths[0], lengths[-1]))
@@ -59,7 +64,7 @@ def _grid(min_length: int, max_length: int, max_tokens: int) -> list[tuple[int, 
 
 
 def _ragged(min_length: int, max_length: int, max_tokens: int, seed: int) -> list[tuple[int, ...]]:
-    """Batches of random lengths."""
+    """Return batches of random lengths."""
     rng = np.random.default_rng(seed)
 
     def allowed(length: int) -> int:
@@ -75,19 +80,19 @@ def _ragged(min_length: int, max_length: int, max_tokens: int, seed: int) -> lis
 def _sampled(
     run: Run, batches: Sequence[tuple[int, ...]], budget_s: float, say: Say, clock: Callable[[], float], what: str
 ) -> list[Point]:
-    """The least time of each batch, since noise only adds.
+    """Return the least time of each batch, since noise only adds to it.
 
-    Those that the budget does not allow for are left out, the first two never.
+    Batches that the budget does not allow for are left out, the first two never.
     """
     started, points = clock(), []
-    per_token = 0.0  # of the last point: an estimate for the next
+    per_token = 0.0  # seconds, by the last point: an estimate for the next
     for number, lengths in enumerate(batches):
         left = budget_s - (clock() - started)
         expected = per_token * sum(lengths)
         if number >= 2 and (left <= 0 or expected * LEAST_SAMPLES > left or expected > SHARE * budget_s):
             continue
         say(f"measuring {what} {number + 1} of {len(batches)}: {len(lengths)} x {max(lengths)} tokens")
-        run(lengths)  # grows memory, and wakes the threads
+        run(lengths)  # warm-up: memory grows and threads wake
         samples: list[float] = []
         while len(samples) < LEAST_SAMPLES or (len(samples) < MOST_SAMPLES and sum(samples) < SHORT_S):
             begin = clock()

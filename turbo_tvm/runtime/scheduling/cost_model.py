@@ -1,14 +1,14 @@
 """Cost models: `cost(lengths) -> seconds` that a batch takes, all that the scheduler knows about a model.
 
-Two kinds, each fitted to a few measured batches; `fit` takes the one that predicts held-out batches better.
+There are two kinds, each fitted to a few measured batches; `fit` takes the one that predicts held-out batches better.
 
-- `PackedCost`, for execution without padding: fixed, per sequence, piecewise linear in tokens, and in squared lengths,
-  which is attention's.
+- `PackedCost`, for execution without padding: a fixed term, one per sequence, one that is piecewise linear in tokens,
+  and one in squared lengths, which is attention's.
 - `PaddedCost`: a table by length of the longest sequence and by batch, interpolated (`cached_cost[length][batch]`
   of Fang et al., "TurboTransformers", PPoPP 2021).
 
-`RefinedCost` follows what live batches take. All of them price whole arrays of batches at once (`batches`), for
-`partition`.
+`RefinedCost` corrects either by what live batches take. All of them price whole arrays of batches at once (`batches`),
+for `partition`.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from turbo_tvm.errors import InputError
 from turbo_tvm.artifact.cost_spec import CostSpec
+from turbo_tvm.errors import InputError
 from turbo_tvm.runtime.scheduling.partition import Cost
 
 KNOTS = (16, 64, 256)  # tokens where the cost of a further token may change
@@ -32,22 +32,22 @@ SWEEPS = 2000  # of coordinate descent; some hundreds are enough for eight terms
 
 STEP = 16  # tokens per entry of the table of corrections
 LARGEST = 1 << 14  # tokens; larger batches are corrected like these
-RATE = 0.1  # of a batch's surprise that is believed
-SURPRISE = 0.3  # the most that one batch may surprise, as a logarithm: an outlier moves the cost by 3 %
+RATE = 0.1  # the part of a batch's surprise that the correction follows
+SURPRISE = 0.3  # the most that one batch counts as a surprise, as a logarithm: an outlier moves the cost by 3 %
 BOUND = math.log(4)  # the most that either end of the correction may become, as a logarithm
-TILT = math.log(2)  # the most that they may differ from their middle
+TILT = math.log(2)  # the most that either end may differ from their middle, as a logarithm
 
 
 @dataclass(frozen=True)
 class Point:
-    """A measured batch: lengths in tokens, seconds that it took."""
+    """A measured batch."""
 
-    lengths: tuple[int, ...]
-    seconds: float
+    lengths: tuple[int, ...]  # tokens of each sequence
+    seconds: float  # that it took
 
 
 class PackedCost:
-    """fixed + per_sequence * sequences + f(tokens) + per_square * sum of squared lengths, in seconds.
+    """The cost fixed + per_sequence * sequences + f(tokens) + per_square * sum of squared lengths, in seconds.
 
     f is piecewise linear with slopes[i], seconds per token, up to knots[i] tokens, and the last slope beyond.
     """
@@ -61,14 +61,14 @@ class PackedCost:
         self._slopes = slopes
 
     def __call__(self, lengths: Sequence[int]) -> float:
-        """Seconds for a batch of these lengths."""
+        """Return the seconds for a batch of these lengths."""
         tokens, squares = sum(lengths), sum(n * n for n in lengths)
         i = bisect_right(self._starts, tokens) - 1
         of_tokens = self._values[i] + self._slopes[i] * (tokens - self._starts[i])
         return self._fixed + self._sequence * len(lengths) + of_tokens + self._square * squares
 
     def batches(self, counts: np.ndarray, tokens: np.ndarray, squares: np.ndarray, longest: np.ndarray) -> np.ndarray:
-        """The same for arrays of batches."""
+        """Return the seconds of many batches, float64, from int64 arrays of what each amounts to."""
         total = self._fixed + self._sequence * counts + self._square * squares + self._slopes[0] * tokens
         for start, before, after in zip(self._starts[1:], self._slopes, self._slopes[1:], strict=False):
             if after != before:
@@ -77,7 +77,7 @@ class PackedCost:
 
     @staticmethod
     def fit(points: Sequence[Point]) -> PackedCost:
-        """Least squares of the relative error, no term negative."""
+        """Fit the terms to measured batches: least squares of the relative error, no term negative."""
         most = max(sum(p.lengths) for p in points)
         knots = tuple(k for k in KNOTS if k < most)
         rows = np.array([_packed_terms(p.lengths, knots) for p in points])
@@ -87,7 +87,7 @@ class PackedCost:
 
 
 class PaddedCost:
-    """A table in seconds by length and batch, linear between its entries; beyond them as much more as there is more."""
+    """The cost by a table in seconds over length and batch: linear between its entries, proportional beyond them."""
 
     def __init__(self, spec: CostSpec):
         self.spec = spec
@@ -95,11 +95,11 @@ class PaddedCost:
         self._seconds = np.array(spec.seconds)
 
     def __call__(self, lengths: Sequence[int]) -> float:
-        """Seconds for a batch of these lengths, padded to the longest."""
+        """Return the seconds for a batch of these lengths, padded to the longest."""
         return float(self.batches(np.array([len(lengths)]), None, None, np.array([max(lengths)]))[0])
 
     def batches(self, counts: np.ndarray, tokens: Any, squares: Any, longest: np.ndarray) -> np.ndarray:
-        """The same for arrays of batches."""
+        """Return the seconds of many batches, float64, from int64 arrays of what each amounts to."""
         i, u, more = _place(self._lengths, longest)
         j, v, further = _place(self._batches, counts)
         table = self._seconds
@@ -109,7 +109,10 @@ class PaddedCost:
 
     @staticmethod
     def fit(points: Sequence[Point]) -> PaddedCost:
-        """The table of the batches of equal lengths; what was not measured is the packed cost of its rectangle."""
+        """Make a table of the batches of equal lengths. Entries that were not measured are `PackedCost`s of rectangles.
+
+        Raises InputError without any batch of equal lengths.
+        """
         equal = {(p.lengths[0], len(p.lengths)): p.seconds for p in points if len(set(p.lengths)) == 1}
         if not equal:
             raise InputError("a table of costs needs measured batches of equal lengths")
@@ -126,10 +129,10 @@ class PaddedCost:
 
 
 class RefinedCost:
-    """A cost, corrected by what live batches take: bounded, and slow to believe one of them. Thread-safe.
+    """A cost, corrected by what live batches take, slowly and within bounds. Thread-safe.
 
-    The correction is a factor whose logarithm is linear in that of the batch's tokens, two numbers in all: more of them
-    would follow the noise, and a policy would find gains in it.
+    The correction is a factor whose logarithm is linear in the logarithm of the batch's tokens, two numbers in all:
+    more of them would follow the noise, and a policy would find gains in it.
     """
 
     def __init__(self, base: Cost):
@@ -142,16 +145,16 @@ class RefinedCost:
         self._lock = threading.Lock()
 
     def __call__(self, lengths: Sequence[int]) -> float:
-        """Seconds for a batch of these lengths."""
+        """Return the seconds for a batch of these lengths."""
         return self.base(lengths) * float(self._factors[min(sum(lengths), LARGEST) // STEP])
 
     def _batches(self, counts: np.ndarray, tokens: np.ndarray, squares: np.ndarray, longest: np.ndarray) -> np.ndarray:
-        """The same for arrays of batches, if the base has them."""
+        """Return the seconds of many batches, if the base can."""
         factors = self._factors[np.minimum(tokens, LARGEST) // STEP]
         return self.base.batches(counts, tokens, squares, longest) * factors  # type: ignore[attr-defined]
 
     def observe(self, lengths: Sequence[int], seconds: float) -> None:
-        """A batch of these lengths took so long."""
+        """Learn from a batch of these lengths that it took this long."""
         if not 0 < seconds < math.inf:
             return
         with self._lock:
@@ -166,7 +169,7 @@ class RefinedCost:
 
     @staticmethod
     def fitted(base: Cost, batches: Sequence[tuple[Sequence[int], float]]) -> RefinedCost:
-        """The cost with the correction that fits these batches, (lengths, seconds); their total time is exact."""
+        """Return the cost with the correction that fits these (lengths, seconds); their total time is then exact."""
         made = RefinedCost(base)
         places = np.array([made._places[min(sum(lengths), LARGEST) // STEP] for lengths, _ in batches])
         predicted = np.array([base(lengths) for lengths, _ in batches])
@@ -174,7 +177,7 @@ class RefinedCost:
         weights = np.sqrt(seconds)
         rows = np.stack((1 - places, places), 1) * weights[:, None]
         surprises = np.clip(np.log(seconds / predicted), -BOUND, BOUND) * weights
-        # half a batch in favour of no correction, at either end, where sizes are all alike
+        # a prior of half a batch without correction at either end, for when all sizes are alike
         prior = np.eye(2) * weights.mean() / 2
         rows, wanted = np.concatenate((rows, prior)), np.concatenate((surprises, [0.0, 0.0]))
         (low, high), *_ = np.linalg.lstsq(rows, wanted, rcond=None)
@@ -190,7 +193,7 @@ class RefinedCost:
 
     @property
     def corrections(self) -> tuple[float, float]:
-        """The factor for a single token, and for the largest batches."""
+        """The correction's factor for a single token, and for the largest batches."""
         return math.exp(self._ends[0]), math.exp(self._ends[1])
 
 
@@ -198,12 +201,12 @@ KINDS: dict[str, type[PackedCost] | type[PaddedCost]] = {"packed": PackedCost, "
 
 
 def cost_of(spec: CostSpec) -> PackedCost | PaddedCost:
-    """The cost that a manifest holds."""
+    """Return the cost that a record in a manifest describes."""
     return KINDS[spec.kind](spec)
 
 
 def fit(points: Sequence[Point], held_out: Sequence[Point]) -> CostSpec:
-    """The kind that predicts the held-out batches better, with its mean error there, fitted to all batches."""
+    """Fit the kind of cost that predicts held-out batches better to all batches; its error is that on held-out ones."""
     errors = {name: mean_error(kind.fit(points), held_out) for name, kind in KINDS.items()}
     best = min(errors, key=lambda name: errors[name])
     fitted = KINDS[best].fit([*points, *held_out]).spec
@@ -220,19 +223,19 @@ def fit(points: Sequence[Point], held_out: Sequence[Point]) -> CostSpec:
 
 
 def mean_error(cost: Cost, points: Sequence[Point]) -> float:
-    """The mean of |predicted - measured| / measured."""
+    """Return the mean of |predicted - measured| / measured over these batches."""
     return sum(abs(cost(p.lengths) - p.seconds) / p.seconds for p in points) / len(points)
 
 
 def _packed_terms(lengths: Sequence[int], knots: Sequence[int]) -> list[float]:
-    """What each term of a PackedCost is multiplied with."""
+    """Return the factor of each term of a PackedCost, for a batch of these lengths."""
     tokens, starts, ends = sum(lengths), (0, *knots), (*knots, math.inf)
     parts = [max(0.0, min(tokens, end) - start) for start, end in zip(starts, ends, strict=True)]
     return [1.0, len(lengths), float(sum(n * n for n in lengths)), *parts]
 
 
 def _non_negative_least_squares(rows: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """x >= 0 with the least |rows @ x - wanted|, by coordinate descent: the columns are few."""
+    """Return x >= 0 with the least |rows @ x - wanted|, by coordinate descent: the columns are few."""
     scale = np.maximum(np.linalg.norm(rows, axis=0), 1e-300)
     scaled = rows / scale
     gram, right = scaled.T @ scaled, scaled.T @ wanted
@@ -247,7 +250,7 @@ def _non_negative_least_squares(rows: np.ndarray, wanted: np.ndarray) -> np.ndar
 
 
 def _place(grid: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The interval of the grid that a value is read in, where in it, and how many times the last entry beyond that."""
+    """Return, per value, its interval in the grid, the fraction within, and its multiple of the end if larger."""
     within = np.clip(values, grid[0], grid[-1])
     i = np.clip(np.searchsorted(grid, within, "right") - 1, 0, len(grid) - 2)
     return i, (within - grid[i]) / (grid[i + 1] - grid[i]), np.maximum(values / grid[-1], 1.0)

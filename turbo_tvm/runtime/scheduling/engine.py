@@ -2,47 +2,43 @@
 
     submit -> response cache -> queue -> trigger, policy -> executor thread -> model -> every waiter's future
 
-An executor thread per model plans, runs a batch, answers it, and plans again with whatever has come meanwhile; TVM lets
-go of the interpreter inside kernels, so producers go on. All that can be said without a thread is said elsewhere:
-`scheduler` and `triggers` choose, `request_queue` keeps who waits, `cost_model` predicts.
+An `executor_thread` per model plans, runs a batch, answers it, and plans again with whatever has come meanwhile; TVM
+releases the interpreter lock inside kernels, so producers go on. `scheduler` and `triggers` choose, `request_queue`
+keeps who waits, `cost_model` predicts.
 """
 
 from __future__ import annotations
 
 import asyncio
 import atexit
-import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from turbo_tvm.errors import DeadlineError, EngineError, InputError, TurboError
+from turbo_tvm.errors import DeadlineError, EngineError, InputError
 from turbo_tvm.progress import Progress
-from turbo_tvm.runtime.scheduling import scheduler, triggers
 from turbo_tvm.runtime.batch import Batch
+from turbo_tvm.runtime.scheduling import scheduler, triggers
+from turbo_tvm.runtime.scheduling.batch_limits import BatchLimits
 from turbo_tvm.runtime.scheduling.cost_model import RefinedCost
+from turbo_tvm.runtime.scheduling.engine_model import EngineModel, checked_models
 from turbo_tvm.runtime.scheduling.engine_statistics import BatchRecord, EngineStatistics
-from turbo_tvm.runtime.scheduling.flight import Flight, RequestFuture
+from turbo_tvm.runtime.scheduling.executor_thread import ExecutorThread, Scheduling
+from turbo_tvm.runtime.scheduling.flight import RequestFuture
 from turbo_tvm.runtime.scheduling.partition import Cost
-from turbo_tvm.runtime.memory.peak import PeakBytes
 from turbo_tvm.runtime.scheduling.request_queue import PLANNED, RequestQueue
 from turbo_tvm.runtime.scheduling.response_cache import ResponseCache, request_key
-from turbo_tvm.runtime.scheduling.scheduler import Limits, Request
-from turbo_tvm.runtime.scheduling.servable import Servable, checked_models, computed_rows
-from turbo_tvm.runtime.text import is_text
 from turbo_tvm.runtime.scheduling.triggers import Trigger
+from turbo_tvm.runtime.text import is_text
 
 MAX_BATCH = 64
 MAX_WAIT_S = 1.0
 CACHE_BYTES = 32 << 20
-LONGEST_S = 1e9  # a time-out
+LONGEST_TIMEOUT_S = 1e9
 ALL_OUTPUTS = "*"
-
-_LOG = logging.getLogger(__name__)
 
 
 class Engine:
@@ -54,7 +50,7 @@ class Engine:
 
     def __init__(
         self,
-        models: Servable | Sequence[Servable],
+        models: EngineModel | Sequence[EngineModel],
         *,
         policy: str = "dp",
         trigger: str | Trigger = "hungry",
@@ -73,14 +69,14 @@ class Engine:
             "nobatch".
         trigger: when: "hungry", whenever a model is idle; "lazy", or a `triggers.Lazy`, to wait for fuller batches.
         max_batch, max_tokens: sequences and tokens of a batch; by default 64, and what the model runs at once. Its
-            `memory_budget`, as it is when the engine starts, is a cap too.
-        max_wait_s: who has waited so long goes first, whatever the policy; None for no such bound.
+            `memory_budget`, as it is when the engine starts, is a limit too.
+        max_wait_s: a request that has waited this long goes first, whatever the policy; None for no such bound.
         max_queue: requests that may wait; a further one raises OverloadError.
         cache: bytes of answers that are kept, 0 for none; or a ResponseCache that engines share.
         output: which output is answered; by default the model's main one.
         cost: `cost(lengths) -> seconds`; by default the model's own, which is measured at the start if it is not known.
-        on_batch: is told of every batch that ran, in the thread that ran it: it must be quick.
-        progress: whether to show that on stderr; by default if it is a terminal.
+        on_batch: called with the record of every batch, in the thread that ran it: it must be quick.
+        progress: whether to show the measuring on stderr; by default if that is a terminal.
 
         Raises InputError.
         """
@@ -89,40 +85,40 @@ class Engine:
         self._policy = scheduler.policy(policy)
         self._trigger = triggers.trigger(trigger) if isinstance(trigger, str) else trigger
         self._output = first.output_name(output)
-        self._answers_of: dict[str | None, bytes] = {}
+        self._prefixes: dict[str | None, bytes] = {}
         tokens = first.max_batch_tokens if max_tokens is None else max_tokens
-        self._limits = Limits(_whole("max_batch", max_batch), _whole("max_tokens", tokens), max_wait_s=max_wait_s)
+        self._limits = BatchLimits(_whole("max_batch", max_batch), _whole("max_tokens", tokens), max_wait_s=max_wait_s)
         self._queue = RequestQueue(_whole("max_queue", max_queue), planned=max(PLANNED, max_batch))
         self._cache = cache if isinstance(cache, ResponseCache) else ResponseCache(cache)
         self._given_cost, self._on_batch, self._progress = cost, on_batch, progress
-        self._threads: list[threading.Thread] = []
+        self._threads: list[ExecutorThread] = []
         self._state = threading.Lock()
 
     @property
     def statistics(self) -> EngineStatistics:
-        """Counts and histograms since the start."""
+        """The counts and histograms since the start."""
         return self._queue.statistics()
 
     @property
     def cost(self) -> RefinedCost:
-        """What the engine takes a batch to cost by now. Raises EngineError before `start`."""
+        """What the engine predicts a batch to cost by now, in seconds. Raises EngineError before `start`."""
         if not self._threads:
             raise self._not_running()
         return self._cost
 
     @property
-    def limits(self) -> Limits:
-        """The caps on a batch."""
+    def limits(self) -> BatchLimits:
+        """The limits on a batch."""
         return self._limits
 
     @property
     def waiting(self) -> int:
-        """Requests in the queue."""
+        """How many requests wait in the queue."""
         return len(self._queue)
 
     @property
     def max_queue(self) -> int:
-        """Requests that may wait."""
+        """How many requests may wait."""
         return self._queue.max_queue
 
     def start(self) -> Engine:
@@ -132,8 +128,9 @@ class Engine:
                 raise EngineError("the engine was started before: make another one")
             self._cost = RefinedCost(self._measured() if self._given_cost is None else self._given_cost)
             names = (f"turbo_tvm engine {i}" for i in range(len(self._models)))
+            scheduling = Scheduling(self._policy, self._trigger, self._limits, self._cost)
             self._threads = [
-                threading.Thread(target=self._serve, args=(model,), name=name, daemon=True)
+                ExecutorThread(name, model, self._queue, self._cache, scheduling, self._on_batch)
                 for model, name in zip(self._models, names, strict=True)
             ]
             for thread in self._threads:
@@ -163,14 +160,15 @@ class Engine:
     ) -> RequestFuture:
         """Queue a request; returns at once with the future of its answer.
 
-        request: a text, a pair of texts, or token ids (length,) of one sequence, with token_type_ids of the same shape.
-        timeout_s: a request that has not started so many seconds from now never runs: its result is a DeadlineError.
-        priority: higher ones go first. output: which one to answer, by default the engine's; ALL_OUTPUTS for all, as a
-        ModelOutput. The future can be cancelled until it starts. Its answer, fp32 (columns,) or (length, hidden), is
-        the caller's own.
+        request: a text, a pair of texts, or the token ids of one sequence, integers (length,).
+        token_type_ids: integers of the same shape; with token ids only.
+        timeout_s: a request that has not started after this many seconds never runs: its result is a DeadlineError.
+        priority: higher ones go first.
+        output: which output to answer, by default the engine's; ALL_OUTPUTS for all of them, as a ModelOutput.
 
-        Raises InputError for what the model cannot answer, OverloadError for a full queue, EngineError for an engine
-        that does not run.
+        The future can be cancelled until it starts. Its answer, fp32 (columns,) or (length, hidden), is the caller's
+        own. Raises InputError for what the model cannot answer, OverloadError for a full queue, EngineError for an
+        engine that does not run.
         """
         if not self._threads:
             raise self._not_running()
@@ -186,7 +184,7 @@ class Engine:
         return self._queue.submit(key, sequence, deadline_s, priority, wanted)
 
     def infer_sync(self, request: Any, *, timeout_s: float | None = None, **options: Any) -> Any:
-        """The answer to a request, in its place: see `submit`. DeadlineError after `timeout_s`, even if it runs."""
+        """Wait for the answer to a request and return it: see `submit`. Raises DeadlineError after `timeout_s`."""
         if threading.current_thread() in self._threads:
             raise EngineError(
                 "infer_sync was called from a future's callback, where it would wait for itself: use submit"
@@ -203,7 +201,7 @@ class Engine:
             raise
 
     async def infer(self, request: Any, *, timeout_s: float | None = None, **options: Any) -> Any:
-        """The same for coroutines: see `submit`. Cancelling it cancels the request."""
+        """Return the answer to a request to a coroutine: see `submit`. Cancelling it cancels the request."""
         future = self.submit(request, timeout_s=timeout_s, **options)
         waiting = asyncio.wrap_future(future)
         if timeout_s is None:
@@ -230,11 +228,11 @@ class Engine:
         return None if output == ALL_OUTPUTS else self._models[0].output_name(output)
 
     def _prefix(self, output: str | None) -> bytes:
-        """What answers, as a part of a key: the model and its output."""
-        known = self._answers_of.get(output)
+        """Return the part of a cache key that names the model and the output."""
+        known = self._prefixes.get(output)
         if known is None:
             known = f"{self._models[0].fingerprint}\n{output or ALL_OUTPUTS}\n".encode()
-            self._answers_of[output] = known
+            self._prefixes[output] = known
         return known
 
     def _prepared(self, request: Any, token_type_ids: Any) -> Batch:
@@ -253,80 +251,6 @@ class Engine:
                 model.measure_cost(say=show.note)
         return model.cost
 
-    def _limits_of(self, model: Servable) -> Limits:
-        """The caps, with the model's own on memory: to ask another's would be to wait for its run."""
-        if model.memory_budget is None:
-            return self._limits
-        peak = PeakBytes(model.peak_bytes, model.manifest)
-        return replace(self._limits, max_bytes=model.memory_budget, peak_bytes=peak)
-
-    def _wait_s(self, limits: Limits, requests: Sequence[Request], now: float) -> float:
-        hungry = self._trigger is triggers.hungry  # at once, without limits of this moment: that saves 10 us
-        return 0.0 if hungry else self._trigger(requests, self._cost, limits.at(now))
-
-    def _choose(self, limits: Limits, requests: Sequence[Request], now: float) -> list[int]:
-        if len(requests) == 1:
-            return [requests[0].id]
-        return scheduler.next_batch(requests, self._policy, self._cost, limits.at(now))
-
-    def _serve(self, model: Servable) -> None:
-        """The life of an executor thread."""
-        flights: list[Flight] = []
-        try:
-            limits = self._limits_of(model)
-            wait_s, choose = partial(self._wait_s, limits), partial(self._choose, limits)
-            while True:
-                flights, began = self._queue.take(wait_s, choose)
-                if not flights:
-                    return
-                if self._run(model, flights):  # what the scheduler counts on is the executor's whole time
-                    self._cost.observe([f.request.length for f in flights], time.perf_counter() - began)
-        except BaseException as error:  # a fault of the engine itself: nobody may wait for ever
-            stopped = EngineError(f"the engine stopped: {type(error).__name__}: {error}")
-            stopped.__cause__ = error
-            for flight in flights:
-                self._queue.finish(flight, error=stopped)
-            self._queue.close(str(stopped), drain=False)
-            if not isinstance(error, Exception):
-                raise
-
-    def _run(self, model: Servable, flights: Sequence[Flight]) -> bool:
-        """One batch; if it fails, each of its requests by itself, so that only the guilty one gets the error.
-
-        Returns whether it succeeded at once.
-        """
-        lengths = [flight.request.length for flight in flights]
-        started = time.perf_counter()
-        try:
-            answers = _answers(model, flights)
-            if len(answers) != len(flights):
-                raise TurboError(f"the model gave {len(answers)} answers to {len(flights)} requests")
-        except Exception as error:
-            if len(flights) == 1:
-                self._queue.finish(flights[0], error=error)
-                return False
-            self._queue.count("retries", len(flights))
-            for flight in flights:
-                self._run(model, [flight])
-            return False
-        seconds = time.perf_counter() - started
-        rows = computed_rows(model.manifest, lengths)
-        self._queue.record_batch(lengths, rows, seconds)
-        for flight, answer in zip(flights, answers, strict=True):
-            self._cache.put(flight.key, answer)
-            self._queue.finish(flight, answer)
-        if self._on_batch is not None:
-            waited = tuple(started - flight.request.arrival_s for flight in flights)
-            self._tell(BatchRecord(tuple(lengths), rows, seconds, self._cost(lengths), waited))
-        return True
-
-    def _tell(self, record: BatchRecord) -> None:
-        try:
-            assert self._on_batch is not None
-            self._on_batch(record)
-        except Exception:  # the requests are answered: whoever watches has a fault of his own
-            _LOG.exception("on_batch failed")
-
     @staticmethod
     def _not_running() -> EngineError:
         return EngineError("the engine does not run: use `with Engine(model) as engine`, or call start()")
@@ -335,21 +259,8 @@ class Engine:
         self.close(drain=False)
 
 
-def _answers(model: Servable, flights: Sequence[Flight]) -> list[Any]:
-    """The answers to a batch, each the output that its flight asks for."""
-    sequences = [flight.sequence for flight in flights]
-    wanted = {flight.output for flight in flights}
-    if len(wanted) == 1:
-        return model.answer(sequences, wanted.pop())
-    everything = model.answer(sequences, None)
-    return [
-        answer if flight.output is None else answer[flight.output]
-        for flight, answer in zip(flights, everything, strict=True)
-    ]
-
-
 def _given_up(future: RequestFuture) -> Any:
-    """The time is over: an answer that came in this moment, or a DeadlineError."""
+    """Give up on a request whose time is over: return an answer that came just now, else raise DeadlineError."""
     future.expire()
     if future.done():
         return future.result()
@@ -365,6 +276,8 @@ def _whole(name: str, value: Any) -> int:
 def _deadline(timeout_s: float | None) -> float | None:
     if timeout_s is None:
         return None
-    if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float) or not 0 < timeout_s <= LONGEST_S:
-        raise InputError(f"timeout_s is a number of seconds above 0, up to {LONGEST_S:.0g}, or None, not {timeout_s!r}")
+    if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float) or not 0 < timeout_s <= LONGEST_TIMEOUT_S:
+        raise InputError(
+            f"timeout_s is a number of seconds above 0, up to {LONGEST_TIMEOUT_S:.0g}, or None, not {timeout_s!r}"
+        )
     return time.perf_counter() + timeout_s

@@ -1,4 +1,4 @@
-"""What an engine has done: counts and histograms, as plain numbers that do not change once they are taken."""
+"""Counts and histograms of what an engine has done; a snapshot is plain numbers that do not change."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ COUNT_BOUNDS = tuple(sorted({math.floor(2 ** (i / STEPS)) for i in range(20 * ST
 
 @dataclass(frozen=True)
 class HistogramSnapshot:
-    """counts[i] values are at most bounds[i] and above the bound before; the last count is of all that are larger."""
+    """A histogram as it was at one moment."""
 
-    bounds: tuple[float, ...]
-    counts: tuple[int, ...]
-    total: float
+    bounds: tuple[float, ...]  # upper bounds of the buckets, ascending
+    counts: tuple[
+        int, ...
+    ]  # counts[i] values are at most bounds[i] and above bounds[i - 1]; the last are larger than all
+    total: float  # sum of all values
     largest: float
 
     @property
@@ -29,11 +31,11 @@ class HistogramSnapshot:
 
     @property
     def mean(self) -> float:
-        """Their mean; 0 where there are none."""
+        """The mean of the values; 0 where there are none."""
         return self.total / self.count if self.count else 0.0
 
     def percentile(self, percent: float) -> float:
-        """The bound that so many percent of the values do not exceed; 0 where there are none."""
+        """Return the bound that this percentage of the values does not exceed; 0 where there are none."""
         wanted, seen = self.count * percent / 100, 0
         for bound, count in zip(self.bounds, self.counts, strict=False):
             seen += count
@@ -44,7 +46,7 @@ class HistogramSnapshot:
 
 @dataclass
 class Histogram:
-    """Counts values by bucket. The owner sees to it that one thread adds at a time."""
+    """Counts values by bucket. Not thread-safe: its owner lets one thread add at a time."""
 
     bounds: Sequence[float]
     counts: list[int] = field(default_factory=list)
@@ -55,7 +57,7 @@ class Histogram:
         self.counts = [0] * (len(self.bounds) + 1)
 
     def add(self, value: float) -> None:
-        """One more value."""
+        """Count a value."""
         # the first bound that is not below the value
         place = bisect_right(self.bounds, value)
         if place and self.bounds[place - 1] == value:
@@ -65,63 +67,55 @@ class Histogram:
         self.largest = max(self.largest, value)
 
     def snapshot(self) -> HistogramSnapshot:
-        """The counts as they are now."""
+        """Return the counts as they are now."""
         return HistogramSnapshot(tuple(self.bounds), tuple(self.counts), self.total, self.largest)
 
 
 @dataclass(frozen=True)
 class BatchRecord:
-    """A run of a model, as whoever watches an engine is told of it.
+    """A batch that ran, for observers of an engine."""
 
-    lengths: tokens of each sequence; rows: token rows that were computed; seconds: what it took; predicted_s: what the
-    engine took it to cost; waited_s: how long each sequence had waited when it began.
-    """
-
-    lengths: tuple[int, ...]
-    rows: int
-    seconds: float
-    predicted_s: float
-    waited_s: tuple[float, ...]
+    lengths: tuple[int, ...]  # tokens of each sequence
+    rows: int  # token rows that were computed
+    seconds: float  # that it took
+    predicted_s: float  # by the engine's cost
+    waited_s: tuple[float, ...]  # how long each sequence had waited when the batch began
 
 
 @dataclass(frozen=True)
 class EngineStatistics:
-    """Since the engine started. Every request that was submitted has one of the outcomes, or is pending.
+    """Counts since the engine started.
 
-    Outcomes: answered (of them cache_hits without waiting, shared with a request that was under way already, late after
-    its deadline), failed, cancelled, expired. rejected: refused for a full queue, which are not submitted. batches:
-    runs of a model; retries: requests that ran again alone as their batch had failed. rows: token rows that were
-    computed; padding_rows: of them those that no request asked for. Histograms in seconds: queue (from submission to
-    the start of the run that answers), execution (of a batch), latency (from submission to answer, of all answered).
+    Every request that was submitted is answered, failed, cancelled, expired or pending.
     """
 
     submitted: int
     answered: int
-    cache_hits: int
-    shared: int
-    late: int
+    cache_hits: int  # answered from the cache, without waiting
+    shared: int  # answered by the computation of an identical request that was under way
+    late: int  # answered after their deadline
     failed: int
     cancelled: int
     expired: int
-    rejected: int
+    rejected: int  # refused for a full queue; they do not count as submitted
     pending: int
-    batches: int
-    retries: int
-    rows: int
-    padding_rows: int
-    queue_s: HistogramSnapshot
-    execution_s: HistogramSnapshot
-    latency_s: HistogramSnapshot
-    batch_size: HistogramSnapshot
+    batches: int  # runs of a model
+    retries: int  # requests that ran again alone because their batch had failed
+    rows: int  # token rows that were computed
+    padding_rows: int  # of them those that belong to no request
+    queue_s: HistogramSnapshot  # from submission to the start of the run that answers
+    execution_s: HistogramSnapshot  # of a batch
+    latency_s: HistogramSnapshot  # from submission to answer, of all that were answered
+    batch_size: HistogramSnapshot  # sequences
     batch_tokens: HistogramSnapshot
 
     @property
     def padding_waste(self) -> float:
-        """The fraction of the computed rows that no request asked for."""
+        """The fraction of the computed rows that belong to no request."""
         return self.padding_rows / self.rows if self.rows else 0.0
 
     def __str__(self) -> str:
-        """Two lines for a log."""
+        """Summarise the counts in two lines for a log."""
         latency, size = self.latency_s, self.batch_size
         answered = (
             f"{self.answered} answered ({self.cache_hits} from the cache, {self.shared} shared, {self.late} late)"
@@ -135,22 +129,22 @@ class EngineStatistics:
 
 
 class Recorder:
-    """Counts for an engine; the engine's lock protects it."""
+    """The counts and histograms of a live engine, protected by the lock of its queue."""
 
     def __init__(self) -> None:
         self.counts: dict[str, int] = dict.fromkeys(_COUNTS, 0)
         self.histograms = {name: Histogram(bounds) for name, bounds in _HISTOGRAMS.items()}
 
     def count(self, name: str, by: int = 1) -> None:
-        """So many more of one of the counts."""
+        """Increase one of the counts."""
         self.counts[name] += by
 
     def add(self, name: str, value: float) -> None:
-        """One more value in a histogram."""
+        """Add a value to one of the histograms."""
         self.histograms[name].add(value)
 
     def snapshot(self) -> EngineStatistics:
-        """The statistics as they are now."""
+        """Return the statistics as they are now."""
         c = self.counts
         pending = c["submitted"] - c["answered"] - c["failed"] - c["cancelled"] - c["expired"]
         fields: dict[str, Any] = {name: histogram.snapshot() for name, histogram in self.histograms.items()}

@@ -1,4 +1,4 @@
-"""What the engine's queue holds: flights, and the futures of those who wait for them."""
+"""A flight: one computation that identical requests share (known as single-flight), and the futures of its waiters."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from typing import Any
 
 from turbo_tvm.errors import DeadlineError
 from turbo_tvm.runtime.batch import Batch
+from turbo_tvm.runtime.scheduling.batch_limits import Request
 from turbo_tvm.runtime.scheduling.response_cache import own_copy
-from turbo_tvm.runtime.scheduling.scheduler import Request
 
 
 class RequestFuture(Future):
-    """The answer to come. `cancel()` succeeds, and leaves the queue, until the request is taken to run."""
+    """The future of a request's answer. `cancel()` succeeds, and leaves the queue, until the request is run."""
 
-    leave: Callable[[RequestFuture, str], None]  # the queue's
+    leave: Callable[[RequestFuture, str], None]  # tells the queue that this one waits no longer, and why
     deadline_s: float | None = None
     submitted_s = 0.0
-    shared = False
+    shared = False  # whether it joined the flight of an identical request
     left = False  # whether it left the queue by itself
     flight: Flight | None = None
 
     def cancel(self) -> bool:
-        """Cancel the request if it still waits."""
+        """Cancel the request if it still waits; return whether it did."""
         cancelled = super().cancel()
         if cancelled:
             self.leave(self, "cancelled")
         return cancelled
 
     def expire(self) -> None:
-        """Give up on a request whose time is over, if it still waits: its result is a DeadlineError."""
+        """Give up on a request whose time is over, if it still waits: its result becomes a DeadlineError."""
         if self.claim():
             self.leave(self, "expired")
             waited = (self.deadline_s or 0.0) - self.submitted_s
@@ -42,7 +42,7 @@ class RequestFuture(Future):
             )
 
     def claim(self) -> bool:
-        """From here on nobody can cancel it; False if it was cancelled, or claimed before."""
+        """Make the future uncancellable; return False if it was cancelled, or claimed before."""
         with self._condition:
             return self._state == "PENDING" and self.set_running_or_notify_cancel()
 
@@ -61,26 +61,24 @@ class RequestFuture(Future):
 
 @dataclass(eq=False)
 class Flight:
-    """One computation. request: what the policy sees of it; output: which one is asked for, None for all of them;
-    running: whether an executor has taken it.
-    """
+    """One computation, and everyone who waits for it."""
 
-    request: Request
-    key: bytes
+    request: Request  # what the policy sees of it
+    key: bytes  # names the sequence and the output
     sequence: Batch
-    output: str | None = None
+    output: str | None = None  # the output that is asked for; None for all of them
     waiters: list[RequestFuture] = field(default_factory=list)
-    running: bool = False
+    running: bool = False  # whether an executor has taken it
 
     def add(self, waiter: RequestFuture) -> None:
-        """One more waits for it."""
+        """Add a waiter: the request has the earliest deadline of all of them."""
         self.waiters.append(waiter)
         deadline, mine = self.request.deadline_s, waiter.deadline_s
         if mine is not None and (deadline is None or mine < deadline):
             self.request = replace(self.request, deadline_s=mine)
 
     def remove(self, waiter: RequestFuture) -> None:
-        """One does not wait any more: the request has the earliest deadline of the others."""
+        """Remove a waiter: the request has the earliest deadline of the others."""
         self.waiters.remove(waiter)
         if waiter.deadline_s == self.request.deadline_s:
             deadline = min((w.deadline_s for w in self.waiters if w.deadline_s is not None), default=None)

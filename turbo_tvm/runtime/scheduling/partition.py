@@ -1,17 +1,17 @@
 """Partitions of sequences into batches, by dynamic programming: pure functions over lengths and a cost.
 
-Few. Up to `EXACT` sequences are partitioned in every way, whatever the cost: over subsets, each giving the batch of its
-first member away,
+Few sequences. Up to `EXACT` sequences are partitioned in every way, whatever the cost: over subsets S, by the batch T
+that their first member is in,
 
     least[S] = min over batches T of S with its first member of cost(T) + least[S without T]
 
-Many. Sorted by length, some best partition of padded batches consists of contiguous runs: if two batches overlap in
-length, exchanging members makes one of them shorter and none longer. Then
+Many sequences. Sorted by length, some best partition of padded batches consists of contiguous runs: if two batches
+overlap in length, exchanging members makes one of them shorter and none longer. Then
 
     least[i] = min over j < i of least[j] + cost(lengths j .. i - 1)
 
-finds it in O(n * longest run) steps (Fang et al., "TurboTransformers", PPoPP 2021). For other costs, and under caps on
-tokens or bytes, runs are a good rule and not always the best.
+finds it in O(n * longest run) steps (Fang et al., "TurboTransformers", PPoPP 2021). For other costs, and under limits
+on tokens or bytes, runs are a good rule and not always the best.
 
 A cost with a method `batches(counts, tokens, squares, longest) -> seconds` over int64 arrays, as those of `cost_model`
 have it, prices a thousand sequences in milliseconds; any other is called once per batch.
@@ -26,34 +26,21 @@ from typing import Protocol
 
 import numpy as np
 
+from turbo_tvm.runtime.scheduling.batch_limits import BatchLimits
+
 EXACT = 9  # sequences that are partitioned in every way
 
 
 class Cost(Protocol):
-    """Seconds that a batch of sequences of these lengths takes."""
+    """A prediction of the seconds that a batch of sequences of these lengths takes."""
 
     def __call__(self, lengths: Sequence[int], /) -> float: ...
 
 
-class Caps(Protocol):
-    """What may run together: `scheduler.Limits`."""
-
-    @property
-    def max_batch(self) -> int | None: ...
-    @property
-    def max_tokens(self) -> int | None: ...
-    @property
-    def max_bytes(self) -> int | None: ...
-    @property
-    def now_s(self) -> float: ...
-    def allow(self, lengths: Sequence[int], /) -> bool: ...
-    def fits_memory(self, lengths: Sequence[int], /) -> bool: ...
-
-
-def best_subsets(lengths: Sequence[int], cost: Cost, caps: Caps) -> list[list[int]]:
-    """The partition of the least total cost, each batch as indices; for up to `EXACT` sequences."""
+def best_subsets(lengths: Sequence[int], cost: Cost, limits: BatchLimits) -> list[list[int]]:
+    """Return the partition of the least total cost, each batch a list of indices; for up to `EXACT` sequences."""
     count = len(lengths)
-    prices = _subset_prices(np.array(lengths, np.int64), cost, caps)
+    prices = _subset_prices(np.array(lengths, np.int64), cost, limits)
     least, taken = np.zeros(1 << count), np.zeros(1 << count, np.int64)
     for subsets, starts, whole, batch in _levels(count):  # by their number of members
         totals = prices[batch] + least[whole ^ batch]
@@ -71,7 +58,11 @@ def best_subsets(lengths: Sequence[int], cost: Cost, caps: Caps) -> list[list[in
 
 @cache
 def _levels(count: int) -> list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
-    """By size, from 1: the subsets of so many items, where the pairs of each begin, and the pairs: subset and batch."""
+    """Return, for each size from 1 to `count`, the pairs (subset, batch in it) of the subsets of that many items.
+
+    Each level has four int64 arrays: the subsets, the index of the first pair of each, and the subset and the batch of
+    every pair. Sets are bit masks.
+    """
     levels = []
     for size in range(1, count + 1):
         subsets = [s for s in range(1, 1 << count) if s.bit_count() == size]
@@ -92,8 +83,8 @@ def _levels(count: int) -> list[tuple[np.ndarray, np.ndarray, np.ndarray, np.nda
     return levels  # type: ignore[return-value]
 
 
-def _subset_prices(lengths: np.ndarray, cost: Cost, caps: Caps) -> np.ndarray:
-    """The cost of every subset as one batch, (2 ** sequences,); infinite where a cap forbids it."""
+def _subset_prices(lengths: np.ndarray, cost: Cost, limits: BatchLimits) -> np.ndarray:
+    """Return the cost of every subset as one batch, (2 ** sequences,); infinite where a limit forbids it."""
     count = len(lengths)
     counts, tokens, squares, longest = (np.zeros(1, np.int64) for _ in range(4))
     for length in lengths:  # with each further sequence: without it, then with it
@@ -102,17 +93,17 @@ def _subset_prices(lengths: np.ndarray, cost: Cost, caps: Caps) -> np.ndarray:
         squares = np.concatenate((squares, squares + length * length))
         longest = np.concatenate((longest, np.maximum(longest, length)))
     allowed = counts > 0
-    if caps.max_batch is not None:
-        allowed &= counts <= caps.max_batch
-    if caps.max_tokens is not None:
-        allowed &= (tokens <= caps.max_tokens) | (counts == 1)
+    if limits.max_batch is not None:
+        allowed &= counts <= limits.max_batch
+    if limits.max_tokens is not None:
+        allowed &= (tokens <= limits.max_tokens) | (counts == 1)
 
     def members(subset: int) -> list[int]:
         return [int(lengths[i]) for i in range(count) if subset >> i & 1]
 
-    if caps.max_bytes is not None:
+    if limits.max_bytes is not None:
         for subset in np.flatnonzero(allowed & (counts > 1)).tolist():
-            allowed[subset] = caps.fits_memory(members(subset))
+            allowed[subset] = limits.fits_memory(members(subset))
     batches = getattr(cost, "batches", None)
     prices = np.full(1 << count, math.inf)
     if batches is not None:
@@ -123,13 +114,13 @@ def _subset_prices(lengths: np.ndarray, cost: Cost, caps: Caps) -> np.ndarray:
     return prices
 
 
-def best_runs(lengths: Sequence[int], cost: Cost, caps: Caps, *, weigh_waiting: bool = False) -> list[int]:
-    """Where each run begins in the partition of this order into runs with the least sum of costs.
+def best_runs(lengths: Sequence[int], cost: Cost, limits: BatchLimits, *, weigh_waiting: bool = False) -> list[int]:
+    """Return where each run begins in the partition of this order into the runs with the least sum of costs.
 
     weigh_waiting: a run's cost counts once for every sequence that is not answered when it starts.
     """
     count = len(lengths)
-    prices = run_prices(lengths, cost, caps)
+    prices = run_prices(lengths, cost, limits)
     window = prices.shape[1] if count else 0
     if weigh_waiting:
         first = np.arange(count)[:, None] - np.arange(window - 1, -1, -1)
@@ -146,39 +137,39 @@ def best_runs(lengths: Sequence[int], cost: Cost, caps: Caps, *, weigh_waiting: 
 class EarliestRuns:
     """Runs of a growing order that finish as early as can be, each before all of its deadlines."""
 
-    def __init__(self, cost: Cost, caps: Caps):
-        self._cost, self._caps = cost, caps
+    def __init__(self, cost: Cost, limits: BatchLimits):
+        self._cost, self._limits = cost, limits
         self._lengths: list[int] = []
         self._due: list[float] = []
-        self._finished, self._starts = [caps.now_s], [0]
+        self._finished, self._starts = [limits.now_s], [0]
 
     @property
     def on_time(self) -> bool:
-        """Whether there are such runs."""
+        """Whether such runs exist for the sequences so far."""
         return math.isfinite(self._finished[-1])
 
     def append(self, length: int, due_s: float) -> None:
-        """A further sequence, due no earlier than those before."""
+        """Add a sequence, due no earlier than those before."""
         self._lengths.append(length)
         self._due.append(due_s)
         self._extend(len(self._lengths))
 
     def remove(self, index: int) -> None:
-        """Take one out."""
+        """Take the sequence at this index out."""
         del self._lengths[index], self._due[index]
         del self._finished[index + 1 :], self._starts[index + 1 :]
         for end in range(index + 1, len(self._lengths) + 1):
             self._extend(end)
 
     def starts(self) -> list[int]:
-        """Where each run begins."""
+        """Return where each run begins."""
         return _begins(self._starts)
 
     def _extend(self, end: int) -> None:
-        """The runs that end here; as deadlines only grow, a run is due when its first sequence is."""
-        window = min(end, self._caps.max_batch or end)
+        """Find the best run that ends here; as deadlines only grow, a run is due when its first sequence is."""
+        window = min(end, self._limits.max_batch or end)
         last = self._lengths[end - window : end]
-        prices = run_prices(last, self._cost, self._caps, only_last=True)[0]
+        prices = run_prices(last, self._cost, self._limits, only_last=True)[0]
         times = np.array(self._finished[end - len(prices) : end]) + prices
         times[times > np.array(self._due[end - len(prices) : end])] = math.inf
         best = int(times.argmin())
@@ -186,17 +177,18 @@ class EarliestRuns:
         self._starts.append(end - len(prices) + best)
 
 
-def run_prices(lengths: Sequence[int], cost: Cost, caps: Caps, *, only_last: bool = False) -> np.ndarray:
-    """The cost of every run, (sequences, window): row i, from the right: the run of 1, 2, ... that ends with i.
+def run_prices(lengths: Sequence[int], cost: Cost, limits: BatchLimits, *, only_last: bool = False) -> np.ndarray:
+    """Return the cost of every run, float64 (sequences, window).
 
-    Infinite where there is no such run, or a cap forbids it. only_last: the last row alone, (1, window).
+    Row i holds, from the right, the runs of 1, 2, ... sequences that end with sequence i; infinite where there is no
+    such run, or a limit forbids it. only_last: return the last row alone, (1, window).
     """
-    runs = _Runs(np.array(lengths, np.int64), _window(lengths, caps), only_last)
+    runs = _Runs(np.array(lengths, np.int64), _window(lengths, limits), only_last)
     allowed = runs.exists
-    if caps.max_tokens is not None:
-        allowed &= (runs.tokens <= caps.max_tokens) | (runs.counts == 1)
-    if caps.max_bytes is not None:
-        allowed &= _within_bytes(lengths, runs.window, caps)[-len(allowed) :]
+    if limits.max_tokens is not None:
+        allowed &= (runs.tokens <= limits.max_tokens) | (runs.counts == 1)
+    if limits.max_bytes is not None:
+        allowed &= _within_bytes(lengths, runs.window, limits)[-len(allowed) :]
     batches = getattr(cost, "batches", None)
     if batches is not None:
         return np.where(allowed, batches(runs.counts, runs.tokens, runs.squares, runs.longest), math.inf)
@@ -207,17 +199,17 @@ def run_prices(lengths: Sequence[int], cost: Cost, caps: Caps, *, only_last: boo
     return prices
 
 
-def _window(lengths: Sequence[int], caps: Caps) -> int:
-    """The longest run that caps can allow."""
-    window = min(len(lengths), caps.max_batch or len(lengths))
-    if caps.max_tokens is None or not window:
+def _window(lengths: Sequence[int], limits: BatchLimits) -> int:
+    """Return the longest run that the limits can allow."""
+    window = min(len(lengths), limits.max_batch or len(lengths))
+    if limits.max_tokens is None or not window:
         return window
     shortest = np.sort(np.array(lengths, np.int64))[:window].cumsum()
-    return max(1, int(np.searchsorted(shortest, caps.max_tokens, "right")))
+    return max(1, int(np.searchsorted(shortest, limits.max_tokens, "right")))
 
 
 class _Runs:
-    """What all runs of a list amount to, each (sequences, window) as in `run_prices`."""
+    """Counts, tokens, squared lengths and longest length of all runs, each (sequences, window) as in `run_prices`."""
 
     def __init__(self, lengths: np.ndarray, window: int, only_last: bool):
         self.window = window
@@ -249,13 +241,16 @@ def _sums(values: np.ndarray) -> np.ndarray:
     return np.concatenate(([0], values.cumsum()))
 
 
-def _within_bytes(lengths: Sequence[int], window: int, caps: Caps) -> np.ndarray:
-    """Whether a run's memory is within the cap: a run within another needs no more, so two ends move in turn."""
+def _within_bytes(lengths: Sequence[int], window: int, limits: BatchLimits) -> np.ndarray:
+    """Return which runs are within the limit on bytes, bool (sequences, window).
+
+    A run within another needs no more than that, so its two ends move in turn.
+    """
     within = np.zeros((len(lengths), window), bool)
     start = 0
     for end in range(1, len(lengths) + 1):
         start = max(start, end - window)
-        while end - start > 1 and not caps.fits_memory(lengths[start:end]):
+        while end - start > 1 and not limits.fits_memory(lengths[start:end]):
             start += 1
         within[end - 1, window - (end - start) :] = True
     return within

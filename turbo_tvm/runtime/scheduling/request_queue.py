@@ -1,4 +1,4 @@
-"""The engine's queue: who waits, for what, and until when. Thread-safe.
+"""The engine's queue of flights that wait to run. Thread-safe.
 
 A flight is one computation with everyone who waits for it: identical requests share one. Producers `submit`; an
 executor `take`s the flights of its next batch and `finish`es each of them. Every future that `submit` returned is
@@ -17,13 +17,13 @@ from typing import Any
 
 from turbo_tvm.errors import EngineError, OverloadError
 from turbo_tvm.runtime.batch import Batch
+from turbo_tvm.runtime.scheduling.batch_limits import Request
 from turbo_tvm.runtime.scheduling.engine_statistics import EngineStatistics, Recorder
 from turbo_tvm.runtime.scheduling.flight import Flight, RequestFuture
-from turbo_tvm.runtime.scheduling.scheduler import Request
 
 PLANNED = 256  # requests that are planned at a time, by priority and age: a plan takes less than a millisecond
-SHARERS = 8  # requests for a place in the queue: those that join another take none, and are not without number
-LOOK_AGAIN_S = 3600.0  # the longest wait for a trigger at once
+SHARERS = 8  # unsettled requests per place in the queue: those that join a flight take no place, and need a limit too
+LOOK_AGAIN_S = 3600.0  # the longest that an executor waits for a trigger before it asks again
 
 Clock = Callable[[], float]
 WaitS = Callable[[Sequence[Request], float], float]
@@ -31,7 +31,10 @@ Choose = Callable[[Sequence[Request], float], list[int]]
 
 
 class RequestQueue:
-    """At most `max_queue` flights that wait. clock: seconds. planned: how many are shown to the policy at a time."""
+    """A queue of at most `max_queue` flights that wait.
+
+    clock: returns seconds. planned: how many requests the policy sees at a time.
+    """
 
     def __init__(self, max_queue: int, clock: Clock = time.perf_counter, *, planned: int = PLANNED):
         self.max_queue, self.planned = max_queue, planned
@@ -51,16 +54,20 @@ class RequestQueue:
         return len(self._waiting)
 
     def statistics(self) -> EngineStatistics:
-        """What was done so far."""
+        """Return the counts and histograms so far."""
         with self._lock:
             return self.recorder.snapshot()
 
     def submit(
         self, key: bytes, sequence: Batch, deadline_s: float | None, priority: int, output: str | None = None
     ) -> RequestFuture:
-        """Queue one sequence, or join an identical one. Raises OverloadError, or EngineError if the queue is closed.
+        """Queue one sequence, or join the flight of an identical one; return the future of its answer.
 
-        key: names the sequence and the output that is asked for, None for all of them.
+        key: names the sequence and the output.
+        deadline_s: on the queue's clock; None for no deadline.
+        output: the one that is asked for; None for all of them.
+
+        Raises OverloadError if the queue is full, EngineError if it is closed.
         """
         future = self._future(deadline_s)
         if len(self._waiting) >= self.max_queue:
@@ -86,7 +93,7 @@ class RequestQueue:
         return future
 
     def answered(self, answer: Any) -> RequestFuture:
-        """A future for a request that the cache answers. Raises EngineError if the queue is closed."""
+        """Return a settled future for a request that the cache answers. Raises EngineError if the queue is closed."""
         future = self._future(None)
         with self._lock:
             self._check_open()
@@ -97,9 +104,11 @@ class RequestQueue:
         return future
 
     def take(self, wait_s: WaitS, choose: Choose) -> tuple[list[Flight], float]:
-        """The flights to run next, and when choosing them began; none when the queue is closed and empty. Blocks.
+        """Wait for the flights to run next; return them, and when choosing them began, in seconds.
 
-        wait_s(requests, now): seconds to wait for more. choose(requests, now): the ids of those to run.
+        wait_s(requests, now_s): the seconds to wait for more. choose(requests, now_s): the ids of those to run.
+
+        Returns no flights when the queue is closed and empty.
         """
         with self._turn:
             while True:
@@ -110,7 +119,7 @@ class RequestQueue:
                     return flights, began
 
     def finish(self, flight: Flight, answer: Any = None, error: BaseException | None = None) -> None:
-        """Give everyone who waits for it the answer, each an array of his own, or the error."""
+        """Settle every waiter of a flight with a copy of the answer, or with the error."""
         with self._lock:
             if self._by_key.get(flight.key) is flight:
                 del self._by_key[flight.key]
@@ -121,18 +130,18 @@ class RequestQueue:
         for waiter in waiters:
             try:
                 waiter.settle(answer, error)
-            except BaseException as stop:  # of a callback, such as SystemExit: the others are settled before it goes on
+            except BaseException as stop:  # a callback's, such as SystemExit: the others are settled before it goes on
                 raised.append(stop)
         if raised:
             raise raised[0]
 
     def count(self, name: str, by: int = 1) -> None:
-        """For the executor: so many more of one of the counts."""
+        """Increase one of the executor's counts."""
         with self._lock:
             self.recorder.count(name, by)
 
     def record_batch(self, lengths: Sequence[int], rows: int, seconds: float) -> None:
-        """For the executor: a batch of these lengths computed so many rows in so many seconds."""
+        """Count a batch of these lengths that computed this many token rows in this many seconds."""
         with self._lock:
             self.recorder.count("batches")
             self.recorder.count("rows", rows)
@@ -141,7 +150,10 @@ class RequestQueue:
                 self.recorder.add(name, value)
 
     def close(self, reason: str, *, drain: bool) -> None:
-        """Take no more; what waits is still answered, or, without `drain`, gets an EngineError with the reason."""
+        """Accept no more requests; those that wait are still answered, or without `drain` get an EngineError.
+
+        reason: the message of that error, and of those that later requests get.
+        """
         with self._lock:
             self._closed = self._closed or reason
             left = [] if drain else list(self._waiting.values())
@@ -189,9 +201,9 @@ class RequestQueue:
         flight.add(future)
 
     def _leave(self, future: RequestFuture, outcome: str) -> None:
-        """A future that waited was settled from outside; nobody else waits for its flight: it goes."""
+        """Remove a future that was settled from outside, and its flight if nobody else waits for it."""
         with self._lock:
-            if future.left:  # `Future.cancel` says yes each time
+            if future.left:  # `Future.cancel` returns True each time
                 return
             future.left = True
             self._unsettled -= 1
@@ -209,7 +221,7 @@ class RequestQueue:
             del self._by_key[flight.key]
 
     def _requests(self, wait_s: WaitS) -> list[Request]:
-        """What waits when it is time to plan; none when the queue is closed and empty."""
+        """Wait until it is time to plan; return the requests to plan, none when the queue is closed and empty."""
         while True:
             self._expire()
             with self._lock:
@@ -225,7 +237,7 @@ class RequestQueue:
                 self._lock.wait(min(seconds, LOOK_AGAIN_S))
 
     def _first(self) -> list[Request]:
-        """The requests to plan, in order of arrival: the oldest, and of the others the most important and urgent."""
+        """Return the requests to plan in order of arrival: the oldest, and the most urgent of the others."""
         requests = (flight.request for flight in self._waiting.values())
         if len(self._waiting) <= self.planned or not self._urgent:
             return list(itertools.islice(requests, self.planned))
@@ -233,7 +245,7 @@ class RequestQueue:
         return oldest + sorted(nsmallest(self.planned - len(oldest), requests, key=_urgency), key=lambda r: r.id)
 
     def _expire(self) -> None:
-        """Settle whose deadline has passed."""
+        """Settle the futures whose deadline has passed."""
         now = self._clock()
         if now < self._first_deadline:
             return
@@ -246,7 +258,7 @@ class RequestQueue:
                 waiter.expire()
 
     def _claim(self, ids: Sequence[int]) -> list[Flight]:
-        """The flights that still have someone who waits; from here on nobody can cancel."""
+        """Take these flights to run, uncancellable from here on; return those that somebody still waits for."""
         self._expire()
         with self._lock:
             flights = [self._waiting.pop(i) for i in ids if i in self._waiting]

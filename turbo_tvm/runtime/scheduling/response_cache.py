@@ -1,4 +1,4 @@
-"""The response cache: answers by what was asked, the least recently used ones dropped. Thread-safe."""
+"""The response cache: answers by request, the least recently used ones dropped first. Thread-safe."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ import numpy as np
 from turbo_tvm.errors import InputError
 from turbo_tvm.runtime.batch import Batch
 
-ENTRY_BYTES = 256  # what an entry takes beside its key and its arrays, about
+ENTRY_BYTES = 256  # about what an entry takes beside its key and its arrays
 
 
-def request_key(answers_of: bytes, request: Batch) -> bytes:
-    """What is asked, as bytes: what answers it, the token ids, the token types. No digest: it would take longer.
+def request_key(prefix: bytes, request: Batch) -> bytes:
+    """Return the key of a request: the prefix, which names model and output, the token ids and the token types.
 
-    Of images there is one: their own bytes would fill the cache.
+    Token ids are not hashed, which would take longer; images are, since their own bytes would fill the cache.
     """
     if request.images is not None:
-        return b"".join((answers_of, *(sha256(image.data).digest() for image in request.images)))
+        return b"".join((prefix, *(sha256(image.data).digest() for image in request.images)))
     ids = request.token_ids.tobytes()
-    return b"".join((answers_of, len(ids).to_bytes(8, "little"), ids, request.token_type_ids.tobytes()))
+    return b"".join((prefix, len(ids).to_bytes(8, "little"), ids, request.token_type_ids.tobytes()))
 
 
 def own_copy(answer: Any) -> Any:
-    """The answer in memory of its own: an array, or named arrays in a mapping of the same class."""
+    """Return a copy of the answer: an array, or named arrays in a mapping of the same class."""
     if isinstance(answer, Mapping):
         return type(answer)((name, own_copy(value)) for name, value in answer.items())  # type: ignore[call-arg]
     return np.array(answer)
 
 
 class ResponseCache:
-    """Answers up to so many bytes; 0 keeps none. Several engines may share one: keys name the model."""
+    """Keeps answers of up to `max_bytes` bytes; 0 keeps none. Several engines may share one: keys name the model."""
 
     def __init__(self, max_bytes: int):
         if isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < 0:
@@ -49,7 +49,7 @@ class ResponseCache:
         return len(self._entries)
 
     def get(self, key: bytes) -> Any:
-        """A copy of the answer, or None."""
+        """Return a copy of the answer with this key, or None."""
         with self._lock:
             found = self._entries.get(key)
             if found is None:
@@ -64,7 +64,7 @@ class ResponseCache:
             return
         try:
             kept = own_copy(answer)
-        except MemoryError:  # the answer itself is there: it is only not kept
+        except MemoryError:  # the caller has the answer: it is only not kept
             return
         with self._lock:
             self._drop(key)
@@ -74,7 +74,7 @@ class ResponseCache:
                 self._drop(next(iter(self._entries)))
 
     def clear(self) -> None:
-        """Keep nothing."""
+        """Drop every answer."""
         with self._lock:
             self._entries.clear()
             self.bytes_held = 0

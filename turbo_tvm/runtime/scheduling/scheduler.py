@@ -2,126 +2,66 @@
 
     POLICIES[name](requests, cost, limits) -> batches, each a list of request ids, in the order in which they should run
 
-cost: `cost(lengths) -> seconds`, the only thing that a policy knows about a model. limits: caps that bind every policy.
+cost: `cost(lengths) -> seconds`, the only thing that a policy knows about a model. limits: what binds every policy.
 
 - `nobatch`: every request by itself, in order of arrival.
-- `naive`: everything that waits, in order of arrival, in as few batches as the caps allow.
-- `token_budget`: first come, first served, under the cap on tokens.
+- `naive`: everything that waits, in order of arrival, in as few batches as the limits allow.
+- `token_budget`: first come, first served, under the limit on tokens.
 - `dp`: the least total time (Fang et al., "TurboTransformers", PPoPP 2021; `partition` says when it is exact).
 - `dp_latency`: the least mean time until a request is answered.
 - `deadline`: the most requests inside their deadlines.
 
 Higher priorities run first, each planned by itself. Whatever the policy and the priorities, a request that has waited
-for `Limits.max_wait_s` is in the next batch unless others have waited longer. When to ask a policy is for `triggers` to
-say.
+for `BatchLimits.max_wait_s` is in the next batch unless others have waited longer. `triggers` decide when a policy is
+asked.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 from turbo_tvm.errors import InputError
 from turbo_tvm.runtime.scheduling import partition
+from turbo_tvm.runtime.scheduling.batch_limits import BatchLimits, Request
 from turbo_tvm.runtime.scheduling.partition import Cost
 
 LOOKED_AT = 64  # most urgent requests that `deadline` tries to keep on time; the others are planned as `dp` does
 
 
-@dataclass(frozen=True)
-class Request:
-    """A waiting request of one sequence. length in tokens; times in seconds of one clock; higher priorities first."""
-
-    id: Any
-    length: int
-    arrival_s: float = 0.0
-    deadline_s: float | None = None
-    priority: int = 0
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Caps on a batch, each of them optional, and how unfair a policy may be.
-
-    max_batch: sequences. max_tokens: their tokens, without padding. max_bytes: of memory, as `peak_bytes(lengths)`
-    says, which must not shrink when a sequence is added. A request that exceeds a cap by itself runs by itself.
-    max_wait_s: at `now_s`, batches with requests that have waited so long run before all others, the oldest first.
-    """
-
-    max_batch: int | None = None
-    max_tokens: int | None = None
-    max_bytes: int | None = None
-    peak_bytes: Callable[[Sequence[int]], int] | None = None
-    max_wait_s: float | None = None
-    now_s: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name in ("max_batch", "max_tokens", "max_bytes"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name} is at least 1, or None for no limit, not {value!r}")
-        if self.max_wait_s is not None and not self.max_wait_s >= 0:
-            raise InputError(f"max_wait_s is a number of seconds from 0, or None for no limit, not {self.max_wait_s!r}")
-        if self.max_bytes is not None and self.peak_bytes is None:
-            raise InputError("max_bytes needs peak_bytes, which says what a batch of given lengths takes")
-
-    def at(self, now_s: float) -> Limits:
-        """The same limits at another time."""
-        return replace(self, now_s=now_s)
-
-    def allow(self, lengths: Sequence[int]) -> bool:
-        """Whether these may run together; one by itself always may."""
-        if len(lengths) <= 1:
-            return True
-        if self.max_batch is not None and len(lengths) > self.max_batch:
-            return False
-        if self.max_tokens is not None and sum(lengths) > self.max_tokens:
-            return False
-        return self.fits_memory(lengths)
-
-    def fits_memory(self, lengths: Sequence[int]) -> bool:
-        """Whether these are within the cap on bytes."""
-        return self.max_bytes is None or self.peak_bytes is None or self.peak_bytes(lengths) <= self.max_bytes
-
-    def overdue(self, request: Request) -> bool:
-        """Whether a request has waited for `max_wait_s`."""
-        return self.max_wait_s is not None and self.now_s - request.arrival_s >= self.max_wait_s
-
-
 Batches = list[list[Any]]
 Groups = list[list[Request]]
-Policy = Callable[[Sequence[Request], Cost, Limits], Batches]
+Policy = Callable[[Sequence[Request], Cost, BatchLimits], Batches]
 
 
-def nobatch(requests: Sequence[Request], cost: Cost, limits: Limits) -> Batches:
-    """Every request by itself, first come first served."""
+def nobatch(requests: Sequence[Request], cost: Cost, limits: BatchLimits) -> Batches:
+    """Put every request in a batch of its own, first come, first served."""
     return _ids([r] for r in _in_order(requests, limits))
 
 
-def naive(requests: Sequence[Request], cost: Cost, limits: Limits) -> Batches:
-    """Everything that waits, in order of arrival: a batch is full when a cap says so."""
+def naive(requests: Sequence[Request], cost: Cost, limits: BatchLimits) -> Batches:
+    """Put everything that waits in batches in order of arrival; a batch is full when a limit says so."""
     return _ids(_filled(_in_order(requests, limits), limits))
 
 
-def token_budget(requests: Sequence[Request], cost: Cost, limits: Limits) -> Batches:
-    """First come, first served: a batch takes requests until the next one exceeds the cap on tokens.
+def token_budget(requests: Sequence[Request], cost: Cost, limits: BatchLimits) -> Batches:
+    """Fill batches first come, first served, until the next request exceeds the limit on tokens.
 
-    Raises InputError without `max_tokens`; the other caps bind too.
+    Raises InputError without `max_tokens`; the other limits bind too.
     """
     if limits.max_tokens is None:
-        raise InputError("the policy 'token_budget' needs a limit on tokens: Limits(max_tokens=...)")
+        raise InputError("the policy 'token_budget' needs a limit on tokens: BatchLimits(max_tokens=...)")
     return naive(requests, cost, limits)
 
 
-def dp(requests: Sequence[Request], cost: Cost, limits: Limits) -> Batches:
-    """The least total time; batches that answer most requests per second run first."""
+def dp(requests: Sequence[Request], cost: Cost, limits: BatchLimits) -> Batches:
+    """Find the batches of the least total time; those that answer most requests per second run first."""
     return _planned(requests, limits, lambda some: _least_total(some, cost, limits))
 
 
-def dp_latency(requests: Sequence[Request], cost: Cost, limits: Limits) -> Batches:
-    """The least mean time until a request is answered, over partitions into runs of the order of length.
+def dp_latency(requests: Sequence[Request], cost: Cost, limits: BatchLimits) -> Batches:
+    """Find the batches of the least mean time until a request is answered, among runs of requests sorted by length.
 
     A batch that starts when n requests are not answered delays all n: its time counts n times.
     """
@@ -134,8 +74,8 @@ def dp_latency(requests: Sequence[Request], cost: Cost, limits: Limits) -> Batch
     return _planned(requests, limits, plan)
 
 
-def deadline(requests: Sequence[Request], cost: Cost, limits: Limits) -> Batches:
-    """Many requests inside their deadlines; what cannot make it runs last, in the least total time.
+def deadline(requests: Sequence[Request], cost: Cost, limits: BatchLimits) -> Batches:
+    """Answer many requests inside their deadlines; those that cannot make it run last, in the least total time.
 
     Requests join in order of deadline, in runs of that order that finish as early as can be. When one cannot make it,
     the longest so far is put off. For single requests this is Moore and Hodgson's rule (1968), which is exact.
@@ -173,8 +113,8 @@ POLICIES: dict[str, Policy] = {
 FIRST_COME = (nobatch, naive, token_budget)
 
 
-def next_batch(requests: Sequence[Request], policy: Policy, cost: Cost, limits: Limits) -> list[Any]:
-    """The ids to run next: the first batch of a plan, which is made anew when that batch is done.
+def next_batch(requests: Sequence[Request], policy: Policy, cost: Cost, limits: BatchLimits) -> list[Any]:
+    """Return the ids to run next: the first batch of a plan, which is made anew when that batch is done.
 
     requests: in order of arrival.
     """
@@ -186,14 +126,14 @@ def next_batch(requests: Sequence[Request], policy: Policy, cost: Cost, limits: 
 
 
 def policy(name: str) -> Policy:
-    """The policy of this name; InputError names those that there are."""
+    """Return the policy of this name. Raises InputError, with the names that there are."""
     if name not in POLICIES:
         raise InputError(f"there is no scheduling policy {name!r}; use one of {', '.join(POLICIES)}")
     return POLICIES[name]
 
 
-def _planned(requests: Sequence[Request], limits: Limits, plan: Callable[[Sequence[Request]], Groups]) -> Batches:
-    """Each priority by itself, the highest first; then whoever has waited too long goes before all."""
+def _planned(requests: Sequence[Request], limits: BatchLimits, plan: Callable[[Sequence[Request]], Groups]) -> Batches:
+    """Plan each priority by itself, the highest first; then move up the batches with requests that waited too long."""
     if len(requests) == 1:
         return [[requests[0].id]]
     groups: Groups = []
@@ -206,8 +146,8 @@ def _planned(requests: Sequence[Request], limits: Limits, plan: Callable[[Sequen
     return _ids(groups)
 
 
-def _in_order(requests: Sequence[Request], limits: Limits) -> list[Request]:
-    """Whoever has waited too long, by arrival; then by priority and arrival."""
+def _in_order(requests: Sequence[Request], limits: BatchLimits) -> list[Request]:
+    """Sort requests that have waited too long by arrival, and behind them the others by priority and arrival."""
     if len({r.priority for r in requests}) == 1:
         return sorted(requests, key=lambda r: r.arrival_s)
     return sorted(requests, key=lambda r: (0, 0, r.arrival_s) if limits.overdue(r) else (1, -r.priority, r.arrival_s))
@@ -230,13 +170,13 @@ def _lengths(group: Sequence[Request]) -> list[int]:
 
 
 def _cut(ordered: Sequence[Request], starts: Sequence[int]) -> Groups:
-    """The runs of an order that begin at `starts`."""
+    """Cut an ordered list into runs that begin at `starts`."""
     ends = [*starts[1:], len(ordered)] if starts else []
     return [list(ordered[start:end]) for start, end in zip(starts, ends, strict=True)]
 
 
-def _filled(ordered: Sequence[Request], limits: Limits) -> Groups:
-    """The requests in this order, each batch as long as the caps allow."""
+def _filled(ordered: Sequence[Request], limits: BatchLimits) -> Groups:
+    """Fill batches with the requests in this order, each as long as the limits allow."""
     groups: Groups = []
     lengths: list[int] = []
     tokens = 0
@@ -254,12 +194,12 @@ def _filled(ordered: Sequence[Request], limits: Limits) -> Groups:
 
 
 def _answering_first(groups: Groups, cost: Cost) -> Groups:
-    """Whoever answers most requests per second first: the order with the least mean completion time (Smith, 1956)."""
+    """Sort batches by requests per second, the most first: the least mean completion time (Smith, 1956)."""
     return sorted(groups, key=lambda group: cost(_lengths(group)) / len(group)) if len(groups) > 1 else groups
 
 
-def _least_total(requests: Sequence[Request], cost: Cost, limits: Limits) -> Groups:
-    """A partition of the least total cost, the batches that answer most requests per second first."""
+def _least_total(requests: Sequence[Request], cost: Cost, limits: BatchLimits) -> Groups:
+    """Return a partition of the least total cost, the batches that answer most requests per second first."""
     ordered, lengths = _by_length(requests), sorted(r.length for r in requests)
     if len(lengths) <= partition.EXACT:
         groups = [[ordered[i] for i in group] for group in partition.best_subsets(lengths, cost, limits)]

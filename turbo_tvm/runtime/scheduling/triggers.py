@@ -2,7 +2,7 @@
 
     trigger(requests, cost, limits) -> seconds to wait before planning, 0 for at once
 
-requests: those that wait, at least one, in order of arrival; `limits.now_s` is the time. The executor asks again when a
+requests: all that wait, at least one, in order of arrival. `limits.now_s` is the time. The executor asks again when a
 request arrives, and at the latest when the seconds are over.
 """
 
@@ -12,27 +12,28 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from turbo_tvm.errors import InputError
+from turbo_tvm.runtime.scheduling.batch_limits import BatchLimits, Request
 from turbo_tvm.runtime.scheduling.partition import Cost
-from turbo_tvm.runtime.scheduling.scheduler import Limits, Request
 
-Trigger = Callable[[Sequence[Request], Cost, Limits], float]
+Trigger = Callable[[Sequence[Request], Cost, BatchLimits], float]
 
 
-def hungry(requests: Sequence[Request], cost: Cost, limits: Limits) -> float:
-    """At once: an idle executor earns nothing by waiting if it cannot know what comes."""
+def hungry(requests: Sequence[Request], cost: Cost, limits: BatchLimits) -> float:
+    """Plan at once: an idle executor gains nothing by waiting if it cannot know what comes."""
     return 0.0
 
 
 @dataclass(frozen=True)
 class Lazy:
-    """Wait for a fuller batch: until the oldest request has waited for `timeout_s`, or the batch is full.
+    """Wait for a fuller batch, until the oldest request has waited for `timeout_s` or the batch is full.
 
-    Full: `Limits.max_batch` requests, or `Limits.max_tokens` tokens. latency_s: the objective for a request's latency;
-    plan at once when what the oldest has waited and what all that wait are estimated to take passes half of it, or a
-    deadline.
+    A batch is full with `BatchLimits.max_batch` requests or `BatchLimits.max_tokens` tokens. Raises InputError for a
+    time that is none.
     """
 
     timeout_s: float = 0.01
+    # The objective for a request's latency. Planning does not wait beyond half of it, or beyond a deadline, counting
+    # what the oldest request has waited and what a batch of all that wait is predicted to take.
     latency_s: float | None = None
 
     def __post_init__(self) -> None:
@@ -41,8 +42,8 @@ class Lazy:
         if self.latency_s is not None and not self.latency_s > 0:
             raise InputError(f"latency_s is a number of seconds above 0, or None, not {self.latency_s!r}")
 
-    def __call__(self, requests: Sequence[Request], cost: Cost, limits: Limits) -> float:
-        """Seconds to wait."""
+    def __call__(self, requests: Sequence[Request], cost: Cost, limits: BatchLimits) -> float:
+        """Return the seconds to wait before planning."""
         lengths = [r.length for r in requests]
         full_batch = limits.max_batch is not None and len(lengths) >= limits.max_batch
         if full_batch or (limits.max_tokens is not None and sum(lengths) >= limits.max_tokens):
@@ -59,7 +60,7 @@ TRIGGERS: dict[str, Callable[[], Trigger]] = {"hungry": lambda: hungry, "lazy": 
 
 
 def trigger(name: str) -> Trigger:
-    """The trigger of this name; InputError names those that there are."""
+    """Return the trigger of this name. Raises InputError, with the names that there are."""
     if name not in TRIGGERS:
         raise InputError(f"there is no trigger {name!r}; use one of {', '.join(TRIGGERS)}, or triggers.Lazy(...)")
     return TRIGGERS[name]()

@@ -24,12 +24,12 @@ Macro = Callable[..., None]
 
 @dataclass(frozen=True)
 class Knob:
-    """A decision: the values that it may have, in order, and the one that the schedule takes by itself."""
+    """A decision that a schedule leaves open."""
 
     name: str
-    values: tuple[int, ...]
-    default: int
-    about: str
+    values: tuple[int, ...]  # that it may have, in order
+    default: int  # the one that the schedule takes by itself
+    about: str  # for who reads a log
 
     def __post_init__(self) -> None:
         if self.default not in self.values:
@@ -37,6 +37,7 @@ class Knob:
 
 
 def _anything(_: Setting) -> bool:
+    """Allow every setting."""
     return True
 
 
@@ -45,11 +46,11 @@ class Space:
     """All settings of some knobs that `valid` allows; the default is one of them."""
 
     knobs: tuple[Knob, ...] = ()
-    valid: Callable[[Setting], bool] = field(default=_anything, compare=False)
+    valid: Callable[[Setting], bool] = field(default=_anything, compare=False)  # of complete settings
 
     @property
     def default(self) -> dict[str, int]:
-        """What the schedule does by itself."""
+        """The setting that the schedule has by itself."""
         return {knob.name: knob.default for knob in self.knobs}
 
     @property
@@ -58,7 +59,7 @@ class Space:
         return math.prod(len(knob.values) for knob in self.knobs)
 
     def settings(self) -> Iterator[dict[str, int]]:
-        """Every setting."""
+        """Yield every setting."""
         names = [knob.name for knob in self.knobs]
         for values in itertools.product(*(knob.values for knob in self.knobs)):
             setting = dict(zip(names, values, strict=True))
@@ -66,7 +67,7 @@ class Space:
                 yield setting
 
     def complete(self, setting: Setting) -> dict[str, int]:
-        """The setting with defaults for what it leaves open. ValueError for one that is not in the space."""
+        """Return the setting with defaults for what it leaves open. ValueError for one that is not in the space."""
         values = {knob.name: knob.values for knob in self.knobs}
         for name, value in setting.items():
             if name not in values:
@@ -79,20 +80,20 @@ class Space:
         return complete
 
     def features(self, setting: Setting) -> list[float]:
-        """A number per knob for a model of costs: which of its values it has, in their order."""
+        """Return a number per knob for a model of costs: which of its values it has, in their order."""
         return [float(knob.values.index(setting[knob.name])) for knob in self.knobs]
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A setting, as (knob, value) pairs, for batches of up to `max_rows` rows; None for all that are larger."""
+    """A setting for batches of up to so many rows."""
 
-    setting: tuple[tuple[str, int], ...] = ()
-    max_rows: int | None = None
+    setting: tuple[tuple[str, int], ...] = ()  # (knob, value)
+    max_rows: int | None = None  # None: all that are larger
 
 
 def checked(variants: Sequence[Variant], space: Space) -> list[tuple[dict[str, int], int | None]]:
-    """(complete setting, most rows) per variant, the default alone where there are none.
+    """Return (complete setting, most rows) per variant, the default alone where there are none.
 
     ValueError unless the bounds ascend and the last one is None.
     """
@@ -105,7 +106,7 @@ def checked(variants: Sequence[Variant], space: Space) -> list[tuple[dict[str, i
 
 
 def by_rows(variants: Sequence[Variant], space: Space, row_tile: int, body: Callable[[dict[str, int]], Macro]) -> Macro:
-    """`run(t, operands)`: the body of the variant for a batch of t row tiles.
+    """Return `run(t, operands)`: the body of the variant for a batch of t row tiles.
 
     body: makes the macro `run(t, operands)` of a setting. A setting that several variants share has its code once.
     """
@@ -138,6 +139,6 @@ def by_rows(variants: Sequence[Variant], space: Space, row_tile: int, body: Call
 
 
 def _within(t: Expr, spans: Sequence[tuple[int, int | None]]) -> Expr:
-    """Whether t lies in one of the spans (after, up to)."""
+    """Say whether t lies in one of the spans (after, up to)."""
     tests = [t <= most if after == 0 else T.And(t > after, t <= most) for after, most in spans]
     return functools.reduce(T.Or, tests)

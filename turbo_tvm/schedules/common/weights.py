@@ -5,13 +5,17 @@ All run on the CPU that compiles, whatever the target: they take the target's ti
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import tvm
 from tvm.ir import Expr
 from tvm.script import tirx as T
 
+from turbo_tvm.ops import CastWeight, PackBias, PackWeight
+from turbo_tvm.schedules.common.space import Variant
 from turbo_tvm.schedules.cpu import bf16
-from turbo_tvm.schedules.cuda.tiles import CudaTiles
 from turbo_tvm.schedules.cpu.tiles import CpuTiles
+from turbo_tvm.schedules.cuda.tiles import CudaTiles
 
 Tiles = CpuTiles | CudaTiles
 
@@ -19,37 +23,42 @@ _PACK_ROWS = 16
 
 
 def _stored(value: Expr, dtype: str) -> Expr:
-    """An fp32 value in that format, "uint16" for bf16."""
+    """Return an fp32 value as an element of that dtype, be it that of bf16."""
     return bf16.from_float(value) if dtype == bf16.STORAGE else T.cast(value, dtype)
 
 
-def pack_weight(tiles: Tiles, *, k: int, n: int, pairs: bool = False, dtype: str = "float32") -> tvm.tirx.PrimFunc:
-    """`(w, packed)`: fp32 `(n, k)`, PyTorch's layout, to `(P, k, C)` with zeros for the columns beyond n.
+def pack_weight(operator: PackWeight, tiles: Tiles, _variants: Sequence[Variant] = ()) -> tvm.tirx.PrimFunc:
+    """Return `(w, packed)`: fp32 `(n, k)`, PyTorch's layout, to `(P, k, C)` with zeros for the columns beyond n.
 
-    dtype: of the packed weight. pairs: to bf16 pairs along k, int32 `(P, k / 2, C)`; k is even.
+    In pairs along k it is int32 `(P, k / 2, C)` of bf16; k is even.
 
-    One task per panel and `_PACK_ROWS` of its rows: the block is read along the rows of w, a cache line each, and the
-    lines that it scatters to all fit L1.
+    1. A task is a panel and `_PACK_ROWS` of its rows.
+    2. The block is read along the rows of w, a cache line each, and the lines that it scatters to all fit L1.
     """
-    columns, panels = tiles.col_tile, tiles.panels(n)
-    step, dtype = (2, bf16.PAIR) if pairs else (1, dtype)
+    columns, panels, n, k = tiles.col_tile, tiles.panels(operator.n), operator.n, operator.k
+    pairs, dtype = operator.in_pairs, operator.out.dtype
+    step = 2 if pairs else 1
     if k % step:
         raise ValueError(f"k = {k}: pairs need an even number of columns")
     steps = k // step
     blocks = -(-steps // _PACK_ROWS)
 
     def element(w: tvm.tirx.Buffer, column: Expr, i: Expr) -> Expr:
+        """Return an element of the packed weight."""
         return bf16.pair(w[column, 2 * i], w[column, 2 * i + 1]) if pairs else _stored(w[column, i], dtype)
 
     def zero() -> Expr:
+        """Return what columns beyond n hold."""
         return T.cast(T.int32(0), dtype)
 
     @T.prim_func(private=True, s_tir=True)
     def kernel(w: T.Buffer((n, k), "float32"), packed: T.Buffer((panels, steps, columns), dtype)):
         T.func_attr({"tirx.noalias": True})
+        # 1. a task is a panel and some of its rows
         for task in T.parallel(panels * blocks):
             panel: T.let = task // blocks
             first: T.let = (task % blocks) * _PACK_ROWS
+            # 2. along the rows of w
             for c in range(columns):
                 if panel * columns + c < n:
                     for i in range(T.min(_PACK_ROWS, steps - first)):
@@ -61,9 +70,9 @@ def pack_weight(tiles: Tiles, *, k: int, n: int, pairs: bool = False, dtype: str
     return kernel
 
 
-def pack_bias(tiles: Tiles, *, n: int) -> tvm.tirx.PrimFunc:
-    """`(bias, packed)`: fp32 `(n,)` to `(P * C,)`, padded with zeros."""
-    padded = tiles.panels(n) * tiles.col_tile
+def pack_bias(operator: PackBias, tiles: Tiles, _variants: Sequence[Variant] = ()) -> tvm.tirx.PrimFunc:
+    """Return `(bias, packed)`: fp32 `(n,)` to `(P * C,)`, padded with zeros."""
+    n, padded = operator.n, tiles.panels(operator.n) * tiles.col_tile
 
     @T.prim_func(private=True, s_tir=True)
     def kernel(bias: T.Buffer((n,), "float32"), packed: T.Buffer((padded,), "float32")):
@@ -76,8 +85,9 @@ def pack_bias(tiles: Tiles, *, n: int) -> tvm.tirx.PrimFunc:
     return kernel
 
 
-def cast_weight(tiles: Tiles, *, shape: tuple[int, ...], dtype: str) -> tvm.tirx.PrimFunc:
-    """`(x, out)`: fp32 of that shape to that dtype, "uint16" for bf16: the tables of an embedding, a norm's gains."""
+def cast_weight(operator: CastWeight, _tiles: Tiles, _variants: Sequence[Variant] = ()) -> tvm.tirx.PrimFunc:
+    """Return `(x, out)`: fp32 to the format of the result: tables of an embedding, gains of a norm."""
+    shape, dtype = operator.weight.shape, operator.out.dtype
     rows, columns = shape if len(shape) == 2 else (1, *shape)
 
     @T.prim_func(private=True, s_tir=True)

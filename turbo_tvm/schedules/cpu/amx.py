@@ -35,6 +35,7 @@ declare void @llvm.x86.tdpbf16ps(i8 immarg, i8 immarg, i8 immarg)
 
 
 def _function(name: str, parameters: str, instruction: str) -> str:
+    """Return LLVM IR of a function for an instruction; one that goes to memory has an address."""
     address = "  %address = getelementptr i8, ptr %base, i64 %offset\n" if "%address" in instruction else ""
     return (
         f"\ndefine i32 @turbo_amx_{name}({parameters}) alwaysinline nounwind {{\n"
@@ -57,7 +58,7 @@ LLVM = "".join(
 
 
 def _fields(bits: int, *values: Expr | int) -> Expr:
-    """Small numbers side by side in one word, the first lowest."""
+    """Return small numbers side by side in one word, the first lowest."""
     return sum((T.cast(value, "int64") * T.int64(1 << (bits * i)) for i, value in enumerate(values)), T.int64(0))
 
 
@@ -95,19 +96,21 @@ def load(tile: int, buffer: tvm.tirx.Buffer, offset: Expr, stride: int) -> Expr:
 
 
 def store(tile: int, buffer: tvm.tirx.Buffer, offset: Expr, stride: int) -> Expr:
-    """The way back."""
+    """Store a tile to a buffer, which is laid out in the same way."""
     return _call(f"store_{tile}", buffer.data, *_in_bytes(buffer, offset, stride))
 
 
 def dot(c: int, a: int, b: int) -> Expr:
-    """Tile c += tile a times tile b, for those of `_DOTS`: pairs of bf16, fp32 accumulation."""
+    """Add to tile c: tile a times tile b, for those of `_DOTS`: pairs of bf16, fp32 accumulation."""
     return _call(f"dot_{c}_{a}_{b}")
 
 
 def _call(name: str, *arguments: Expr) -> Expr:
+    """Call a function of `LLVM`."""
     return T.evaluate(T.call_extern("int32", f"turbo_amx_{name}", *arguments))
 
 
 def _in_bytes(buffer: tvm.tirx.Buffer, offset: Expr, stride: int) -> tuple[Expr, Expr]:
+    """Return an offset and a stride in bytes."""
     size = tvm.DataType(str(buffer.dtype)).itemsize
     return T.cast(offset, "int64") * size, T.int64(stride * size)

@@ -1,23 +1,100 @@
-"""What a task of the attention kernel works on, and step 1 of its strategy: see `schedules/attention.py`.
+"""What a call of the attention kernels works on, and a task of it: up to Q queries of one head against their keys.
 
-A task is up to Q queries of one head against all keys of their sequence.
+See `attention.py` for the strategy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import tvm
 from tvm.ir import Expr
 from tvm.script import tirx as T
-from tvm.tirx import Shuffle
 
+from turbo_tvm.ops import Attention
+from turbo_tvm.schedules.cpu import bf16
 from turbo_tvm.schedules.cpu.script import CACHE_LINE_BYTES
 
-Macro = Callable[..., None]
-
 LOWEST = -1e37  # stands for -infinity: differences of such scores stay finite
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The geometry of heads, and what is added to scores. q, k, v: (width of a row, first column of head 0)."""
+
+    heads: int
+    head_dim: int
+    group: int  # neighbouring heads of q that share one of k and v
+    scale: float  # of scores
+    max_length: int  # rows of a sequence, at most
+    window: int | None  # query i sees key j where |i - j| <= window
+    q: tuple[int, int]
+    k: tuple[int, int]
+    v: tuple[int, int]
+    in_pairs: bool = False  # whether q, k and v hold bf16, seen as pairs
+    position_bias: bool = False
+    key_distances: bool = False  # whether there is the table that queries meet
+    query_distances: bool = False  # whether there is the table that keys meet
+    distance_width: int = 1  # columns of these tables
+
+    @staticmethod
+    def of(operator: Attention) -> Heads:
+        """Return what an operator's kernel works on."""
+        q, k, v = operator.operand_columns
+        return Heads(
+            operator.heads,
+            operator.head_dim,
+            operator.heads // (operator.kv_heads or operator.heads),
+            operator.scale,
+            operator.max_length,
+            operator.window,
+            q,
+            k,
+            v,
+            in_pairs=operator.q.dtype == bf16.STORAGE,
+            position_bias=operator.position_bias is not None,
+            key_distances=operator.key_table is not None,
+            query_distances=operator.query_table is not None,
+            distance_width=operator.distance_width,
+        )
+
+    @property
+    def pair_type(self) -> str:
+        """The dtype of an element of a panel."""
+        return bf16.PAIR if self.in_pairs else "float32"
+
+    @property
+    def step(self) -> int:
+        """Columns that an element of a panel holds."""
+        return 2 if self.in_pairs else 1
+
+    @property
+    def panel_rows(self) -> int:
+        """Elements of a row of a head, as a panel holds them."""
+        return self.head_dim // self.step
+
+    @property
+    def table_size(self) -> int:
+        """Elements of a table over distances."""
+        return self.heads * self.panel_rows * self.distance_width
+
+    def keys_seen(self, queries: int) -> int:
+        """Return how many keys so many neighbouring queries see at most."""
+        return self.max_length if self.window is None else min(self.max_length, queries + 2 * self.window)
+
+
+@dataclass(frozen=True)
+class Operands:
+    """The buffers of a call; those that are not given are not looked at."""
+
+    q: tvm.tirx.Buffer
+    k: tvm.tirx.Buffer
+    v: tvm.tirx.Buffer
+    query_tiles: tvm.tirx.Buffer
+    out: tvm.tirx.Buffer
+    bias: tvm.tirx.Buffer | None = None  # fp32 (heads, 2 * max_length - 1)
+    of_keys: tvm.tirx.Buffer | None = None  # the tables of `distances.py`
+    of_queries: tvm.tirx.Buffer | None = None
 
 
 @dataclass(frozen=True)
@@ -32,12 +109,12 @@ class Rows:
     head_dim: int
 
     def index(self, row: Expr, column: Expr) -> tuple[Expr, Expr, Expr]:
-        """Where an element of the head lies in the buffer."""
+        """Return where an element of the head lies in the buffer."""
         tile = self.buffer.shape[1]
         return row // tile, row % tile, self.first_column + column
 
     def at(self, row: Expr, column: Expr) -> Expr:
-        """An element of the head."""
+        """Return an element of the head."""
         return self.buffer[self.index(row, column)]
 
     @property
@@ -59,38 +136,36 @@ class Rows:
 
 @dataclass(frozen=True)
 class Distances:
-    """Tables over the distance between query and key, of one head: see `schedules/distances.py`.
+    """Tables over the distance between query and key, of one head: see `distances.py`."""
 
-    of_keys, of_queries: A, met by the queries, and B, met by the keys. origin: where row 0 of the head has distance 0.
-    width: from a row to the next.
-    """
-
-    of_keys: tvm.tirx.Buffer
-    of_queries: tvm.tirx.Buffer
-    origin: Expr
-    width: int
+    of_keys: tvm.tirx.Buffer | None  # A, met by the queries
+    of_queries: tvm.tirx.Buffer | None  # B, met by the keys
+    origin: Expr  # where row 0 of the head has distance 0
+    width: int  # from a row to the next
 
     def at(self, task: Task, key: Expr) -> Expr:
-        """Where row 0 has the distance from the first query to a key of the sequence."""
+        """Return where row 0 has the distance from the first query to a key of the sequence."""
         return self.origin + task.first - task.begin - key
 
 
 @dataclass(frozen=True)
-class Task:
-    """Queries [first, last) against the keys [begin, end), and the scratch: see the strategy."""
+class Head:
+    """What a task reads and writes of one head."""
+
+    q: Rows
+    k: Rows
+    v: Rows
+    out: Rows
+
+
+@dataclass(frozen=True)
+class Span:
+    """Queries [first, last) against the keys [begin, end): rows of the batch."""
 
     first: Expr
     last: Expr
     begin: Expr
     end: Expr
-    panel: tvm.tirx.Buffer
-    weights: tvm.tirx.Buffer
-    pairs: tvm.tirx.Buffer
-    values: tvm.tirx.Buffer
-    peak: tvm.tirx.Buffer
-    inverse: tvm.tirx.Buffer
-    diagonal: tvm.tirx.Buffer | None = None
-    distances: Distances | None = None
 
     @property
     def queries(self) -> Expr:
@@ -103,81 +178,15 @@ class Task:
         return self.end - self.begin
 
 
-def transpose_macro(lanes: int) -> Macro:
-    """`transpose(a, b)` transposes the block `(lanes, lanes)` in `a`, by exchanges at distance lanes / 2 ... 1.
+@dataclass(frozen=True)
+class Task(Span):
+    """A span and the scratch for it: Q queries lie across the columns."""
 
-    The result is in `b` when log2(lanes) is odd, else in `a`.
-    """
-
-    def mix(a: tvm.tirx.Buffer, row: Expr, distance: int, upper: bool) -> Expr:
-        pick = [j if not j & distance else lanes + j - distance for j in range(lanes)]
-        if upper:
-            pick = [j + distance if not j & distance else lanes + j for j in range(lanes)]
-        return Shuffle([a[row, T.ramp(0, 1, lanes)], a[row + distance, T.ramp(0, 1, lanes)]], pick)
-
-    @T.inline
-    def exchange(a, b, distance, again):
-        for i in T.unroll(lanes // 2):
-            row = T.meta_var(i // distance * distance * 2 + i % distance)
-            b[row, T.ramp(0, 1, lanes)] = mix(a, row, distance, False)
-            b[row + distance, T.ramp(0, 1, lanes)] = mix(a, row, distance, True)
-        if distance > 1:
-            again(b, a, distance // 2, again)
-
-    @T.inline
-    def transpose(a, b):
-        exchange(a, b, lanes // 2, exchange)
-
-    return transpose
-
-
-def load_queries_macro(lanes: int, queries: int, columns: int, dtype: str) -> Macro:
-    """`load_queries(task, q, out)`: step 1, for rows of q with so many columns. Lanes past the last query repeat it."""
-    transpose, swapped = transpose_macro(lanes), lanes.bit_length() % 2 == 0
-    whole = columns // lanes * lanes
-
-    @T.inline
-    def prefetch_next(task, q, out):
-        for i in range(task.queries):
-            for line in T.unroll(q.cache_lines):
-                q.prefetch(task.last + i, line)
-                out.prefetch(task.last + i, line, True)
-
-    @T.inline
-    def load_queries(task, q, out):
-        prefetch_next(task, q, out)
-        for block, group in T.grid(columns // lanes, (task.queries + lanes - 1) // lanes):
-            with T.sblock("transpose"):
-                T.reads()
-                T.writes()
-                a = T.sblock_alloc_buffer((lanes, lanes), dtype, scope="local")
-                b = T.sblock_alloc_buffer((lanes, lanes), dtype, scope="local")
-                for i in T.unroll(lanes):
-                    row = T.meta_var(T.min(task.first + group * lanes + i, task.last - 1))
-                    for j in T.vectorized(lanes):
-                        a[i, j] = q.at(row, block * lanes + j)
-                transpose(a, b)
-                done = T.meta_var(b if swapped else a)
-                for i in T.unroll(lanes):
-                    for j in T.vectorized(lanes):
-                        task.panel[block * lanes + i, group * lanes + j] = done[i, j]
-        for d, j in T.grid(columns - whole, queries):
-            task.panel[whole + d, j] = q.at(T.min(task.first + j, task.last - 1), whole + d)
-
-    return load_queries
-
-
-def load_bias_macro(queries: int, max_length: int, scale: float) -> Macro:
-    """`load_bias(task, bias, head)`: the bias of query lane i, key j, over scale, goes to diagonal[keys - 1 - j + i].
-
-    Reversed on the way in, so that the lanes of a score tile read it forwards. Lanes past the sequence may lie before
-    the table: they read its first element.
-    """
-
-    @T.inline
-    def load_bias(task, bias, head):
-        for i in range(task.keys + queries - 1):
-            column = T.meta_var(T.max(max_length - 1 + (task.end - 1 - task.first) - i, 0))
-            task.diagonal[i] = T.max(bias[head, column] * T.float32(1 / scale), T.float32(LOWEST))
-
-    return load_bias
+    panel: tvm.tirx.Buffer  # (head_dim, Q): the queries, transposed
+    weights: tvm.tirx.Buffer  # fp32 (keys, Q): scores, then what they weigh
+    pairs: tvm.tirx.Buffer  # (keys / 2, Q): weights in bf16, of two keys each
+    values: tvm.tirx.Buffer  # the values of two keys each, in bf16
+    peak: tvm.tirx.Buffer  # fp32 (Q,): the greatest score of a query
+    inverse: tvm.tirx.Buffer  # fp32 (Q,): the sum of its weights, in the end 1 over it
+    diagonal: tvm.tirx.Buffer | None = None  # fp32: the biases of the span, see `load_bias_macro`
+    distances: Distances | None = None

@@ -12,8 +12,10 @@ import tvm
 from tvm.ir import Expr
 from tvm.script import tirx as T
 
-STORAGE = "uint16"
-PAIR = "int32"
+from turbo_tvm.ops import formats
+
+STORAGE = formats.BF16.storage
+PAIR = formats.BF16.word or STORAGE
 
 DOT_LLVM = """
 declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
@@ -38,67 +40,74 @@ define <16 x i16> @turbo_pack_bf16(<16 x float> %v) alwaysinline nounwind readno
 
 
 def packed(values: Expr) -> Expr:
-    """The bits of the bf16 numbers nearest to 16 fp32 values, ties to even, in one instruction; denormals give zeros.
+    """Return the bits of the bf16 numbers nearest to 16 fp32 values, ties to even, in one instruction.
 
-    The statement must stand inside `T.attr(T.int32(0), "pragma_import_llvm", PACK_LLVM)`.
+    Denormals give zeros. The statement must stand inside `T.attr(T.int32(0), "pragma_import_llvm", PACK_LLVM)`.
     """
     return T.call_pure_extern("uint16x16", "turbo_pack_bf16", values)
 
 
 def dot(c: Expr, a: Expr, b: Expr) -> Expr:
-    """c + a0 b0 + a1 b1 in each of 16 lanes: c fp32, a and b pairs as int32; 16 lanes each.
+    """Return c + a0 b0 + a1 b1 in each of 16 lanes: c fp32, a and b pairs as int32; 16 lanes each.
 
     The statement must stand inside `T.attr(T.int32(0), "pragma_import_llvm", DOT_LLVM)`.
     """
     return T.call_pure_extern("float32x16", "turbo_dot_bf16", c, a, b)
 
 
+def widened(bits: Expr) -> Expr:
+    """Return bf16 bits as the low half of a uint32. Any number of lanes."""
+    return T.cast(bits, _like(bits, "uint32"))
+
+
 def to_float(bits: Expr) -> Expr:
-    """The fp32 value of bf16 bits, exact. uint16 in, any number of lanes."""
+    """Return the fp32 value of bf16 bits, exact. uint16 in, any number of lanes."""
     wide = _like(bits, "uint32")
     return T.reinterpret(_like(bits, "float32"), T.shift_left(T.cast(bits, wide), T.uint32(16)))
 
 
 def from_float(value: Expr) -> Expr:
-    """The bits of the bf16 number nearest to an fp32 value, ties to even; overflow gives infinity."""
+    """Return the bits of the bf16 number nearest to an fp32 value, ties to even; overflow gives infinity."""
     return T.cast(T.shift_right(_rounded(value), T.uint32(16)), _like(value, STORAGE))
 
 
 def pair(low: Expr, high: Expr) -> Expr:
-    """Two fp32 values as one int32 of bf16 numbers."""
+    """Return two fp32 values as one int32 of bf16 numbers."""
     upper = T.bitwise_and(_rounded(high), T.uint32(0xFFFF0000))
     return T.reinterpret(_like(low, PAIR), T.bitwise_or(upper, T.shift_right(_rounded(low), T.uint32(16))))
 
 
 def pair_half_up(low: Expr, high: Expr) -> Expr:
-    """The same for finite values with half the instructions: ties are rounded away from zero."""
+    """Return the same for finite values with half the instructions: ties are rounded away from zero."""
     half = T.uint32(0x8000)
     upper = T.bitwise_and(_bits(high) + half, T.uint32(0xFFFF0000))
     return T.reinterpret(_like(low, PAIR), T.bitwise_or(upper, T.shift_right(_bits(low) + half, T.uint32(16))))
 
 
 def load(buffer: tvm.tirx.Buffer, *index: Expr) -> Expr:
-    """An element as fp32, whether the buffer holds fp32 or bf16."""
+    """Return an element as fp32, whether the buffer holds fp32 or bf16."""
     value = buffer[index]
     return value if str(buffer.dtype) == "float32" else to_float(value)
 
 
 def stored(buffer: tvm.tirx.Buffer, value: Expr) -> Expr:
-    """An fp32 value in the buffer's own format."""
+    """Return an fp32 value in the buffer's own format."""
     return value if str(buffer.dtype) == "float32" else from_float(value)
 
 
 def _rounded(value: Expr) -> Expr:
+    """Return the bits of an fp32 value, so that their upper half is the bf16 number nearest to it."""
     bits = _bits(value)
     odd = T.bitwise_and(T.shift_right(bits, T.uint32(16)), T.uint32(1))
     return bits + (odd + T.uint32(0x7FFF))
 
 
 def _bits(value: Expr) -> Expr:
+    """Return the bits of an fp32 value."""
     return T.reinterpret(_like(value, "uint32"), value)
 
 
 def _like(value: Expr, dtype: str) -> str:
-    """That scalar type with the lanes of the value."""
+    """Return that scalar type with the lanes of the value."""
     lanes = str(value.ty).partition("x")[2]
     return f"{dtype}x{lanes}" if lanes else dtype

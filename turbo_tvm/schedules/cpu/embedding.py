@@ -19,11 +19,11 @@ import tvm
 from tvm.ir import Expr
 from tvm.script import tirx as T
 
-from turbo_tvm.schedules.cpu import bf16, normalization
-from turbo_tvm.schedules.cpu.normalization import normalize_row, row_of
-from turbo_tvm.schedules.cpu.rows import RowFormat
-from turbo_tvm.schedules.cpu.script import CPU_LLVM, without_parameters
+from turbo_tvm.ops import Embedding
 from turbo_tvm.schedules.common.space import Macro, Space, Variant, by_rows
+from turbo_tvm.schedules.cpu import bf16, normalization
+from turbo_tvm.schedules.cpu.normalization_rows import normalize_row_macro, row_of
+from turbo_tvm.schedules.cpu.script import CPU_LLVM, without_parameters
 from turbo_tvm.schedules.cpu.tiles import CpuTiles
 
 VERSION = 1  # of the kernel: a tuner's log of another one says nothing about it
@@ -31,14 +31,15 @@ VERSION = 1  # of the kernel: a tuner's log of another one says nothing about it
 MAX_TABLES = 3
 
 
-def space(tiles: CpuTiles, *, norm_eps: float | None = None, **_options: object) -> Space:
-    """The decision of this kernel is that of its layer norm, if there is one."""
-    return Space() if norm_eps is None else normalization.space(tiles)
+def space(operator: Embedding, tiles: CpuTiles) -> Space:
+    """Return the decision of this kernel: that of its layer norm, if there is one."""
+    return Space() if operator.norm_eps is None else normalization.space(operator, tiles)
 
 
 def _sum_of_rows(
     ids: Sequence[tvm.tirx.Buffer], tables: Sequence[tvm.tirx.Buffer], tile: Expr, row: Expr, column: Expr
 ) -> Expr:
+    """Return an element of the sum of one row from each table."""
     first, *others = [
         bf16.load(table, T.cast(i[tile, row], "int64"), column) for i, table in zip(ids, tables, strict=True)
     ]
@@ -47,26 +48,18 @@ def _sum_of_rows(
     return first
 
 
-def embedding(
-    tiles: CpuTiles,
-    *,
-    hidden: int,
-    tables: int,
-    norm_eps: float | None = None,
-    table_type: str = "float32",
-    out: RowFormat | None = None,
-    variants: Sequence[Variant] = (),
-) -> tvm.tirx.PrimFunc:
-    """`(ids_0, ..., table_0, ..., [gamma, beta,] out)`: out = [layer_norm](sum of table_i[ids_i]).
+def embedding(operator: Embedding, tiles: CpuTiles, variants: Sequence[Variant] = ()) -> tvm.tirx.PrimFunc:
+    """Return `(ids_0, ..., table_0, ..., [gamma, beta,] out)`: out = [layer_norm](sum of table_i[ids_i]).
 
-    ids_i: int32 `(t, R)`, in 0 .. rows_i - 1: the caller checks. table_i: `(rows_i, hidden)` of `table_type`, fp32 or
-    uint16 for bf16; rows_i symbolic. gamma, beta: fp32 `(hidden,)`, present when `norm_eps` is given. out: fp32
-    `(t, R, hidden)` unless the format says else. variants: settings of `space` by rows.
+    ids_i: int32 `(t, R)`, in 0 .. rows_i - 1: the caller checks. table_i: `(rows_i, columns)`, fp32 or bf16; rows_i
+    symbolic. gamma, beta: fp32 `(columns,)`, present when there is a `norm_eps`. variants: settings of `space` by rows.
     """
+    tables = len(operator.tables)
     if not 1 <= tables <= MAX_TABLES:
         raise ValueError(f"tables = {tables}: an embedding sums 1 to {MAX_TABLES} tables")
-    rows, out_rows, used = tiles.row_tile, out or RowFormat(hidden), slice(0, tables)
-    choices = space(tiles, norm_eps=norm_eps)
+    hidden, norm_eps = operator.columns_out, operator.norm_eps
+    rows, out_rows, used = tiles.row_tile, operator.out, slice(0, tables)
+    table_type, choices = operator.tables[0].dtype, space(operator, tiles)
     embed = by_rows(variants, choices, rows, lambda setting: _embed_macro(tiles, hidden, norm_eps, setting))
 
     @T.prim_func(private=True, s_tir=True)
@@ -109,7 +102,7 @@ def _embed_macro(tiles: CpuTiles, hidden: int, norm_eps: float | None, setting: 
     """`embed(t, operands)`: the whole strategy; operands: (ids, tables, gamma, beta, out)."""
     rows, lanes = tiles.row_tile, tiles.lanes
     whole = hidden // lanes * lanes
-    normalize = normalize_row(lanes, hidden, norm_eps or 0.0, **setting)
+    normalize = normalize_row_macro(lanes, hidden, norm_eps or 0.0, **setting)
 
     @T.inline
     def gather(ids, table, tile, row, out):
@@ -123,8 +116,10 @@ def _embed_macro(tiles: CpuTiles, hidden: int, norm_eps: float | None, setting: 
 
     @T.inline
     def embed_tiles(t, ids, tables, gamma, beta, out):
+        # 1. a task per row tile
         for tile in T.parallel(t):
             for row in range(rows):
+                # 2. the sum, then the norm in place, on a row that is still in L1
                 gather(ids, tables, tile, row, out)
                 if norm_eps is not None:
                     normalize(out, tile, row, row_of(tile, row, out), gamma, beta)

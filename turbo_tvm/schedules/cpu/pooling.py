@@ -21,10 +21,10 @@ import tvm
 from tvm.ir import Expr
 from tvm.script import tirx as T
 
-from turbo_tvm.schedules.cpu import bf16
-from turbo_tvm.schedules.cpu.rows import RowFormat
-from turbo_tvm.schedules.cpu.script import tree_sum
+from turbo_tvm.ops import Pool
 from turbo_tvm.schedules.common.space import Knob, Macro, Space, Variant, by_rows
+from turbo_tvm.schedules.cpu import bf16
+from turbo_tvm.schedules.cpu.script import tree_sum
 from turbo_tvm.schedules.cpu.tiles import CpuTiles
 
 VERSION = 1  # of the kernel: a tuner's log of another one says nothing about it
@@ -32,9 +32,10 @@ VERSION = 1  # of the kernel: a tuner's log of another one says nothing about it
 MODES = ("first", "mean")
 
 
-def space(tiles: CpuTiles, *, mode: str, **_options: object) -> Space:
-    """The decision of this kernel: wide sweeps touch the output less often, narrow ones leave fewer rows over."""
-    return Space((Knob("rows", (2, 4, 8), 4, "rows that a sweep adds to the output"),) if mode == "mean" else ())
+def space(operator: Pool, _tiles: CpuTiles) -> Space:
+    """Return the decision of this kernel: wide sweeps touch the output less often, narrow ones leave fewer rows."""
+    knob = Knob("rows", (2, 4, 8), 4, "rows that a sweep adds to the output")
+    return Space((knob,) if operator.mode == "mean" else ())
 
 
 def _for_each_column(lanes: int, hidden: int) -> Macro:
@@ -53,45 +54,38 @@ def _for_each_column(lanes: int, hidden: int) -> Macro:
 
 
 def _sum_of_rows(buffer: tvm.tirx.Buffer, rows: list[Expr]) -> Callable[[Expr], Expr]:
+    """Return column -> the sum of some rows of a buffer."""
     tile = buffer.shape[1]
     return lambda column: tree_sum([bf16.load(buffer, row // tile, row % tile, column) for row in rows])
 
 
 def _added(buffer: tvm.tirx.Buffer, row: Expr, value: Callable[[Expr], Expr]) -> Callable[[Expr], Expr]:
+    """Return column -> the value, added to a row of a buffer."""
     current = _sum_of_rows(buffer, [row])
     return lambda column: current(column) + value(column)
 
 
 def _scaled(value: Callable[[Expr], Expr], factor: Expr) -> Callable[[Expr], Expr]:
+    """Return column -> the value times a factor."""
     return lambda column: value(column) * factor
 
 
 def _zero(column: Expr) -> Expr:
+    """Return 0 for every column."""
     return T.float32(0)
 
 
-def pool(
-    tiles: CpuTiles,
-    *,
-    hidden: int,
-    mode: str,
-    row: int = 0,
-    x: RowFormat | None = None,
-    variants: Sequence[Variant] = (),
-) -> tvm.tirx.PrimFunc:
-    """`(x, cu_seqlens, out)`: out row i = the first row of sequence i, or the mean of its rows.
+def pool(operator: Pool, tiles: CpuTiles, variants: Sequence[Variant] = ()) -> tvm.tirx.PrimFunc:
+    """Return `(x, cu_seqlens, out)`: out row i = a row of sequence i, or the mean of its rows.
 
-    In mode "first", cu_seqlens may be any rows of x in the place of the first ones, and one number more. row: not that
-    one but so many after it; every sequence must have it.
-
-    x: fp32 `(t, R, hidden)` unless the format says else. cu_seqlens: int32 `(b + 1,)`, ascending from 0: every sequence
-    has a row. out: fp32 `(bt, R, hidden)`; its rows from b on become zero. variants: settings of `space` by rows of x.
+    x: `(t, R, width)`. cu_seqlens: int32 `(b + 1,)`, ascending from 0: every sequence has a row. Where a token is
+    pooled, any rows of x stand in the place of the first ones. A row that is not the first one must exist in every
+    sequence. out: fp32 `(bt, R, columns)`; its rows from b on become zero. variants: settings of `space` by rows of x.
     """
-    if mode not in MODES:
-        raise ValueError(f"unknown pooling mode {mode!r}: use one of {', '.join(MODES)}")
-    row_tile = tiles.row_tile
-    x_rows = x or RowFormat(hidden)
-    choices = space(tiles, mode=mode)
+    if operator.mode not in MODES:
+        raise ValueError(f"unknown pooling mode {operator.mode!r}: use one of {', '.join(MODES)}")
+    row_tile, hidden, x_rows = tiles.row_tile, operator.columns_out, operator.x
+    mode, row, choices = operator.mode, operator.row, space(operator, tiles)
     run = by_rows(variants, choices, row_tile, lambda setting: _pool_macro(tiles, hidden, mode, row, setting))
 
     @T.prim_func(private=True, s_tir=True)
@@ -115,6 +109,7 @@ def _pool_macro(tiles: CpuTiles, hidden: int, mode: str, row: int, setting: dict
 
     @T.inline
     def mean(x, out, row, begin, length):
+        # 2. add the rows of the sequence, some per sweep, then those left over one by one
         assign(out, row, _zero)
         for group in range(length // at_once):
             first: T.let = begin + group * at_once
@@ -122,10 +117,12 @@ def _pool_macro(tiles: CpuTiles, hidden: int, mode: str, row: int, setting: dict
         for i in range(length % at_once):
             last: T.let = begin + length - 1 - i
             assign(out, row, _added(out, row, _sum_of_rows(x, [last])))
+        # 2. scale last
         assign(out, row, _scaled(_sum_of_rows(out, [row]), T.float32(1) / T.cast(length, "float32")))
 
     @T.inline
     def pool_rows(source, cu_seqlens, out):
+        # 1. a task per pooled row
         for i in T.parallel(out.shape[0] * out.shape[1]):
             with T.sblock("row"):
                 T.reads()

@@ -1,42 +1,28 @@
-"""How rows are stored, and copies between storages: flat rows to row tiles and back, fp32 to bf16.
+"""Copies of rows between storages: flat rows to row tiles and back, fp32 to bf16.
 
 Activations are `(tiles, row_tile, width)`: a row may be wider than its columns, and holds fp32 or the bits of bf16. The
-copies take one pass over the data, in parallel over rows.
+copies take one pass over the data, and
+
+1. a task is a row;
+2. it is copied column by column, or in vectors where its numbers are converted.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
-import tvm
 from tvm import tirx
 from tvm.script import tirx as T
 
+from turbo_tvm.ops import CastRows, TileRows, UntileRows
+from turbo_tvm.schedules.common.space import Variant
 from turbo_tvm.schedules.cpu import bf16
-from turbo_tvm.schedules.cpu.script import CACHE_LINE_BYTES
 from turbo_tvm.schedules.cpu.tiles import CpuTiles
 
 
-@dataclass(frozen=True)
-class RowFormat:
-    """width: columns of the buffer, of which the first are used; dtype: "float32", or "uint16" for bf16."""
-
-    width: int
-    dtype: str = "float32"
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes of an element."""
-        return tvm.DataType(self.dtype).itemsize
-
-    @property
-    def line(self) -> int:
-        """Columns in a cache line."""
-        return CACHE_LINE_BYTES // self.itemsize
-
-
-def tile_rows(tiles: CpuTiles, *, columns: int) -> tirx.PrimFunc:
-    """x (rows, columns) f32 -> out (t, R, columns) f32 with t = ceil(rows / R); surplus rows are zero."""
+def tile_rows(operator: TileRows, tiles: CpuTiles, _variants: Sequence[Variant] = ()) -> tirx.PrimFunc:
+    """Return `(x, out)`: x (rows, columns) f32 -> out (t, R, columns) f32, t = ceil(rows / R); the rest is zero."""
+    columns = operator.columns_out
     R = tiles.row_tile
 
     @T.prim_func(private=True, s_tir=True)
@@ -46,7 +32,9 @@ def tile_rows(tiles: CpuTiles, *, columns: int) -> tirx.PrimFunc:
         t = T.int64()
         X = T.match_buffer(x, (rows, columns), "float32")
         Out = T.match_buffer(out, (t, R, columns), "float32")
+        # 1. a task is a row
         for row in T.parallel(t * R):
+            # 2. its columns
             for column in T.serial(columns):
                 with T.sblock("copy"):
                     T.reads(X[T.min(row, rows - 1), column])
@@ -58,8 +46,9 @@ def tile_rows(tiles: CpuTiles, *, columns: int) -> tirx.PrimFunc:
     return kernel
 
 
-def untile_rows(tiles: CpuTiles, *, columns: int) -> tirx.PrimFunc:
-    """x (t, R, columns) f32 -> out (rows, columns) f32, dropping the surplus rows."""
+def untile_rows(operator: UntileRows, tiles: CpuTiles, _variants: Sequence[Variant] = ()) -> tirx.PrimFunc:
+    """Return `(x, out)`: x (t, R, columns) f32 -> out (rows, columns) f32, which drops the surplus rows."""
+    columns = operator.columns_out
     R = tiles.row_tile
 
     @T.prim_func(private=True, s_tir=True)
@@ -69,7 +58,9 @@ def untile_rows(tiles: CpuTiles, *, columns: int) -> tirx.PrimFunc:
         t = T.int64()
         X = T.match_buffer(x, (t, R, columns), "float32")
         Out = T.match_buffer(out, (rows, columns), "float32")
+        # 1. a task is a row
         for row in T.parallel(rows):
+            # 2. its columns
             for column in T.serial(columns):
                 with T.sblock("copy"):
                     T.reads(X[row // R, row % R, column])
@@ -79,10 +70,9 @@ def untile_rows(tiles: CpuTiles, *, columns: int) -> tirx.PrimFunc:
     return kernel
 
 
-def cast_rows(tiles: CpuTiles, *, columns: int, out: RowFormat | None = None) -> tirx.PrimFunc:
-    """x (t, R, columns) f32 -> out (t, R, width) bf16."""
-    R, lanes = tiles.row_tile, tiles.lanes
-    out_rows = out or RowFormat(columns, bf16.STORAGE)
+def cast_rows(operator: CastRows, tiles: CpuTiles, _variants: Sequence[Variant] = ()) -> tirx.PrimFunc:
+    """Return `(x, out)`: x (t, R, columns) f32 -> out (t, R, width) bf16."""
+    R, lanes, columns, out_rows = tiles.row_tile, tiles.lanes, operator.x.width, operator.out
     whole = columns // lanes * lanes
 
     @T.prim_func(private=True, s_tir=True)
@@ -91,7 +81,9 @@ def cast_rows(tiles: CpuTiles, *, columns: int, out: RowFormat | None = None) ->
         t = T.int64()
         x = T.match_buffer(x_arg, (t, R, columns), "float32")
         result = T.match_buffer(out_arg, (t, R, out_rows.width), out_rows.dtype)
+        # 1. a task is a row
         for row in T.parallel(t * R):
+            # 2. vectors, then what is left over
             for block in range(columns // lanes):
                 for lane in T.vectorized(lanes):
                     result[row // R, row % R, block * lanes + lane] = bf16.from_float(

@@ -60,22 +60,23 @@ def prefetch_read(buffer: tvm.tirx.Buffer, index: Expr) -> Expr:
 
 
 def prefetch_near(buffer: tvm.tirx.Buffer, index: Expr) -> Expr:
-    """The same into L1."""
+    """Bring it into L1 in the same way."""
     return _prefetch("near", buffer, index)
 
 
 def _prefetch(where: str, buffer: tvm.tirx.Buffer, index: Expr) -> Expr:
+    """Call one of the two functions above."""
     offset = T.cast(index, "int64") * tvm.DataType(str(buffer.dtype)).itemsize
     return T.evaluate(T.call_extern("int32", f"turbo_prefetch_{where}", buffer.data, offset))
 
 
 def lane_sum(vector: Expr, lanes: int) -> Expr:
-    """The sum over the lanes of an fp32 vector, halves first; under the same attribute."""
+    """Return the sum over the lanes of an fp32 vector, halves first; under the same attribute."""
     return T.call_pure_extern("float32", f"turbo_sum_{lanes}", vector)
 
 
 def tree_sum(terms: Sequence[Expr]) -> Expr:
-    """The sum of the terms in logarithmic depth: LLVM keeps the order of fp32 additions as it is written."""
+    """Return the sum of the terms in logarithmic depth: LLVM keeps the order of fp32 additions as it is written."""
     if len(terms) == 1:
         return terms[0]
     half = len(terms) // 2
@@ -84,7 +85,7 @@ def tree_sum(terms: Sequence[Expr]) -> Expr:
 
 
 def without_parameters(prim_func: tvm.tirx.PrimFunc, names: Sequence[str]) -> tvm.tirx.PrimFunc:
-    """The function without the parameters of those names, which its body must not use.
+    """Return the function without the parameters of those names, which its body must not use.
 
     One TVMScript source serves every combination of optional inputs this way.
     """

@@ -15,20 +15,13 @@ from tvm.target import codegen
 
 @dataclass(frozen=True)
 class CpuTiles:
-    """Register-tile geometry of one instruction set.
+    """Register-tile geometry of one instruction set."""
 
-    lanes: fp32 values per vector register.
-    row_tile: rows of the layout's tile.
-    tile_units: row tiles in the matrix kernel's register tile.
-    col_tile: columns of that, a power-of-two multiple of `lanes` (LLVM turns other widths into scalar code).
-    amx: products and attention in bf16 run in AMX tiles, whose sizes are the instructions' own.
-    """
-
-    lanes: int
-    row_tile: int
-    tile_units: int
-    col_tile: int
-    amx: bool = False
+    lanes: int  # fp32 values per vector register
+    row_tile: int  # rows of the layout's tile
+    tile_units: int  # row tiles in the matrix kernel's register tile
+    col_tile: int  # columns of that, a power-of-two multiple of `lanes`: LLVM turns other widths into scalar code
+    amx: bool = False  # products and attention in bf16 run in AMX tiles, whose sizes are the instructions' own
 
     @property
     def tile_rows(self) -> int:
@@ -40,8 +33,13 @@ class CpuTiles:
         """Queries that attention handles together: they lie across the lanes."""
         return self.col_tile
 
+    @property
+    def in_pairs(self) -> bool:
+        """Whether products take neighbours along k in one element where the format has words."""
+        return True
+
     def panels(self, columns: int) -> int:
-        """How many column panels a weight of that many columns is packed into."""
+        """Return how many column panels a weight of that many columns is packed into."""
         return -(-columns // self.col_tile)
 
 
@@ -53,7 +51,7 @@ BASELINE = CpuTiles(lanes=4, row_tile=2, tile_units=2, col_tile=8)  # SSE, 8 of 
 
 
 def cpu_tiles(target: tvm.target.Target) -> CpuTiles:
-    """The tile geometry for an `llvm` target, from the features of its `mcpu` and `mattr`."""
+    """Return the tile geometry for an `llvm` target, from the features of its `mcpu` and `mattr`."""
     with target:
         if codegen.target_has_features("avx512f"):
             return AMX if codegen.target_has_features("amx-bf16") else AVX512

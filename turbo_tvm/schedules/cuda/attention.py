@@ -27,101 +27,80 @@ import tvm
 from tvm.ir import Expr
 from tvm.script import tirx as T
 
+from turbo_tvm.ops import Attention
+from turbo_tvm.schedules.common.space import Knob, Space, Variant
+from turbo_tvm.schedules.cpu.script import without_parameters
 from turbo_tvm.schedules.cuda import attention_registers, attention_tensor_cores
 from turbo_tvm.schedules.cuda.attention_task import HeadRows, Scores, Task
 from turbo_tvm.schedules.cuda.block_product import WARP
 from turbo_tvm.schedules.cuda.script import kernel_attrs, only_setting, operand_type
 from turbo_tvm.schedules.cuda.tiles import CudaTiles
-from turbo_tvm.schedules.cpu.rows import RowFormat
-from turbo_tvm.schedules.cpu.script import without_parameters
-from turbo_tvm.schedules.common.space import Knob, Space, Variant
 
 VERSION = 1  # of the kernel: a tuner's log of another one says nothing about it
 
 MAX_HEAD_DIM = 128  # a query's columns are held in registers
 
 
-def space(
-    tiles: CudaTiles,
-    *,
-    heads: int,
-    head_dim: int,
-    q: tuple[int, int],
-    k: tuple[int, int],
-    v: tuple[int, int],
-    kv_heads: int | None = None,
-    x: RowFormat | None = None,
-    **_options: object,
-) -> Space:
-    """The decision of this kernel: few keys leave room for more blocks, many need fewer barriers."""
-    return _space_of(_head_rows(tiles, heads, head_dim, (q, k, v), kv_heads, x))
+def refuses(operator: Attention, _tiles: CudaTiles) -> str:
+    """Return why this kernel cannot do an attention, "" if it can."""
+    if operator.head_dim > MAX_HEAD_DIM:
+        return f"a head of {operator.head_dim} columns; the GPU's kernel takes {MAX_HEAD_DIM}"
+    return "disentangled attention, which the GPU's kernel does not know" if operator.distance_tables else ""
 
 
-def _head_rows(
-    tiles: CudaTiles,
-    heads: int,
-    head_dim: int,
-    columns: tuple[tuple[int, int], ...],
-    kv_heads: int | None,
-    x: RowFormat | None,
-) -> HeadRows:
-    """Where heads lie, and how many threads a block has."""
-    dtype = operand_type(x.dtype if x is not None else "float32")
+def space(operator: Attention, tiles: CudaTiles) -> Space:
+    """Return the decision of this kernel: few keys leave room for more blocks, many need fewer barriers."""
+    return _space_of(_head_rows(operator, tiles))
+
+
+def _head_rows(operator: Attention, tiles: CudaTiles) -> HeadRows:
+    """Return where heads lie, and how many threads read them."""
     threads = tiles.query_tile // attention_registers.ROWS * WARP
-    return HeadRows(head_dim, dtype, threads, columns, heads // (kv_heads or heads))
+    group = operator.heads // (operator.kv_heads or operator.heads)
+    return HeadRows(operator.head_dim, operand_type(operator.q.dtype), threads, operator.operand_columns, group)
 
 
 def _body(rows: HeadRows) -> ModuleType:
-    """The file whose arithmetic is that of the operands."""
+    """Return the file whose arithmetic is that of the operands."""
+    # 3. products in tensor cores or in registers
     return attention_registers if rows.dtype == "float32" else attention_tensor_cores
 
 
 def _space_of(rows: HeadRows) -> Space:
+    """Return the numbers of keys for which a block has room."""
     body = _body(rows)
     keys = tuple(count for count in body.KEYS if body.fits(rows, count))
     return Space((Knob("keys", keys, body.usual_keys(rows), "keys in shared memory at a time"),))
 
 
-def attention(
-    tiles: CudaTiles,
-    *,
-    heads: int,
-    head_dim: int,
-    scale: float,
-    max_length: int,
-    q: tuple[int, int],
-    k: tuple[int, int],
-    v: tuple[int, int],
-    kv_heads: int | None = None,
-    window: int | None = None,
-    position_bias: bool = False,
-    x: RowFormat | None = None,
-    out: RowFormat | None = None,
-    variants: Sequence[Variant] = (),
-) -> tvm.tirx.PrimFunc:
-    """`(q, k, v, query_tiles, [position_bias,] out)`: out = softmax(scale Q K^T [+ bias]) V per sequence and head.
+def _visited(window: int | None, queries: int, first: Expr, begin: Expr, end: Expr) -> tuple[Expr, Expr]:
+    """Return (begin, end) of the keys that a block visits, which has so many queries from `first` on."""
+    if window is None:
+        return begin, end
+    # 4. only keys that some query of the block sees
+    return T.max(begin, first - window), T.min(end, first + queries + window)
 
-    q, k, v: each given as (width, first column of head 0); they may be one buffer, and are stored alike. query_tiles:
-    int32 `(nq, 3)`. out: fp32 `(m, 1, heads * head_dim)` unless the format says else. kv_heads: heads of k and v, if
-    fewer: heads / kv_heads neighbouring heads of q share one. window: query i sees key j where |i - j| <= window.
-    position_bias: fp32 `(heads, 2 * max_length - 1)`, added for query i, key j at column j - i + max_length - 1. x: the
-    dtype of q, k and v, by default fp32. variants: one setting of `space` at most. Raises ValueError for heads of
-    more than 128 columns.
+
+def attention(operator: Attention, tiles: CudaTiles, variants: Sequence[Variant] = ()) -> tvm.tirx.PrimFunc:
+    """Return the kernel `(q, k, v, query_tiles, [position_bias,] out)`: out = softmax(scale Q K^T [+ bias]) V per head.
+
+    q, k, v: `(m, 1, width)`; they may be one buffer, and are stored alike.
+    query_tiles: int32 `(nq, 3)`.
+    position_bias: fp32 `(heads, 2 * max_length - 1)`, added for query i, key j at column j - i + max_length - 1.
+    variants: one setting of `space` at most.
+
+    Where k and v have fewer heads, heads / kv_heads neighbouring heads of q share one. Raises ValueError for what
+    `refuses` refuses.
     """
-    if head_dim > MAX_HEAD_DIM:
-        raise ValueError(f"heads of {head_dim} columns: a GPU kernel holds at most {MAX_HEAD_DIM}")
-    q_width, k_width, v_width = q[0], k[0], v[0]
-    stored = x.dtype if x is not None else "float32"
-    out_rows, dtype = out or RowFormat(heads * head_dim), operand_type(stored)
-    rows = _head_rows(tiles, heads, head_dim, (q, k, v), kv_heads, x)
-    scores, keys = Scores(scale, max_length, position_bias, window), only_setting(variants, _space_of(rows))["keys"]
+    if reason := refuses(operator, tiles):
+        raise ValueError(reason)
+    heads, max_length, window = operator.heads, operator.max_length, operator.window
+    (q_width, _), (k_width, _), (v_width, _) = operator.operand_columns
+    stored, out_rows, position_bias = operator.q.dtype, operator.out, operator.position_bias is not None
+    dtype, rows = operand_type(stored), _head_rows(operator, tiles)
+    keys = only_setting(variants, _space_of(rows))["keys"]
+    scores = Scores(operator.scale, max_length, position_bias, window)
     attend, warps = _body(rows).attend_macro(rows, scores, out_rows, keys), rows.threads // WARP
-
-    def seen(first: Expr, begin: Expr, end: Expr) -> tuple[Expr, Expr]:
-        """The keys that a block visits."""
-        if window is None:
-            return begin, end
-        return T.max(begin, first - window), T.min(end, first + tiles.query_tile + window)
 
     @T.prim_func(private=True, s_tir=True)
     def kernel(
@@ -141,6 +120,7 @@ def attention(
         query_tiles = T.match_buffer(query_tiles_arg, (nq, 3), "int32")
         bias = T.match_buffer(bias_arg, (heads, 2 * max_length - 1), "float32")
         result = T.match_buffer(out_arg, (m, 1, out_rows.width), out_rows.dtype)
+        # 1. a block for a task and a head, a warp for 16 of its queries
         for tile in T.thread_binding(nq, thread="blockIdx.y"):
             for head in T.thread_binding(heads, thread="blockIdx.x"):
                 for warp in T.thread_binding(warps, thread="threadIdx.y"):
@@ -154,7 +134,9 @@ def attention(
                             first: T.let = query_tiles[tile, 0]
                             begin: T.let = query_tiles[tile, 1]
                             end: T.let = query_tiles[tile, 2]
-                            task = T.meta_var(Task(warp, lane, head, first, *seen(first, begin, end)))
+                            visited = T.meta_var(_visited(window, tiles.query_tile, first, begin, end))
+                            task = T.meta_var(Task(warp, lane, head, first, *visited))
+                            # 2. to 5.: in the file of the operands' arithmetic
                             attend(task, q_rows, k_rows, v_rows, bias, result)
 
     return kernel if position_bias else without_parameters(kernel, ["bias"])

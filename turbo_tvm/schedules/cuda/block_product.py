@@ -21,100 +21,100 @@ _MOST_REGISTERS = 200  # of a thread, for numbers; indices and addresses need so
 
 @dataclass(frozen=True)
 class BlockProduct:
-    """A block's tile: `rows` by `columns`, `depth` of k at a time, by `warps` = (down, across) warps."""
+    """A block's tile of the output, and what multiplies it."""
 
     rows: int
     columns: int
-    depth: int
-    warps: tuple[int, int]
-    tensor_cores: bool
+    depth: int  # of k at a time
+    warps: tuple[int, int]  # that share its rows, and its columns
+    tensor_cores: bool  # or registers
 
     @property
     def threads(self) -> int:
-        """Threads of the block."""
+        """Return the threads of the block."""
         return self.warps[0] * self.warps[1] * WARP
 
     @property
     def transposed(self) -> bool:
-        """Whether the tile of x is stored by columns."""
+        """Return whether the tile of x is stored by columns."""
         return not self.tensor_cores
 
     @property
     def down(self) -> int:
-        """Fragments of a warp, or groups of its threads, from top to bottom."""
+        """Return the fragments of a warp, or groups of its threads, from top to bottom."""
         return self.rows // self.warps[0] // self.unit[0]
 
     @property
     def across(self) -> int:
-        """The same from left to right."""
+        """Return the same from left to right."""
         return self.columns // self.warps[1] // self.unit[1]
 
     @property
     def unit(self) -> tuple[int, int]:
-        """Rows and columns that a fragment, or one group of each thread of a warp, covers."""
+        """Return the rows and columns that a fragment, or one group of each thread of a warp, covers."""
         return (FRAGMENT, FRAGMENT) if self.tensor_cores else (LANES[0] * GROUP, LANES[1] * GROUP)
 
     @property
     def widest(self) -> int:
-        """Results that a thread can finish together: neighbours in a row."""
+        """Return how many neighbours in a row a thread can finish together."""
         return 8 if self.tensor_cores else 4
 
     @property
     def x_shape(self) -> tuple[int, ...]:
-        """The two tiles of x in shared memory."""
+        """Return the shape of the two tiles of x in shared memory."""
         return (2, self.rows, self.depth + _PAD) if self.tensor_cores else (2, self.depth, self.rows + 4)
 
     @property
     def w_shape(self) -> tuple[int, ...]:
-        """The two tiles of W in shared memory."""
+        """Return the shape of the two tiles of W in shared memory."""
         return (2, self.depth, self.columns + (_PAD if self.tensor_cores else 0))
 
     @property
     def stage_shape(self) -> tuple[int, ...]:
-        """Where a warp's results pass through."""
+        """Return the shape of what the results of all warps pass through."""
         return (self.threads // WARP, FRAGMENT, STAGE_COLUMNS + STAGE_PAD)
 
     @property
     def x_part(self) -> tuple[int, ...]:
-        """What a warp, or a thread, holds of x for one step."""
+        """Return the shape of what a warp, or a thread, holds of x for one step."""
         return (self.down * FRAGMENT * FRAGMENT,) if self.tensor_cores else (self.down * GROUP,)
 
     @property
     def w_part(self) -> tuple[int, ...]:
-        """What it holds of W."""
+        """Return the shape of what it holds of W."""
         return (self.across * FRAGMENT * FRAGMENT,) if self.tensor_cores else (self.across * GROUP,)
 
     @property
     def sums(self) -> tuple[int, ...]:
-        """The accumulators."""
+        """Return the shape of the accumulators."""
         one = FRAGMENT * FRAGMENT if self.tensor_cores else GROUP * GROUP
         return (self.down * self.across * one,)
 
     @property
     def x_scope(self) -> str:
-        """TVM's storage scope for `x_part`."""
+        """Return TVM's storage scope for `x_part`."""
         return "wmma.matrix_a" if self.tensor_cores else "local"
 
     @property
     def w_scope(self) -> str:
-        """For `w_part`."""
+        """Return the scope for `w_part`."""
         return "wmma.matrix_b" if self.tensor_cores else "local"
 
     @property
     def sums_scope(self) -> str:
-        """For `sums`."""
+        """Return the scope for `sums`."""
         return "wmma.accumulator" if self.tensor_cores else "local"
 
     def first_row(self, warp: Expr) -> Expr | int:
-        """The first row of a warp's part of the tile."""
+        """Return the first row of a warp's part of the tile."""
         return warp // self.warps[1] * (self.rows // self.warps[0]) if self.warps[0] > 1 else 0
 
     def first_column(self, warp: Expr) -> Expr:
-        """Its first column."""
+        """Return its first column."""
         return (warp % self.warps[1] if self.warps[0] > 1 else warp) * (self.columns // self.warps[1])
 
     def fits(self, itemsize: int, x_vector: int) -> bool:
-        """Whether warps have whole parts of the tile, threads whole accesses, and a block enough of what it needs.
+        """Return whether warps have whole parts of the tile, threads whole accesses, and a block what it needs.
 
         itemsize: bytes of an operand. x_vector: elements of x per access.
         """
@@ -135,7 +135,7 @@ class BlockProduct:
         return (math.prod(self.x_shape) + math.prod(self.w_shape)) * itemsize + stage
 
     def _registers(self, itemsize: int) -> int:
-        """What a thread holds: sums, parts of operands, and what is on its way from memory."""
+        """Return the registers that numbers take: sums, parts of operands, and what is on its way from memory."""
         sharing = WARP if self.tensor_cores else 1  # threads that hold a fragment together
         parts = self.x_part[0] + self.w_part[0]
         moving = (self.rows + self.columns) * self.depth // self.threads
@@ -143,7 +143,7 @@ class BlockProduct:
 
 
 def block_product(dtype: str, columns: int) -> BlockProduct:
-    """The geometry for operands of that dtype: 64 rows by a panel, by 4 warps; fp32 by 128 threads of 8 x 8."""
+    """Return the usual geometry for operands of that dtype: 64 rows by a panel, by 4 warps."""
     if dtype == "float32":
         return BlockProduct(64, columns, 16, (1, 4), tensor_cores=False)
     return BlockProduct(64, columns, 32, (2, 2), tensor_cores=True)

@@ -1,4 +1,8 @@
-"""Gated activation on a GPU: `schedules/gate.py`, a thread per access of the output."""
+"""Gated linear unit on a GPU: one half of a row, activated, times the other.
+
+Layout: x and out `(m, 1, width)`, fp32, fp16 or bf16; m symbolic. fp32 arithmetic. A thread makes one access of the
+output from one access of each half.
+"""
 
 from __future__ import annotations
 
@@ -7,42 +11,33 @@ from collections.abc import Sequence
 import tvm
 from tvm.script import tirx as T
 
-from turbo_tvm.schedules.cuda.numbers import BF16_STORAGE, from_float, to_float
+from turbo_tvm.ops import Gate, formats
+from turbo_tvm.schedules.common.space import Knob, Space, Variant
+from turbo_tvm.schedules.common.vector_math import activation as activation_by_name
+from turbo_tvm.schedules.cuda.numbers import from_float, to_float
 from turbo_tvm.schedules.cuda.reduction import vector_width
 from turbo_tvm.schedules.cuda.script import kernel_attrs, only_setting
-from turbo_tvm.schedules.cpu.rows import RowFormat
-from turbo_tvm.schedules.common.space import Knob, Space, Variant
-from turbo_tvm.schedules.cpu.vector_math import activation as activation_by_name
+from turbo_tvm.schedules.cuda.tiles import CudaTiles
 
 VERSION = 1  # of the kernel: a tuner's log of another one says nothing about it
 
 
-def space(**_options: object) -> Space:
-    """The decision of this kernel."""
+def space(_operator: Gate, _tiles: CudaTiles) -> Space:
+    """Return the decision of this kernel."""
     return Space((Knob("threads", (64, 128, 256, 512), 256, "threads of a block"),))
 
 
-def gate(
-    *,
-    columns: int,
-    activation: str,
-    second: bool = False,
-    x: RowFormat | None = None,
-    out: RowFormat | None = None,
-    variants: Sequence[Variant] = (),
-) -> tvm.tirx.PrimFunc:
-    """`(x, out)`: out[:, i] = activation(x[:, i]) * x[:, columns + i] for i < columns; rows `(m, 1, width)`.
+def gate(operator: Gate, tiles: CudaTiles, variants: Sequence[Variant] = ()) -> tvm.tirx.PrimFunc:
+    """Return the kernel `(x, out)`: out[:, i] = activation(x[:, i]) * x[:, columns + i] for i < columns.
 
-    second: the activation is the second half's. x, out: how they are stored, by default fp32, as wide as their columns.
-    variants: one setting of `space` at most.
+    Where `second` is set, the activation is the second half's. variants: one setting of `space` at most.
     """
-    threads = only_setting(variants, space())["threads"]
-    x_rows, out_rows = x or RowFormat(2 * columns), out or RowFormat(columns)
-    stored = "uint16" if out_rows.dtype == BF16_STORAGE else "float32"
-    activate = activation_by_name(activation, stored)
+    threads, columns = only_setting(variants, space(operator, tiles))["threads"], operator.columns
+    x_rows, out_rows = operator.x, operator.out
+    activate = activation_by_name(operator.activation, formats.of_storage(out_rows.dtype))
     vector = vector_width(columns, x_rows, out_rows)
     per_row = columns // vector
-    active, linear = (columns, 0) if second else (0, columns)
+    active, linear = (columns, 0) if operator.second else (0, columns)
 
     @T.prim_func(private=True, s_tir=True)
     def kernel(x_arg: T.handle, out_arg: T.handle):

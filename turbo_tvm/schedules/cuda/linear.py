@@ -28,28 +28,41 @@ from dataclasses import replace
 import tvm
 from tvm.script import tirx as T
 
+from turbo_tvm.ops import Linear
+from turbo_tvm.ops.operand import Operand
+from turbo_tvm.schedules.common.space import Knob, Setting, Space, Variant
+from turbo_tvm.schedules.cpu.script import without_parameters
 from turbo_tvm.schedules.cuda import products
 from turbo_tvm.schedules.cuda.block_product import WARP, BlockProduct, block_product
-from turbo_tvm.schedules.cuda.numbers import BF16_STORAGE, from_float, to_float
-from turbo_tvm.schedules.cuda.reduction import ACCESS_BYTES, vector_width
+from turbo_tvm.schedules.cuda.linear_tiles import (
+    Operands,
+    Product,
+    Tile,
+    keep_tiles_macro,
+    load_tiles_macro,
+    store_macro,
+)
+from turbo_tvm.schedules.cuda.products import Memory, Thread
+from turbo_tvm.schedules.cuda.reduction import vector_width
 from turbo_tvm.schedules.cuda.script import kernel_attrs, only_setting, operand_type, sync_block
 from turbo_tvm.schedules.cuda.tiles import CudaTiles
-from turbo_tvm.schedules.cpu.rows import RowFormat
-from turbo_tvm.schedules.cpu.script import without_parameters
-from turbo_tvm.schedules.common.space import Knob, Setting, Space, Variant
-from turbo_tvm.schedules.cpu.vector_math import activation as activation_by_name
 
 VERSION = 1  # of the kernel: a tuner's log of another one says nothing about it
 
 Macro = Callable[..., None]
 
 
-def space(tiles: CudaTiles, *, k: int, x: RowFormat | None = None, **_options: object) -> Space:
-    """The decisions of this kernel: what a block computes, and by which warps, as far as its resources go.
+def refuses(operator: Linear, _tiles: CudaTiles) -> str:
+    """Return why this kernel cannot do a product, "" if it can."""
+    return "" if operator.norm_eps is None else "on a GPU a product's rows are normalised by a kernel of their own"
+
+
+def space(operator: Linear, tiles: CudaTiles) -> Space:
+    """Return the decisions of this kernel: what a block computes, and by which warps, as far as its resources go.
 
     Every thread then has as many whole accesses to the tiles as the others.
     """
-    x_rows = x or RowFormat(k)
+    k, x_rows = operator.k, operator.x
     usual = block_product(operand_type(x_rows.dtype), tiles.col_tile)
     depths = (16, 32, 64) if usual.tensor_cores else (8, 16, 32)
 
@@ -68,126 +81,24 @@ def space(tiles: CudaTiles, *, k: int, x: RowFormat | None = None, **_options: o
 
 
 def _block(usual: BlockProduct, setting: Setting) -> BlockProduct:
-    """The geometry that a setting asks for."""
+    """Return the geometry that a setting asks for."""
     warps = setting["warps_down"], setting["warps_across"]
     return replace(usual, rows=setting["rows"], depth=setting["depth"], warps=warps)
 
 
-def linear(
-    tiles: CudaTiles,
-    *,
-    k: int,
-    n: int,
-    activation: str | None = None,
-    residual: bool = False,
-    x: RowFormat | None = None,
-    extra: RowFormat | None = None,
-    out: RowFormat | None = None,
-    variants: Sequence[Variant] = (),
-) -> tvm.tirx.PrimFunc:
-    """`(x, weight, bias, [residual,] out)`: out = activation(x @ W + bias) [+ residual].
+def linear(operator: Linear, tiles: CudaTiles, variants: Sequence[Variant] = ()) -> tvm.tirx.PrimFunc:
+    """Return the kernel `(x, weight, bias, [residual,] out)`: out = activation(x @ W + bias) [+ residual].
 
-    x, extra, out: how x, the residual and out are stored, by default fp32 and k, n and n columns wide. variants: one
-    setting of `space` at most.
+    variants: one setting of `space` at most. Raises ValueError for what `refuses` refuses.
     """
-    x_rows, extra_rows, out_rows = x or RowFormat(k), extra or RowFormat(n), out or RowFormat(n)
-    dtype = operand_type(x_rows.dtype)
-    columns, panels = tiles.col_tile, tiles.panels(n)
-    block = _block(block_product(dtype, columns), only_setting(variants, space(tiles, k=k, x=x)))
-    threads, depth, height = block.threads, block.depth, block.rows
-    steps = -(-k // depth)
-    per_access = ACCESS_BYTES // x_rows.itemsize
-    x_vector = vector_width(k, x_rows)
-    x_pieces = height * depth // x_vector // threads
-    w_pieces = depth * columns // per_access // threads
-    activate = activation_by_name(activation, "uint16" if out_rows.dtype == BF16_STORAGE else "float32")
-    out_vector = min(block.widest, vector_width(n, out_rows, *((extra_rows,) if residual else ())))
-    whole_k = k % depth == 0
-    clear, multiply = products.clear_macro(block), products.multiply_macro(block)
-    finish = products.finish_macro(block, out_vector)
-
-    @T.inline
-    def load(x, weight, x_held, w_held, thread, first_row, panel, step, m):
-        for i in T.unroll(x_pieces):
-            piece = T.meta_var(i * threads + thread)
-            row = T.meta_var(T.min(first_row + piece // (depth // x_vector), m - 1))
-            column = T.meta_var(step * depth + piece % (depth // x_vector) * x_vector)
-            if whole_k:
-                for j in T.vectorized(x_vector):
-                    x_held[i * x_vector + j] = x[row, 0, column + j]
-            else:
-                if column < k:
-                    for j in T.vectorized(x_vector):
-                        x_held[i * x_vector + j] = x[row, 0, column + j]
-                else:
-                    for j in T.unroll(x_vector):
-                        x_held[i * x_vector + j] = T.cast(T.float32(0), dtype)
-        for i in T.unroll(w_pieces):
-            piece = T.meta_var(i * threads + thread)
-            row = T.meta_var(step * depth + piece // (columns // per_access))
-            column = T.meta_var(piece % (columns // per_access) * per_access)
-            if whole_k:
-                for j in T.vectorized(per_access):
-                    w_held[i * per_access + j] = weight[panel, row, column + j]
-            else:
-                if row < k:
-                    for j in T.vectorized(per_access):
-                        w_held[i * per_access + j] = weight[panel, row, column + j]
-                else:
-                    for j in T.unroll(per_access):
-                        w_held[i * per_access + j] = T.cast(T.float32(0), dtype)
-
-    @T.inline
-    def keep(x_held, w_held, x_tile, w_tile, thread, side):
-        for i in T.unroll(x_pieces):
-            piece = T.meta_var(i * threads + thread)
-            row = T.meta_var(piece // (depth // x_vector))
-            column = T.meta_var(piece % (depth // x_vector) * x_vector)
-            if block.transposed:
-                for j in T.unroll(x_vector):
-                    x_tile[side, column + j, row] = x_held[i * x_vector + j]
-            else:
-                for j in T.vectorized(x_vector):
-                    x_tile[side, row, column + j] = x_held[i * x_vector + j]
-        for i in T.unroll(w_pieces):
-            piece = T.meta_var(i * threads + thread)
-            row = T.meta_var(piece // (columns // per_access))
-            column = T.meta_var(piece % (columns // per_access) * per_access)
-            for j in T.vectorized(per_access):
-                w_tile[side, row, column + j] = w_held[i * per_access + j]
-
-    def place(values, bias, extra, out, panel, first_row, m) -> Macro:
-        """What `finish` calls for `out_vector` values that are neighbours in a row of the tile."""
-
-        @T.inline
-        def store(row, place_in_panel):
-            column = T.meta_var(panel * columns + place_in_panel)
-            if first_row + row < m:  # noqa: SIM102  TVMScript knows no `and`
-                if column < n:
-                    with T.sblock("store"):
-                        T.reads()
-                        T.writes()
-                        shift = T.sblock_alloc_buffer((out_vector,), "float32", scope="local")
-                        raw = T.sblock_alloc_buffer((out_vector,), out_rows.dtype, scope="local")
-                        for i in T.unroll(max(1, out_vector // 4)):
-                            for j in T.vectorized(min(out_vector, 4)):
-                                shift[i * 4 + j] = bias[column + i * 4 + j]
-                        for j in T.unroll(out_vector):
-                            values[j] = values[j] + shift[j]
-                        for j in T.unroll(out_vector):
-                            values[j] = activate(values[j])
-                        if residual:
-                            held = T.sblock_alloc_buffer((out_vector,), extra_rows.dtype, scope="local")
-                            for j in T.vectorized(out_vector):
-                                held[j] = extra[first_row + row, 0, column + j]
-                            for j in T.unroll(out_vector):
-                                values[j] = values[j] + to_float(held[j], extra_rows.dtype)
-                        for j in T.unroll(out_vector):
-                            raw[j] = from_float(values[j], out_rows.dtype)
-                        for j in T.vectorized(out_vector):
-                            out[first_row + row, 0, column + j] = raw[j]
-
-        return store
+    if reason := refuses(operator, tiles):
+        raise ValueError(reason)
+    k, n, residual = operator.k, operator.n, operator.residual
+    x_rows, extra_rows, out_rows = operator.x, residual or Operand.rows(n), operator.out
+    setting = only_setting(variants, space(operator, tiles))
+    block = _block(block_product(operand_type(x_rows.dtype), tiles.col_tile), setting)
+    product = Product(block, k, n, x_rows, residual, out_rows, operator.activation)
+    run, dtype, panels, columns = _run_macro(product), product.dtype, tiles.panels(n), tiles.col_tile
 
     @T.prim_func(private=True, s_tir=True)
     def kernel(
@@ -197,49 +108,61 @@ def linear(
         residual_arg: T.handle,
         out_arg: T.handle,
     ):
-        T.func_attr(kernel_attrs(height))
+        T.func_attr(kernel_attrs(block.rows))
         m = T.int32()
         x_stored = T.match_buffer(x_arg, (m, 1, x_rows.width), x_rows.dtype)
         w_stored = T.match_buffer(weight_arg, (panels, k, columns), x_rows.dtype)
         bias = T.match_buffer(bias_arg, (panels * columns,), "float32")
         residual_rows = T.match_buffer(residual_arg, (m, 1, extra_rows.width), extra_rows.dtype)
         result = T.match_buffer(out_arg, (m, 1, out_rows.width), out_rows.dtype)
-        for row_block in T.thread_binding((m + height - 1) // height, thread="blockIdx.y"):
+        # 1. a block for a tile of the output
+        for row_block in T.thread_binding((m + block.rows - 1) // block.rows, thread="blockIdx.y"):
             for panel in T.thread_binding(panels, thread="blockIdx.x"):
-                for warp in T.thread_binding(threads // WARP, thread="threadIdx.y"):
+                for warp in T.thread_binding(block.threads // WARP, thread="threadIdx.y"):
                     for lane in T.thread_binding(WARP, thread="threadIdx.x"):
                         with T.sblock("tile"):
                             T.reads()
                             T.writes()
                             source = T.decl_buffer((m, 1, x_rows.width), dtype, data=x_stored.data)
                             weight = T.decl_buffer((panels, k, columns), dtype, data=w_stored.data)
-                            x_tile = T.sblock_alloc_buffer(block.x_shape, dtype, scope="shared")
-                            w_tile = T.sblock_alloc_buffer(block.w_shape, dtype, scope="shared")
-                            stage = T.sblock_alloc_buffer(block.stage_shape, "float32", scope="shared")
-                            x_held = T.sblock_alloc_buffer((x_pieces * x_vector,), dtype, scope="local")
-                            w_held = T.sblock_alloc_buffer((w_pieces * per_access,), dtype, scope="local")
-                            x_part = T.sblock_alloc_buffer(block.x_part, dtype, scope=block.x_scope)
-                            w_part = T.sblock_alloc_buffer(block.w_part, dtype, scope=block.w_scope)
-                            sums = T.sblock_alloc_buffer(block.sums, "float32", scope=block.sums_scope)
-                            values = T.sblock_alloc_buffer((out_vector,), "float32", scope="local")
-                            thread = T.meta_var(warp * WARP + lane)
-                            clear(sums)
-                            load(source, weight, x_held, w_held, thread, row_block * height, panel, 0, m)
-                            keep(x_held, w_held, x_tile, w_tile, thread, 0)
-                            sync_block()
-                            for step in range(steps - 1):
-                                load(source, weight, x_held, w_held, thread, row_block * height, panel, step + 1, m)
-                                multiply(x_tile, w_tile, x_part, w_part, sums, warp, lane, step % 2)
-                                keep(x_held, w_held, x_tile, w_tile, thread, (step + 1) % 2)
-                                sync_block()
-                            multiply(x_tile, w_tile, x_part, w_part, sums, warp, lane, (steps - 1) % 2)
-                            finish(
-                                sums,
-                                stage,
-                                values,
-                                warp,
-                                lane,
-                                place(values, bias, residual_rows, result, panel, row_block * height, m),
-                            )
+                            operands = T.meta_var(Operands(source, weight, bias, residual_rows, result))
+                            run(operands, Tile(row_block * block.rows, panel, m), Thread(warp, lane))
 
     return kernel if residual else without_parameters(kernel, ["residual_rows"])
+
+
+def _run_macro(product: Product) -> Macro:
+    """Return `run(operands, tile, thread)`: a block's tile of the output."""
+    block, dtype, steps = product.block, product.dtype, product.steps
+    clear, multiply = products.clear_macro(block), products.multiply_macro(block)
+    load, keep = load_tiles_macro(product), keep_tiles_macro(product)
+    finish = products.finish_macro(block, product.out_vector)
+
+    @T.inline
+    def run(operands, tile, thread):
+        x_tile = T.sblock_alloc_buffer(block.x_shape, dtype, scope="shared")
+        w_tile = T.sblock_alloc_buffer(block.w_shape, dtype, scope="shared")
+        stage = T.sblock_alloc_buffer(block.stage_shape, "float32", scope="shared")
+        x_held = T.sblock_alloc_buffer((product.x_pieces * product.x_vector,), dtype, scope="local")
+        w_held = T.sblock_alloc_buffer((product.w_pieces * product.w_vector,), dtype, scope="local")
+        x_part = T.sblock_alloc_buffer(block.x_part, dtype, scope=block.x_scope)
+        w_part = T.sblock_alloc_buffer(block.w_part, dtype, scope=block.w_scope)
+        sums = T.sblock_alloc_buffer(block.sums, "float32", scope=block.sums_scope)
+        values = T.sblock_alloc_buffer((product.out_vector,), "float32", scope="local")
+        memory = T.meta_var(Memory(x_tile, w_tile, stage, x_held, w_held, x_part, w_part, sums, values))
+        clear(sums)
+        load(memory, operands, tile, thread.number, 0)
+        keep(memory, thread.number, 0)
+        sync_block()
+        # 2. while the warps multiply one pair of tiles, the next one is on its way; one barrier for each
+        for step in range(steps - 1):
+            load(memory, operands, tile, thread.number, step + 1)
+            # 3. in tensor cores or in registers
+            multiply(memory, thread, step % 2)
+            keep(memory, thread.number, (step + 1) % 2)
+            sync_block()
+        multiply(memory, thread, (steps - 1) % 2)
+        # 4. neighbours in a row for each thread
+        finish(memory, thread, store_macro(product, memory, operands, tile))
+
+    return run

@@ -4,9 +4,16 @@ Layout: activations `(m, 1, width)`, the first n columns of them, fp32, fp16 or 
 `beta`: `(n,)` in any of these formats. fp32 arithmetic.
 
 One kernel adds the residual and the bias, normalises and rounds to the format of the next kernel: each input is read
-once, the result written once. The sum stays in registers, in fp32. Variance is the corrected two-pass algorithm: the
-mean; then, reduced together, the sums of x - mean, which repairs the rounding of the mean, and of its squares.
-E[x^2] - E[x]^2 in one pass was rejected: with |mean| >> std it cancels to noise.
+once, the result written once.
+
+Strategy
+1. The sum of the inputs stays in registers, in fp32; a row too long for them is read again for every sweep.
+2. Layer norm: the mean of the row, one reduction; the strip becomes x - mean.
+3. One more reduction, of the sums of squares, and with them, for layer norm, of the sums of x - mean: their drift from
+   zero repairs the rounding of the mean (the corrected two-pass algorithm).
+4. The strip times the factor that follows, gamma and beta, is rounded and stored.
+
+Rejected: E[x^2] - E[x]^2 in one pass. With |mean| >> std it cancels to noise.
 
 Method: the batch reduction of TurboTransformers (PPoPP 2021); Chan, Golub, LeVeque (1983), equation 1.7; Zhang,
 Sennrich, "Root Mean Square Layer Normalization" (arXiv 1910.07467).
@@ -15,189 +22,92 @@ Sennrich, "Root Mean Square Layer Normalization" (arXiv 1910.07467).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import tvm
-from tvm.ir import Expr
 from tvm.script import tirx as T
 
+from turbo_tvm.ops import L2Normalize, Norm
+from turbo_tvm.ops.operand import Operand
+from turbo_tvm.schedules.common.space import Space, Variant
+from turbo_tvm.schedules.cpu.script import without_parameters
 from turbo_tvm.schedules.cuda import reduction, strips
-from turbo_tvm.schedules.cuda.numbers import to_float
-from turbo_tvm.schedules.cuda.reduction import RowForm, add
+from turbo_tvm.schedules.cuda.normalize_rows import normalize_macro
+from turbo_tvm.schedules.cuda.reduction import RowForm
 from turbo_tvm.schedules.cuda.script import kernel_attrs
 from turbo_tvm.schedules.cuda.strips import Team
-from turbo_tvm.schedules.cpu.rows import RowFormat
-from turbo_tvm.schedules.cpu.script import without_parameters
-from turbo_tvm.schedules.common.space import Space, Variant
+from turbo_tvm.schedules.cuda.tiles import CudaTiles
 
 REGISTERS = 72  # for the elements of two rows, which share the reads of bias, gamma and beta
-
-KINDS = ("layer", "rms", "l2")
 
 VERSION = 1  # of the kernel: a tuner's log of another one says nothing about it
 
 Macro = Callable[..., None]
 
 
-def space(
-    *,
-    n: int,
-    residual: bool = False,
-    x: RowFormat | None = None,
-    extra: RowFormat | None = None,
-    out: RowFormat | None = None,
-    **_options: object,
-) -> Space:
-    """The decisions of this kernel: how rows are spread over threads."""
-    return reduction.row_space(n, _vector(n, residual, x, extra, out), registers=REGISTERS)
+def space(operator: Norm | L2Normalize, _tiles: CudaTiles) -> Space:
+    """Return the decisions of this kernel: how rows are spread over threads."""
+    return reduction.row_space(operator.columns_out, _vector(operator), registers=REGISTERS)
 
 
-def _vector(n: int, residual: bool, x: RowFormat | None, extra: RowFormat | None, out: RowFormat | None) -> int:
-    """Elements per access that suit all rows that are read or written."""
-    formats = (x, out, *((extra,) if residual else ()))
-    return reduction.vector_width(n, *(rows or RowFormat(n) for rows in formats))
-
-
-def normalize_macro(form: RowForm, *, eps: float, kind: str, out: RowFormat, vectors: str) -> Macro:
-    """`normalize(load, team, gamma, beta, result)`: the norm of a team's rows, of form.n columns.
-
-    load(strip, segment) is a macro that fills the thread's strip, with zeros past the end of the row. It is called once
-    if rows fit registers. gamma and beta are not looked at by kinds that have none.
-    """
-    n, rows, segments, centred = form.n, form.rows, form.segments, kind == "layer"
-    load_columns, each_chunk = strips.load_columns_macro(form, vectors), strips.each_chunk_macro(form)
-    store_chunk = strips.store_chunk_macro(form, out.dtype)
-    reduce_mean = reduction.all_reduce_macro(form, add, rows)
-    reduce_sums = reduction.all_reduce_macro(form, add, 2 * rows)
-    strip_sum, strip_squares = strips.strip_reduce_macro(form, add), strips.strip_reduce_macro(form, add, rows)
-    strip_map = strips.strip_map_macro(form)
-
-    def plain(strip: tvm.tirx.Buffer):
-        return lambda row, i: strip[row, i]
-
-    def squares(strip: tvm.tirx.Buffer):
-        return lambda row, i: strip[row, i] * strip[row, i]
-
-    def less(strip: tvm.tirx.Buffer, mean: tvm.tirx.Buffer):
-        return lambda row, i: strip[row, i] - mean[row]
-
-    def factor(square_sum: Expr, drift: Expr) -> Expr:
-        if kind == "l2":
-            return T.float32(1) / T.max(T.sqrt(square_sum), T.float32(eps))
-        variance = T.max(square_sum / T.float32(n) - drift * drift, T.float32(0))
-        return T.float32(1) / T.sqrt(variance + T.float32(eps))
-
-    def scaled(strip, sums, gains, shifts, chunk):
-        """The result; sums holds the drift of the mean and, behind it, the factor."""
-
-        def element(row: Expr, j: Expr) -> Expr:
-            value = strip[row, chunk * form.vector + j]
-            if kind == "l2":
-                return value * sums[rows + row]
-            if kind == "rms":
-                return value * sums[rows + row] * to_float(gains[j], vectors)
-            value = (value - sums[row]) * sums[rows + row]
-            return value * to_float(gains[j], vectors) + to_float(shifts[j], vectors)
-
-        return element
-
-    @T.inline
-    def centre(load, team, strip, mean, partials):
-        for row in T.unroll(rows):
-            mean[row] = T.float32(0)
-        for segment in range(segments):
-            load(strip, segment)
-            strip_sum(mean, plain(strip))
-        reduce_mean(mean, partials, 0, team.thread)
-        for row in T.unroll(rows):
-            mean[row] = mean[row] / T.float32(n)
-
-    @T.inline
-    def normalize(load, team, gamma, beta, result):
-        with T.sblock("normalize"):
-            T.reads()
-            T.writes()
-            strip = T.sblock_alloc_buffer((rows, form.strip), "float32", scope="local")
-            mean = T.sblock_alloc_buffer((rows,), "float32", scope="local")
-            sums = T.sblock_alloc_buffer((2 * rows,), "float32", scope="local")
-            gains = T.sblock_alloc_buffer((form.vector,), vectors, scope="local")
-            shifts = T.sblock_alloc_buffer((form.vector,), vectors, scope="local")
-            partial_means = T.sblock_alloc_buffer((1, rows, form.warps), "float32", scope="shared")
-            partial_sums = T.sblock_alloc_buffer((1, 2 * rows, form.warps), "float32", scope="shared")
-            if centred:
-                centre(load, team, strip, mean, partial_means)
-            for i in T.unroll(2 * rows):
-                sums[i] = T.float32(0)
-            for segment in range(segments):
-                if segments > 1 or not centred:
-                    load(strip, segment)
-                if centred:
-                    strip_map(strip, team, segment, less(strip, mean))
-                    strip_sum(sums, plain(strip))
-                strip_squares(sums, squares(strip))
-            reduce_sums(sums, partial_sums, 0, team.thread)
-            for row in T.unroll(rows):
-                sums[row] = sums[row] / T.float32(n)
-                sums[rows + row] = factor(sums[rows + row], sums[row])
-            for segment in range(segments):
-                if segments > 1:
-                    load(strip, segment)
-                    if centred:
-                        strip_map(strip, team, segment, less(strip, mean))
-
-                @T.inline
-                def store(chunk, column):
-                    if kind != "l2":
-                        load_columns(gains, gamma, column)
-                    if centred:
-                        load_columns(shifts, beta, column)
-                    store_chunk(result, team, column, scaled(strip, sums, gains, shifts, chunk))
-
-                each_chunk(team, segment, store)
-
-    return normalize
+def _vector(operator: Norm | L2Normalize) -> int:
+    """Return the elements per access that suit all rows that are read or written."""
+    residual = operator.residual if isinstance(operator, Norm) else None
+    rows = (operator.x, operator.out, *((residual,) if residual is not None else ()))
+    return reduction.vector_width(operator.columns_out, *rows)
 
 
 def norm(
-    *,
-    n: int,
-    eps: float,
-    kind: str = "layer",
-    residual: bool = False,
-    bias: bool = False,
-    x: RowFormat | None = None,
-    extra: RowFormat | None = None,
-    out: RowFormat | None = None,
-    vectors: str = "float32",
-    form: RowForm | None = None,
+    operator: Norm,
+    _tiles: CudaTiles,
     variants: Sequence[Variant] = (),
+    form: RowForm | None = None,
+    bias: bool = False,
 ) -> tvm.tirx.PrimFunc:
-    """`(x, [residual,] [bias,] [gamma,] [beta,] out)`: the rows v = x [+ residual] [+ bias], normalised.
+    """Return the kernel `(x, [residual,] [bias,] gamma, [beta,] out)`: rows v = x [+ residual] [+ bias], normalised.
 
-    kind: "layer", (v - mean v) / sqrt(var v + eps) * gamma + beta; "rms", v / sqrt(mean v^2 + eps) * gamma; or "l2",
-    v / max(|v|, eps), which takes neither. x, extra, out: how x, the residual and out are stored, by default fp32 and n
-    columns wide. vectors: the dtype of bias, gamma and beta. variants: one setting of `space` at most. form: how rows
-    are spread over threads, in the place of variants.
+    Layer norm is (v - mean v) / sqrt(var v + eps) * gamma + beta, RMS norm v / sqrt(mean v^2 + eps) * gamma.
+    variants: one setting of `space` at most.
+    form: how rows are spread over threads, in the place of variants.
+    bias: whether there is such a vector, of the dtype of gamma.
     """
-    if kind not in KINDS:
-        raise ValueError(f"unknown norm {kind!r}: use one of {', '.join(KINDS)}")
-    x_rows, extra_rows, out_rows = x or RowFormat(n), extra or RowFormat(n), out or RowFormat(n)
-    form = form or reduction.chosen_form(n, _vector(n, residual, x, extra, out), variants, registers=REGISTERS)
-    load_x = strips.load_rows_macro(form, x_rows.dtype)
-    load_extra = strips.load_rows_macro(form, extra_rows.dtype, added=True)
-    add_vector = strips.add_vector_macro(form, vectors)
-    normalize = normalize_macro(form, eps=eps, kind=kind, out=out_rows, vectors=vectors)
+    kind = "rms" if operator.is_rms else "layer"
+    return _norm_kernel(operator, _Sum(kind, operator.residual, bias, operator.gamma.dtype), variants, form)
 
-    @T.inline
-    def run(x, extra, vector, gamma, beta, result, team):
+
+def l2_normalize(operator: L2Normalize, _tiles: CudaTiles, variants: Sequence[Variant] = ()) -> tvm.tirx.PrimFunc:
+    """Return the kernel `(x, out)`: rows v / max(|v|, eps). variants: one setting of `space` at most."""
+    return _norm_kernel(operator, _Sum("l2"), variants, None)
+
+
+@dataclass(frozen=True)
+class _Sum:
+    """What is normalised, and how."""
+
+    kind: str  # of `normalize_macro`
+    residual: Operand | None = None  # rows that are added
+    bias: bool = False  # whether a vector is added
+    vectors: str = "float32"  # dtype of bias, gamma and beta
+
+
+def _norm_kernel(
+    operator: Norm | L2Normalize, summands: _Sum, variants: Sequence[Variant], form: RowForm | None
+) -> tvm.tirx.PrimFunc:
+    n, x_rows, out_rows, kind = operator.columns_out, operator.x, operator.out, summands.kind
+    residual, bias, vectors = summands.residual is not None, summands.bias, summands.vectors
+    extra_rows = summands.residual or Operand.rows(n)
+    form = form or reduction.chosen_form(n, _vector(operator), variants, registers=REGISTERS)
+    load = _load_sum_macro(form, x_rows.dtype, extra_rows.dtype if residual else None, vectors if bias else None)
+    normalize = normalize_macro(form, eps=operator.eps, kind=kind, out=out_rows, vectors=vectors)
+
+    def summed(inputs: tuple[tvm.tirx.Buffer, ...], team: Team) -> Macro:
+        """Return `load(strip, segment)` for `normalize`."""
+
         @T.inline
-        def load(strip, segment):
-            load_x(strip, x, team, segment)
-            if residual:
-                load_extra(strip, extra, team, segment)
-            if bias:
-                add_vector(strip, vector, team, segment)
+        def load_strip(strip, segment):
+            load(strip, inputs, team, segment)
 
-        normalize(load, team, gamma, beta, result)
+        return load_strip
 
     @T.prim_func(private=True, s_tir=True)
     def kernel(
@@ -220,8 +130,30 @@ def norm(
             for y in T.thread_binding(form.teams, thread="threadIdx.y"):
                 for thread in T.thread_binding(form.threads, thread="threadIdx.x"):
                     team = T.meta_var(Team(form, thread, form.first_row(block, y), m))
-                    run(source, residual_rows, vector, gamma, beta, result, team)
+                    inputs = T.meta_var((source, residual_rows, vector))
+                    normalize(summed(inputs, team), team, gamma, beta, result)
 
     absent = [*([] if residual else ["residual_rows"]), *([] if bias else ["vector"])]
     absent += {"layer": [], "rms": ["beta"], "l2": ["gamma", "beta"]}[kind]
     return without_parameters(kernel, absent)
+
+
+def _load_sum_macro(form: RowForm, x: str, residual: str | None, bias: str | None) -> Macro:
+    """Return `load(strip, inputs, team, segment)`: fill the strip with the sum of (x, residual, bias).
+
+    x, residual, bias: their dtypes; None for what is not added.
+    """
+    load_x = strips.load_rows_macro(form, x)
+    load_residual = strips.load_rows_macro(form, residual or x, added=True)
+    add_bias = strips.add_vector_macro(form, bias or x)
+
+    @T.inline
+    def load(strip, inputs, team, segment):
+        # 1. the sum of the inputs, in registers
+        load_x(strip, inputs[0], team, segment)
+        if residual is not None:
+            load_residual(strip, inputs[1], team, segment)
+        if bias is not None:
+            add_bias(strip, inputs[2], team, segment)
+
+    return load

@@ -8,7 +8,9 @@ from __future__ import annotations
 from tvm.ir import Expr
 from tvm.script import tirx as T
 
-BF16_STORAGE = "uint16"
+from turbo_tvm.ops import formats
+
+BF16_STORAGE = formats.BF16.storage
 
 _TO_BF16 = """
 #include <cuda_bf16.h>
@@ -20,7 +22,7 @@ __forceinline__ __device__ unsigned short turbo_to_bf16(float x) {
 
 
 def to_float(value: Expr, dtype: str) -> Expr:
-    """A scalar that is stored in that format, as fp32; exact."""
+    """Return a scalar that is stored in that format as fp32; exact."""
     if dtype == "float32":
         return value
     if dtype == BF16_STORAGE:
@@ -29,9 +31,9 @@ def to_float(value: Expr, dtype: str) -> Expr:
 
 
 def from_float(value: Expr, dtype: str) -> Expr:
-    """An fp32 scalar in that format, rounded to nearest even."""
+    """Return an fp32 scalar in that format, rounded to nearest even."""
     if dtype == "float32":
         return value
     if dtype == BF16_STORAGE:
-        return T.cuda.func_call("turbo_to_bf16", value, source_code=_TO_BF16, return_type="uint16")
+        return T.cuda.func_call("turbo_to_bf16", value, source_code=_TO_BF16, return_type=BF16_STORAGE)
     return T.cast(value, dtype)

@@ -29,9 +29,9 @@ from dataclasses import dataclass, replace
 from tvm.ir import Expr
 from tvm.script import tirx as T
 
-from turbo_tvm.schedules.cuda.script import only_setting
-from turbo_tvm.schedules.cpu.rows import RowFormat
+from turbo_tvm.ops.operand import Operand
 from turbo_tvm.schedules.common.space import Knob, Setting, Space, Variant
+from turbo_tvm.schedules.cuda.script import only_setting
 
 WARP = 32
 ACCESS_BYTES = 16
@@ -49,64 +49,60 @@ Combine = Callable[[Expr, Expr], Expr]
 
 @dataclass(frozen=True)
 class RowForm:
-    """How rows of n elements are spread over threads.
-
-    threads: of a team, which works on a row together: up to 32, or more for a block. rows: X, how many rows a team
-    takes together. vector: elements per access. teams: per block.
-    """
+    """How rows of n elements are spread over threads."""
 
     n: int
-    threads: int
-    rows: int
-    vector: int
-    teams: int = 1
+    threads: int  # of a team, which works on a row together: up to 32 in a warp, or a block of more
+    rows: int  # X, how many rows a team takes together
+    vector: int  # elements per access
+    teams: int = 1  # of a block
 
     @property
     def in_warp(self) -> bool:
-        """Whether a team lies in a warp, and needs no barrier."""
+        """Return whether a team lies in a warp, and needs no barrier."""
         return self.threads <= WARP
 
     @property
     def warps(self) -> int:
-        """Warps of a team."""
+        """Return the warps of a team."""
         return max(1, self.threads // WARP)
 
     @property
     def accesses(self) -> int:
-        """Accesses of a thread to a row."""
+        """Return the accesses of a thread to a row."""
         return -(-self.n // (self.threads * self.vector))
 
     @property
     def segments(self) -> int:
-        """Pieces that a row is read in: one, unless it is too long for registers."""
+        """Return the pieces that a row is read in: one, unless it is too long for registers."""
         return -(-self.accesses * self.vector // _MAX_STRIP)
 
     @property
     def chunks(self) -> int:
-        """Accesses of a thread to a segment."""
+        """Return the accesses of a thread to a segment."""
         return -(-self.accesses // self.segments)
 
     @property
     def whole_chunks(self) -> int:
-        """Those of a segment, the first ones, that lie inside the row for every thread."""
+        """Return how many accesses to a segment, the first ones, lie inside the row for every thread."""
         return self.n // (self.threads * self.vector) if self.segments == 1 else 0
 
     @property
     def strip(self) -> int:
-        """Elements of a row that a thread holds."""
+        """Return how many elements of a row a thread holds."""
         return self.chunks * self.vector
 
     def blocks(self, count: Expr) -> Expr:
-        """How many blocks so many rows take."""
+        """Return how many blocks so many rows take."""
         return (count + self.rows * self.teams - 1) // (self.rows * self.teams)
 
     def first_row(self, block: Expr, team: Expr) -> Expr:
-        """The first row of a team."""
+        """Return the first row of a team."""
         return (block * self.teams + team) * self.rows
 
 
-def vector_width(n: int, *formats: RowFormat) -> int:
-    """Elements per access, of at most 16 bytes, so that n columns of rows in these formats are whole accesses."""
+def vector_width(n: int, *formats: Operand) -> int:
+    """Return the elements per access, of at most 16 bytes, of which n columns in all these formats are whole ones."""
     width = ACCESS_BYTES // max(f.itemsize for f in formats)
     while any(columns % width for columns in (n, *(f.width for f in formats))):
         width //= 2
@@ -116,11 +112,13 @@ def vector_width(n: int, *formats: RowFormat) -> int:
 def row_form(
     n: int, vector: int, *, registers: int = 16, rows: int | None = None, threads: int | None = None
 ) -> RowForm:
-    """The form for rows of n elements, or the one that is asked for.
+    """Return the form for rows of n elements, or the one that is asked for.
 
     threads: of a team, a power of two; by default as many lanes of a warp as a row has vectors, for up to 1,024
-    elements, else 128 threads, and more where those would hold over 64 elements each. rows: X; by default 2 where a
-    thread's elements of both rows fit so many registers, else 1.
+    elements, else 128 threads, and more where those would hold over 64 elements each.
+    rows: X; by default 2 where a thread's elements of both rows fit so many registers, else 1.
+
+    Raises ValueError for a form that does not exist.
     """
     if threads is None:
         threads = min(WARP, _power_of_two(-(-n // vector))) if n <= _WARP_ELEMENTS else _BLOCK_THREADS
@@ -135,7 +133,9 @@ def row_form(
 
 
 def row_space(n: int, vector: int, *, registers: int = 16) -> Space:
-    """The decisions of a kernel on rows of n elements; its default is `row_form(n, vector, registers=registers)`.
+    """Return the decisions of a kernel on rows of n elements.
+
+    The default is `row_form(n, vector, registers=registers)`.
 
     A team has work for all its threads, which hold their parts of all its rows in registers; only rows that are too
     long even for the largest team are read in segments.
@@ -161,21 +161,22 @@ def row_space(n: int, vector: int, *, registers: int = 16) -> Space:
 
 
 def chosen_form(n: int, vector: int, variants: Sequence[Variant], *, registers: int = 16) -> RowForm:
-    """The form that the only variant asks for, or the default one."""
+    """Return the form that the only variant asks for, or the default one."""
     return row_form(n, vector, **only_setting(variants, row_space(n, vector, registers=registers)))
 
 
 def _power_of_two(count: int) -> int:
+    """Return the least power of two that is no less."""
     return 1 << (count - 1).bit_length()
 
 
 def shuffle_xor(value: Expr, distance: int) -> Expr:
-    """The value of the lane at that distance; all lanes of the warp take part."""
+    """Return the value of the lane at that distance; all lanes of the warp take part."""
     return T.tvm_warp_shuffle_xor(T.uint32(_FULL_MASK), value, distance, WARP, WARP)
 
 
 def butterfly_macro(count: int, width: int, combine: Combine) -> Macro:
-    """`butterfly(values)`: every lane gets the combination of each of the values over `width` neighbouring lanes."""
+    """Return `butterfly(values)`: give every lane each of the values, combined over `width` neighbouring lanes."""
     steps = width.bit_length() - 1
 
     @T.inline
@@ -188,7 +189,7 @@ def butterfly_macro(count: int, width: int, combine: Combine) -> Macro:
 
 
 def all_reduce_macro(form: RowForm, combine: Combine, count: int) -> Macro:
-    """`all_reduce(values, partials, stage, thread)`: each of `count` values combined over all threads of the team.
+    """Return `all_reduce(values, partials, stage, thread)`: combine each of `count` values over the team.
 
     values: local fp32 `(count,)`. partials: shared fp32 `(stages, count, warps)`, used where the team is a block; every
     reduction of a kernel has a stage of its own. thread: this one's number in the team.
@@ -198,7 +199,9 @@ def all_reduce_macro(form: RowForm, combine: Combine, count: int) -> Macro:
 
     @T.inline
     def all_reduce(values, partials, stage, thread):
+        # 1. in a warp
         in_warp(values)
+        # 2. in a block
         if not form.in_warp:
             if thread % WARP == 0:
                 for i in T.unroll(count):
@@ -212,10 +215,10 @@ def all_reduce_macro(form: RowForm, combine: Combine, count: int) -> Macro:
 
 
 def add(a: Expr, b: Expr) -> Expr:
-    """For sums."""
+    """Combine two parts of a sum."""
     return a + b
 
 
 def largest(a: Expr, b: Expr) -> Expr:
-    """For maxima."""
+    """Combine two maxima."""
     return T.max(a, b)

@@ -7,23 +7,27 @@ from collections.abc import Sequence
 import tvm
 from tvm.script import tirx as T
 
+from turbo_tvm.ops import CastRows
+from turbo_tvm.schedules.common.space import Knob, Space, Variant
 from turbo_tvm.schedules.cuda.numbers import from_float
 from turbo_tvm.schedules.cuda.reduction import vector_width
 from turbo_tvm.schedules.cuda.script import kernel_attrs, only_setting
-from turbo_tvm.schedules.cpu.rows import RowFormat
-from turbo_tvm.schedules.common.space import Knob, Space, Variant
+from turbo_tvm.schedules.cuda.tiles import CudaTiles
 
 VERSION = 1  # of the kernel: a tuner's log of another one says nothing about it
 
 
-def space(**_options: object) -> Space:
-    """The decision of this kernel."""
+def space(_operator: CastRows, _tiles: CudaTiles) -> Space:
+    """Return the decision of this kernel."""
     return Space((Knob("threads", (64, 128, 256, 512), 256, "threads of a block"),))
 
 
-def cast_rows(*, columns: int, out: RowFormat, variants: Sequence[Variant] = ()) -> tvm.tirx.PrimFunc:
-    """x (m, 1, columns) f32 -> out (m, 1, width) in fp16 or bf16. variants: one setting of `space` at most."""
-    threads = only_setting(variants, space())["threads"]
+def cast_rows(operator: CastRows, tiles: CudaTiles, variants: Sequence[Variant] = ()) -> tvm.tirx.PrimFunc:
+    """Return the kernel `(x, out)`: x fp32 `(m, 1, columns)`, out `(m, 1, width)` in fp16 or bf16.
+
+    variants: one setting of `space` at most.
+    """
+    threads, columns, out = only_setting(variants, space(operator, tiles))["threads"], operator.x.width, operator.out
     vector = min(4, vector_width(columns, out))
     per_row = columns // vector
 

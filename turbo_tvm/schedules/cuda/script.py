@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from tvm.script import tirx as T
 
-from turbo_tvm.schedules.cuda.numbers import BF16_STORAGE
 from turbo_tvm.schedules.common.space import Space, Variant, checked
+from turbo_tvm.schedules.cuda.numbers import BF16_STORAGE
 
 SYNCHRONIZED = "turbo_tvm.synchronized"  # of a PrimFunc: its barriers are its own, none is to be added
 ROWS_PER_BLOCK = "turbo_tvm.rows_per_block"  # of a PrimFunc: how many rows of its output a block makes
@@ -16,14 +16,15 @@ SHARED_BYTES = 48 << 10  # of shared memory, that a block may have on any GPU wi
 
 
 def kernel_attrs(rows: int) -> dict[str, bool | int]:
-    """Of every kernel here: no aliases, not to be scheduled by anyone else, its own barriers, rows of a block."""
+    """Return the attributes of every kernel here: no aliases, scheduled, its own barriers, rows of a block."""
     return {"tirx.noalias": True, "tirx.is_scheduled": True, SYNCHRONIZED: True, ROWS_PER_BLOCK: rows}
 
 
 def only_setting(variants: Sequence[Variant], space: Space) -> dict[str, int]:
-    """The complete setting of the one variant, the default where there is none; ValueError for several.
+    """Return the complete setting of the one variant, the default where there is none.
 
-    How a kernel is launched depends on its setting, so that one by the number of rows would be several kernels.
+    How a kernel is launched depends on its setting, so that one by the number of rows would be several kernels: raises
+    ValueError for several variants.
     """
     if len(variants) > 1:
         raise ValueError(f"{len(variants)} variants: a GPU kernel has one setting for any number of rows")
@@ -32,17 +33,17 @@ def only_setting(variants: Sequence[Variant], space: Space) -> dict[str, int]:
 
 
 def operand_type(stored: str) -> str:
-    """The dtype of a product's operands in TVM: rows in bf16 are stored as their bits."""
+    """Return the dtype of a product's operands in TVM: rows in bf16 are stored as their bits."""
     return "bfloat16" if stored == BF16_STORAGE else stored
 
 
 @T.inline
 def sync_block():
-    """A barrier for all threads of the block."""
+    """Wait for all threads of the block."""
     T.tvm_storage_sync("shared")
 
 
 @T.inline
 def sync_warp():
-    """A barrier for the threads of the warp: what one wrote to shared memory, the others may read."""
+    """Wait for the threads of the warp: what one wrote to shared memory, the others may read."""
     T.evaluate(T.call_extern("int32", "__syncwarp"))

@@ -17,34 +17,36 @@ from turbo_tvm.schedules.cuda.numbers import from_float, to_float
 from turbo_tvm.schedules.cuda.reduction import ACCESS_BYTES, Combine, RowForm
 
 Macro = Callable[..., None]
+Element = Callable[[Expr, Expr], Expr]  # a number by row, of the X, and place in the strip or chunk
 
 
 @dataclass(frozen=True)
 class Team:
-    """Where a thread stands: its number in the team, the first of the team's rows, and how many rows there are."""
+    """A thread's place in its team, and the team's rows."""
 
     form: RowForm
-    thread: Expr
-    first_row: Expr
-    count: Expr
+    thread: Expr  # its number in the team
+    first_row: Expr  # of the team's X rows
+    count: Expr  # rows in all
 
     def column(self, segment: Expr, chunk: Expr) -> Expr:
-        """The first column of the thread's chunk."""
+        """Return the first column of the thread's chunk."""
         return ((segment * self.form.chunks + chunk) * self.form.threads + self.thread) * self.form.vector
 
     def row(self, index: Expr) -> Expr:
-        """A row to read: the last one stands for those past the end, whose results are not stored."""
+        """Return a row to read: the last one stands for those past the end, whose results are not stored."""
         return T.min(self.first_row + index, self.count - 1)
 
     def has_row(self, index: Expr) -> Expr:
-        """Whether that row exists, and its result is to be stored."""
+        """Return whether that row exists, and its result is to be stored."""
         return self.first_row + index < self.count
 
 
 def load_rows_macro(form: RowForm, dtype: str, neutral: float = 0.0, added: bool = False) -> Macro:
-    """`load_rows(strip, x, team, segment)`: the thread's elements of its X rows as fp32, in local fp32 `(X, strip)`.
+    """Return `load_rows(strip, x, team, segment)`: fill the strip with the thread's elements of its X rows, as fp32.
 
-    x: `(rows, 1, width)` of that dtype. neutral: what stands for elements past the row. added: add to what is there.
+    strip: local fp32 `(X, strip)`. x: `(rows, 1, width)` of that dtype. neutral: what stands for elements past the row.
+    added: add to what is there.
     """
     fill = _fill_macro(form, dtype, neutral, added)
 
@@ -57,7 +59,7 @@ def load_rows_macro(form: RowForm, dtype: str, neutral: float = 0.0, added: bool
 
 
 def gather_rows_macro(form: RowForm, dtype: str, added: bool = False) -> Macro:
-    """`gather_rows(strip, table, ids, team, segment)`: the same from rows of a table, by ids `(rows, 1)`."""
+    """Return `gather_rows(strip, table, ids, team, segment)`: `load_rows` from rows of a table, by ids `(rows, 1)`."""
     fill = _fill_macro(form, dtype, 0.0, added)
 
     @T.inline
@@ -69,12 +71,12 @@ def gather_rows_macro(form: RowForm, dtype: str, added: bool = False) -> Macro:
 
 
 def _row_of(x: tvm.tirx.Buffer, row: Expr) -> Callable[[Expr], Expr]:
-    """Column -> element of that row of an `(rows, 1, width)` or `(rows, width)` buffer."""
+    """Return column -> element of that row of an `(rows, 1, width)` or `(rows, width)` buffer."""
     return lambda column: x[row, 0, column] if len(x.shape) == 3 else x[row, column]
 
 
 def _fill_macro(form: RowForm, dtype: str, neutral: float, added: bool) -> Macro:
-    """`fill(strip, element, team, segment, row)`: one of the X rows, from element(column)."""
+    """Return `fill(strip, element, team, segment, row)`: fill the strip of one of the X rows from element(column)."""
     vector, whole = form.vector, form.whole_chunks
 
     @T.inline
@@ -107,7 +109,7 @@ def _fill_macro(form: RowForm, dtype: str, neutral: float, added: bool) -> Macro
 
 
 def load_columns_macro(form: RowForm, dtype: str) -> Macro:
-    """`load_columns(local, vector, column)`: a chunk of a vector of that dtype, which all rows share."""
+    """Return `load_columns(local, vector, column)`: load a chunk of a vector of that dtype, which all rows share."""
     width = min(form.vector, ACCESS_BYTES // tvm.DataType(dtype).itemsize)
 
     @T.inline
@@ -120,7 +122,7 @@ def load_columns_macro(form: RowForm, dtype: str) -> Macro:
 
 
 def add_vector_macro(form: RowForm, dtype: str) -> Macro:
-    """`add_vector(strip, vector, team, segment)`: strip += a vector of that dtype, which all rows share."""
+    """Return `add_vector(strip, vector, team, segment)`: add a vector of that dtype, which all rows share."""
     load_columns, each_chunk = load_columns_macro(form, dtype), each_chunk_macro(form)
 
     @T.inline
@@ -145,7 +147,7 @@ def add_vector_macro(form: RowForm, dtype: str) -> Macro:
 
 
 def each_chunk_macro(form: RowForm) -> Macro:
-    """`each_chunk(team, segment, body)`: body(chunk, column) for the thread's chunks that lie inside the row."""
+    """Return `each_chunk(team, segment, body)`: run body(chunk, column) for the thread's chunks inside the row."""
     whole = form.whole_chunks
 
     @T.inline
@@ -160,7 +162,7 @@ def each_chunk_macro(form: RowForm) -> Macro:
 
 
 def store_chunk_macro(form: RowForm, dtype: str) -> Macro:
-    """`store_chunk(out, team, column, element)`: element(row, position in chunk) from that column of the rows on."""
+    """Return `store_chunk(out, team, column, element)`: store element(row, place in chunk) from that column on."""
 
     @T.inline
     def store_chunk(out, team, column, element):
@@ -179,7 +181,7 @@ def store_chunk_macro(form: RowForm, dtype: str) -> Macro:
 
 
 def strip_reduce_macro(form: RowForm, combine: Combine, first: int = 0) -> Macro:
-    """`strip_reduce(values, element)`: values combined with element(row, i) of the thread's strip, row by row.
+    """Return `strip_reduce(values, element)`: combine values with element(row, i) of the thread's strip, row by row.
 
     first: which of the values is that of the first row.
     """
@@ -194,7 +196,7 @@ def strip_reduce_macro(form: RowForm, combine: Combine, first: int = 0) -> Macro
 
 
 def strip_map_macro(form: RowForm) -> Macro:
-    """`strip_map(strip, team, segment, element)`: strip = element(row, i), and 0 past the end of the row."""
+    """Return `strip_map(strip, team, segment, element)`: set the strip to element(row, i), 0 past the row's end."""
     vector, whole = form.vector, form.whole_chunks
 
     @T.inline

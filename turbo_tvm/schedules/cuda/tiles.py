@@ -11,18 +11,19 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class CudaTiles:
-    """Geometry that the layout of data depends on: every target shares it, so that one artifact serves them all.
+    """Geometry that the layout of data depends on: every target shares it, so that one artifact serves them all."""
 
-    row_tile: rows of the layout's tile. col_tile: columns of a panel of weights, and of the matrix kernel's tile.
-    query_tile: queries that a block of the attention kernel takes.
-    """
+    row_tile: int = 1  # rows of the layout's tile
+    col_tile: int = 128  # columns of a panel of weights, and of the matrix kernel's tile
+    query_tile: int = 64  # queries that a block of the attention kernel takes
 
-    row_tile: int = 1
-    col_tile: int = 128
-    query_tile: int = 64
+    @property
+    def in_pairs(self) -> bool:
+        """Whether products take neighbours along k in one element where the format has words."""
+        return False
 
     def panels(self, columns: int) -> int:
-        """How many column panels a weight of that many columns is packed into."""
+        """Return how many column panels a weight of that many columns is packed into."""
         return -(-columns // self.col_tile)
 
 

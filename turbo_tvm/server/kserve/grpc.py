@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
 import secrets
 import time
@@ -16,6 +15,7 @@ from google.protobuf.message import DecodeError
 
 from turbo_tvm.errors import TurboError
 from turbo_tvm.server import errors
+from turbo_tvm.server.auth import is_allowed
 from turbo_tvm.server.context import Context
 from turbo_tvm.server.errors import Problem, problem_of
 from turbo_tvm.server.kserve import inference as kserve
@@ -24,7 +24,7 @@ from turbo_tvm.server.tensors import BYTES, Tensor, from_bytes, from_values, to_
 
 _LOG = logging.getLogger("turbo_tvm.server")
 _ACCESS = logging.getLogger("turbo_tvm.server.access")
-_OPEN = ("ServerLive", "ServerReady")  # need no key
+_OPEN = ("ServerLive", "ServerReady")  # methods that need no key
 _CONTENTS = {
     "BOOL": "bool_contents",
     **dict.fromkeys(("INT8", "INT16", "INT32"), "int_contents"),
@@ -40,7 +40,10 @@ Handle = Callable[[Context, Any], Awaitable[Any]]
 
 
 async def start(context: Context) -> grpc.aio.Server:
-    """Listen on the settings' port; with TLS if the settings say so. Raises Problem if the port is taken."""
+    """Start a gRPC server on the settings' port, with TLS if they name a certificate.
+
+    Raises TurboError if the port is taken.
+    """
     settings = context.settings
     limits = [("grpc.max_receive_message_length", settings.max_body_bytes), ("grpc.max_send_message_length", -1)]
     server = grpc.aio.server(options=[*limits, ("grpc.so_reuseport", int(settings.workers > 1))])
@@ -63,7 +66,7 @@ async def start(context: Context) -> grpc.aio.Server:
 
 
 def _method(context: Context, name: str, handle: Handle) -> Any:
-    asked = message(f"{name}Request")
+    request_kind = message(f"{name}Request")
 
     async def call(body: bytes, rpc: grpc.aio.ServicerContext) -> Any:
         started, outcome, code = time.perf_counter(), "answered", "OK"
@@ -71,8 +74,8 @@ def _method(context: Context, name: str, handle: Handle) -> Any:
         request_id = str(metadata.get("x-request-id") or secrets.token_hex(8))[:128]
         try:
             if name not in _OPEN:
-                _check_key(context, metadata)  # before anything of the request is looked at
-            return await handle(context, _parsed(asked, body))
+                _check_key(context, metadata)  # before the request is parsed
+            return await handle(context, _parsed(request_kind, body))
         except asyncio.CancelledError:
             outcome, code = "cancelled", "CANCELLED"
             raise
@@ -100,10 +103,9 @@ def _parsed(kind: Any, body: bytes) -> Any:
 
 
 def _check_key(context: Context, metadata: dict[str, Any]) -> None:
-    keys = context.settings.api_keys
-    given = str(metadata.get("authorization", ""))
-    key = given[7:] if given.lower().startswith("bearer ") else str(metadata.get("api-key", ""))
-    if keys and not any([hmac.compare_digest(key.strip().encode(), known.encode()) for known in keys]):
+    keys = [key.encode() for key in context.settings.api_keys]
+    authorization, api_key = (str(metadata.get(name, "")).encode() for name in ("authorization", "api-key"))
+    if not is_allowed(keys, authorization, api_key):
         raise Problem(errors.UNAUTHORIZED, "a key is needed, in the metadata: authorization: Bearer KEY")
 
 
@@ -112,7 +114,7 @@ async def _server_live(context: Context, request: Any) -> Any:
 
 
 async def _server_ready(context: Context, request: Any) -> Any:
-    return message("ServerReadyResponse")(ready=not context.closing and any(True for _ in context.repository))
+    return message("ServerReadyResponse")(ready=context.is_ready)
 
 
 async def _model_ready(context: Context, request: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
 import msgspec
 
@@ -10,107 +10,19 @@ from turbo_tvm.server import errors
 from turbo_tvm.server.endpoint import Call, Endpoint, Protocol, Reply, decoded, json_reply
 from turbo_tvm.server.errors import Problem, kserve_form
 from turbo_tvm.server.kserve import inference as kserve
+from turbo_tvm.server.kserve.types import (
+    InferRequest,
+    InferResponse,
+    ModelIndex,
+    ModelMetadata,
+    ServerLive,
+    ServerMetadata,
+    ServerReady,
+)
 from turbo_tvm.server.tensors import Tensor, from_bytes, from_values, to_bytes
 
 KSERVE = Protocol("kserve", kserve_form)
 HEADER_LENGTH = "Inference-Header-Content-Length"
-
-Dimension = Annotated[int, msgspec.Meta(ge=0, le=2**31)]
-Parameters = dict[str, Any]
-
-
-class InputTensor(msgspec.Struct):
-    """data: flat or nested, row by row; with the parameter `binary_data_size` it follows the JSON instead."""
-
-    name: str
-    shape: list[Dimension]
-    datatype: str
-    data: list[Any] | None = None
-    parameters: Parameters = {}
-
-
-class RequestedOutput(msgspec.Struct):
-    """The parameter `binary_data` asks for it in bytes."""
-
-    name: str
-    parameters: Parameters = {}
-
-
-class InferRequest(msgspec.Struct):
-    """A request for one run of a model."""
-
-    inputs: list[InputTensor]
-    id: str = ""
-    outputs: list[RequestedOutput] | None = None
-    parameters: Parameters = {}
-
-
-class OutputTensor(msgspec.Struct):
-    """One output: data row by row, or in bytes after the JSON."""
-
-    name: str
-    datatype: str
-    shape: list[int]
-    data: list[Any] | None = None
-    parameters: Parameters = {}
-
-
-class InferResponse(msgspec.Struct):
-    """The outputs that were asked for."""
-
-    model_name: str
-    model_version: str
-    outputs: list[OutputTensor]
-    id: str = ""
-
-
-class TensorMetadata(msgspec.Struct):
-    """-1 is a dimension that a request chooses."""
-
-    name: str
-    datatype: str
-    shape: list[int]
-
-
-class ModelMetadata(msgspec.Struct):
-    """What a model takes and gives."""
-
-    name: str
-    versions: list[str]
-    platform: str
-    inputs: list[TensorMetadata]
-    outputs: list[TensorMetadata]
-
-
-class ServerMetadata(msgspec.Struct):
-    """What this server is."""
-
-    name: str
-    version: str
-    extensions: list[str]
-
-
-class Live(msgspec.Struct):
-    """Whether the server is up."""
-
-    live: bool
-
-
-class Ready(msgspec.Struct):
-    """Whether requests are answered."""
-
-    ready: bool
-    name: str = ""
-
-
-class ModelIndex(msgspec.Struct):
-    """A model, and whether it is loaded."""
-
-    name: str
-    version: str
-    state: str
-    reason: str
-
 
 _DECODER = msgspec.json.Decoder(InferRequest)
 
@@ -124,13 +36,8 @@ async def _live(call: Call) -> Reply:
 
 
 async def _ready(call: Call) -> Reply:
-    ready = is_ready(call)
+    ready = call.context.is_ready
     return json_reply({"ready": ready}, 200 if ready else 503)
-
-
-def is_ready(call: Call) -> bool:
-    """Whether there is a model, and the server is not about to stop."""
-    return not call.context.closing and any(True for _ in call.context.repository)
 
 
 async def _model(call: Call) -> Reply:
@@ -162,7 +69,7 @@ async def _infer(call: Call) -> Reply:
 
 
 def _split(call: Call) -> tuple[InferRequest, bytes]:
-    """The JSON, and the bytes behind it."""
+    """Return the request in the JSON, and the bytes after it. Raises Problem."""
     length = call.header(HEADER_LENGTH)
     if length is None:
         return decoded(_DECODER, call.raw), b""
@@ -233,7 +140,7 @@ async def _unload(call: Call) -> Reply:
 
 
 def _both(path: str, **options: Any) -> list[Endpoint]:
-    """With and without a version."""
+    """Return the endpoint of a model with and without a version in its path."""
     head, tail = path.split("{name}")
     return [
         Endpoint(path=path, protocol=KSERVE, **options),
@@ -245,15 +152,17 @@ def _get(path: str, handle: Any, summary: str, answer: Any, **options: Any) -> E
     return Endpoint("GET", path, KSERVE, handle, summary, answer=answer, **options)
 
 
+_UNGUARDED: dict[str, Any] = {"open": True, "quiet": True}  # probes need no key and fill no log
+
 ENDPOINTS = [
-    _get("/v2", _server, "What this server is", ServerMetadata),
-    _get("/v2/health/live", _live, "Whether the server is up", Live, open=True, quiet=True),
-    _get("/v2/health/ready", _ready, "Whether requests are answered", Ready, open=True, quiet=True, statuses=(503,)),
+    _get("/v2", _server, "Name, version and extensions of this server", ServerMetadata),
+    _get("/v2/health/live", _live, "Whether the server is up", ServerLive, **_UNGUARDED),
+    _get("/v2/health/ready", _ready, "Whether requests are answered", ServerReady, statuses=(503,), **_UNGUARDED),
     *_both(
         "/v2/models/{name}",
         method="GET",
         handle=_model,
-        summary="What a model takes and gives",
+        summary="Inputs and outputs of a model",
         answer=ModelMetadata,
         statuses=(404,),
     ),
@@ -262,7 +171,7 @@ ENDPOINTS = [
         method="GET",
         handle=_model_ready,
         summary="Whether a model answers",
-        answer=Ready,
+        answer=ServerReady,
         statuses=(404,),
         quiet=True,
     ),
@@ -284,10 +193,8 @@ ENDPOINTS = [
         "/v2/repository/models/{name}/unload",
         KSERVE,
         _unload,
-        "Let a model go",
+        "Unload a model",
         answer=dict,
         statuses=(404, 405),
     ),
 ]
-
-__all__ = ["ENDPOINTS", "KSERVE", "is_ready"]

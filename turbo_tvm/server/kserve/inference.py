@@ -1,12 +1,17 @@
-"""KServe v2, the Open Inference Protocol: what a request means, for HTTP and gRPC alike.
+"""KServe v2, the Open Inference Protocol: the meaning of a request, for HTTP and gRPC alike.
 
-A model has inputs of two kinds, of which a request gives one: `text`, BYTES (batch,), for models with a tokenizer, and
-`text_pair` of the same shape where each request is two texts; or `input_ids`, INT32 or INT64 (batch, length), padded at
-the right, with `attention_mask` and `token_type_ids` of the same shape if need be. Models of images take
-`pixel_values`, FP32 (batch, channels, height, width). Outputs are the model's, in FP32; a row per token is padded with
-0. `embedding` is another name for an embedding model's main output. The parameters `priority` and `timeout`
-(microseconds) mean what they mean to Triton, but higher priorities go first; with `truncate` texts that are too long
-are cut, and else refused.
+Inputs. A request has one kind of them:
+
+- `text`, BYTES (batch,), for models with a tokenizer, with `text_pair` of the same shape where each request is a pair;
+- `input_ids`, INT32 or INT64 (batch, length), padded at the right, with `attention_mask` and `token_type_ids` of the
+  same shape if need be;
+- `pixel_values`, FP32 (batch, channels, height, width), for models of images.
+
+Outputs are the model's, in FP32; rows per token are padded with 0. `embedding` is another name for an embedding model's
+main output.
+
+Parameters. `timeout` is in microseconds. Of `priority`, higher ones go first, unlike Triton's. With `truncate`, texts
+that are too long are cut; without, they are refused.
 """
 
 from __future__ import annotations
@@ -21,9 +26,11 @@ from turbo_tvm.runtime.scheduling.engine import ALL_OUTPUTS
 from turbo_tvm.runtime.text import Text
 from turbo_tvm.server import embeddings, errors
 from turbo_tvm.server.context import Context
+from turbo_tvm.server.deadline import Deadline
 from turbo_tvm.server.errors import Problem
-from turbo_tvm.server.served_model import Patience, ServedModel, Tokens
+from turbo_tvm.server.model_service import ModelService
 from turbo_tvm.server.tensors import BYTES, Tensor, texts
+from turbo_tvm.server.tokenization import EngineRequest
 
 NAME = "turbo_tvm"
 EXTENSIONS = ("binary_tensor_data", "model_repository", "parameters")
@@ -35,23 +42,23 @@ _IDS, _MASK, _TYPES = "input_ids", "attention_mask", "token_type_ids"
 
 
 def server_metadata() -> dict[str, Any]:
-    """Of this server."""
+    """Return the metadata of this server."""
     return {"name": NAME, "version": __version__, "extensions": list(EXTENSIONS)}
 
 
-def model_metadata(model: ServedModel) -> dict[str, Any]:
-    """Name, inputs and outputs of a model; -1 for a dimension that a request chooses."""
+def model_metadata(model: ModelService) -> dict[str, Any]:
+    """Return name, inputs and outputs of a model; -1 stands for a dimension that a request chooses."""
     inputs: list[dict[str, Any]] = []
-    bounds = model.model.manifest.bounds
-    if bounds.image is not None:
-        inputs.append(_spec(_PIXELS, "FP32", (-1, *bounds.image.shape)))
+    limits = model.model.manifest.request_limits
+    if limits.image is not None:
+        inputs.append(_spec(_PIXELS, "FP32", (-1, *limits.image.shape)))
     else:
         if model.has_tokenizer:
             inputs.append(_spec(_TEXT, BYTES, (-1,)))
             if model.scores is not None:
                 inputs.append(_spec(_PAIR, BYTES, (-1,)))
         inputs += [_spec(name, "INT64", (-1, -1)) for name in (_IDS, _MASK)]
-        if bounds.type_vocab_size > 1:
+        if limits.type_vocab_size > 1:
             inputs.append(_spec(_TYPES, "INT64", (-1, -1)))
     outputs = [_output_spec(spec.name, spec) for spec in model.outputs]
     if model.embedding is not None and all(spec.name != EMBEDDING for spec in model.outputs):
@@ -69,25 +76,30 @@ def _output_spec(name: str, spec: Any) -> dict[str, Any]:
 
 
 def check_version(version: str) -> None:
-    """Raises Problem for a version that there is not."""
+    """Raise Problem for a version of a model that there is not."""
     if version not in ("", VERSION):
         raise Problem(errors.NOT_FOUND, f"there is no version {version[:100]!r} of the model; versions: {VERSION}")
 
 
 async def infer(
     context: Context,
-    model: ServedModel,
+    model: ModelService,
     inputs: Sequence[Tensor],
     outputs: Sequence[str],
     parameters: Mapping[str, Any],
 ) -> list[Tensor]:
-    """The tensors that are asked for, by default `embedding` or the main output, or all. Raises Problem, TurboError."""
-    names, patience = _wanted(model, outputs), _patience(context, parameters)
-    requests, shape = await _requests(context, model, {tensor.name: tensor for tensor in inputs}, patience)
+    """Answer a request: return the outputs that are asked for.
+
+    outputs: their names; by default `embedding`, else the main output, else all.
+
+    Raises Problem for a wrong request, TurboError if the engine cannot answer it.
+    """
+    names, deadline = _wanted(model, outputs), _deadline(context, parameters)
+    requests, shape = await _requests(context, model, {tensor.name: tensor for tensor in inputs}, deadline)
     if not parameters.get("truncate"):
         embeddings.check_whole(model, requests)
     real = list(dict.fromkeys(_real_name(model, name) for name in names))
-    answers = await model.answer(requests, patience, real[0] if len(real) == 1 else ALL_OUTPUTS)
+    answers = await model.answer(requests, deadline, real[0] if len(real) == 1 else ALL_OUTPUTS)
     columns = {real[0]: answers} if len(real) == 1 else {name: [one[name] for one in answers] for name in real}
     kinds = {spec.name: spec.kind for spec in model.outputs}
     found = []
@@ -98,7 +110,7 @@ async def infer(
     return found
 
 
-def _wanted(model: ServedModel, outputs: Sequence[str]) -> list[str]:
+def _wanted(model: ModelService, outputs: Sequence[str]) -> list[str]:
     known = [spec.name for spec in model.outputs]
     if model.embedding is not None:
         known.append(EMBEDDING)
@@ -113,19 +125,19 @@ def _wanted(model: ServedModel, outputs: Sequence[str]) -> list[str]:
     return [primary] if primary is not None else known
 
 
-def _real_name(model: ServedModel, name: str) -> str:
+def _real_name(model: ModelService, name: str) -> str:
     names = [spec.name for spec in model.outputs]
     return name if name in names or model.embedding is None else model.embedding.name
 
 
 async def _requests(
-    context: Context, model: ServedModel, inputs: Mapping[str, Tensor], patience: Patience
-) -> tuple[list[Tokens], int | None]:
-    """What the engine is asked, and how wide the matrix of token ids was."""
+    context: Context, model: ModelService, inputs: Mapping[str, Tensor], deadline: Deadline
+) -> tuple[list[EngineRequest], int | None]:
+    """Return the engine's requests, and the width of the matrix of token ids, None without one. Raises Problem."""
     if _TEXT in inputs:
         _only(inputs, _TEXT, _PAIR)
         embeddings.need_tokenizer(model)
-        return await model.tokenize(_texts(context, inputs), patience), None
+        return await model.tokenization.tokenize(_texts(context, inputs), deadline), None
     if _PIXELS in inputs:
         _only(inputs, _PIXELS)
         if model.takes_text:
@@ -134,7 +146,7 @@ async def _requests(
         if array.ndim != 4 or array.dtype.kind not in "iuf":
             raise Problem(errors.INVALID, f"{_PIXELS} holds numbers, (batch, channels, height, width)")
         _check_count(context, len(array))
-        return [Tokens(image) for image in array.astype(np.float32, copy=False)], None
+        return [EngineRequest(image) for image in array.astype(np.float32, copy=False)], None
     if _IDS not in inputs:
         known = [spec["name"] for spec in model_metadata(model)["inputs"]]
         raise Problem(errors.INVALID, f"there is no input that the model takes; it takes {', '.join(known)}")
@@ -148,7 +160,7 @@ async def _requests(
 
 
 def _texts(context: Context, inputs: Mapping[str, Tensor]) -> list[Text]:
-    """A text or a pair of texts per request."""
+    """Return a text or a pair of texts per request."""
     for name in (_TEXT, _PAIR):
         if name in inputs and inputs[name].datatype != BYTES:
             raise Problem(errors.INVALID, f"the input {name} is of BYTES, not {inputs[name].datatype}")
@@ -163,8 +175,8 @@ def _texts(context: Context, inputs: Mapping[str, Tensor]) -> list[Text]:
     return list(zip(texts(first), texts(inputs[_PAIR]), strict=True))
 
 
-def _rows(context: Context, inputs: Mapping[str, Tensor]) -> list[Tokens]:
-    """A request per row of the matrix of token ids, without its padding."""
+def _rows(context: Context, inputs: Mapping[str, Tensor]) -> list[EngineRequest]:
+    """Return a request per row of the matrix of token ids, without its padding."""
     ids = _integers(inputs[_IDS])
     _check_count(context, len(ids))
     mask = _integers(inputs[_MASK], ids.shape) if _MASK in inputs else np.ones_like(ids)
@@ -176,7 +188,7 @@ def _rows(context: Context, inputs: Mapping[str, Tensor]) -> list[Tokens]:
             raise Problem(errors.INVALID, f"row {i} of {_MASK} has holes or padding at the left: pad at the right")
         if not length:
             raise Problem(errors.INVALID, f"row {i} of {_MASK} leaves no token")
-        found.append(Tokens(ids[i, :length], None if types is None else types[i, :length]))
+        found.append(EngineRequest(ids[i, :length], None if types is None else types[i, :length]))
     return found
 
 
@@ -207,7 +219,7 @@ def _check_count(context: Context, count: int) -> None:
 
 
 def _padded(parts: Sequence[np.ndarray], width: int | None) -> np.ndarray:
-    """Rows per token as one array, padded with 0 to the width that was sent, or the longest."""
+    """Return the rows per token of all sequences as one array, padded with 0 to `width`, or to the longest."""
     longest = width or max(len(part) for part in parts)
     found = np.zeros((len(parts), longest, *parts[0].shape[1:]), np.float32)
     for row, part in zip(found, parts, strict=True):
@@ -215,10 +227,10 @@ def _padded(parts: Sequence[np.ndarray], width: int | None) -> np.ndarray:
     return found
 
 
-def _patience(context: Context, parameters: Mapping[str, Any]) -> Patience:
+def _deadline(context: Context, parameters: Mapping[str, Any]) -> Deadline:
     timeout_us, priority = parameters.get("timeout"), parameters.get("priority", 0)
     for name, value in (("timeout", timeout_us), ("priority", priority)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63):
             raise Problem(errors.INVALID, f"the parameter {name} is a whole number from 0, not {str(value)[:100]!r}")
     limit = context.settings.timeout_s
-    return Patience(min(limit, timeout_us / 1e6) if timeout_us else limit, priority or 0)
+    return Deadline(min(limit, timeout_us / 1e6) if timeout_us else limit, priority or 0)

@@ -1,7 +1,7 @@
 """gRPC messages of the Open Inference Protocol, made from a table in a descriptor pool of their own.
 
-Field numbers and types are the protocol's. A pool of their own, and no generated module: a client library in the same
-process brings definitions of the same names.
+Field numbers and types are the protocol's. They have a pool of their own, and no generated module, because a client
+library in the same process brings definitions of the same names.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ SERVICE = "inference.GRPCInferenceService"
 _PACKAGE = "inference"
 _KINDS = descriptor_pb2.FieldDescriptorProto
 
-# Message -> fields in the order of "number name type"; "*" repeated, "map" of strings to a message, "|" in the oneof.
+# Message -> fields as "number name type". Before a type, "*" is a repeated field, "map" one from strings to a message,
+# and "|" one in the oneof `parameter_choice`.
 _MESSAGES: dict[str, list[str]] = {
     "ServerLiveRequest": [],
     "ServerLiveResponse": ["1 live bool"],
@@ -126,5 +127,5 @@ _POOL.Add(_file())
 
 
 def message(name: str) -> Any:
-    """The class of a message."""
+    """Return the class of the message with this name."""
     return message_factory.GetMessageClass(_POOL.FindMessageTypeByName(f"{_PACKAGE}.{name}"))

@@ -1,4 +1,4 @@
-"""OpenAI's embeddings and models."""
+"""OpenAI's endpoints: embeddings and models."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from turbo_tvm.server import embeddings
 from turbo_tvm.server.embeddings import Inputs
 from turbo_tvm.server.endpoint import Call, Endpoint, Protocol, Reply, json_reply
 from turbo_tvm.server.errors import openai_form
-from turbo_tvm.server.served_model import ServedModel
+from turbo_tvm.server.model_service import ModelService
 
 OPENAI = Protocol("openai", openai_form)
 
 
 class EmbeddingsRequest(msgspec.Struct):
-    """input: a text, texts, token ids or lists of them. Texts beyond the model's longest sequence are refused."""
+    """Asks for embeddings. Texts beyond the model's longest sequence are refused."""
 
     model: str
-    input: Inputs
+    input: Inputs  # a text, texts, token ids or lists of them
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: Annotated[int, msgspec.Meta(ge=1)] | None = None
     user: str | None = None
 
 
 class Embedding(msgspec.Struct):
-    """A vector: numbers, or in base64 its little-endian float32."""
+    """A vector: a list of numbers, or its little-endian float32 in base64."""
 
     index: int
     embedding: list[float] | str
@@ -36,7 +36,7 @@ class Embedding(msgspec.Struct):
 
 
 class Usage(msgspec.Struct):
-    """Tokens that were read."""
+    """How many tokens were read."""
 
     prompt_tokens: int
     total_tokens: int
@@ -52,7 +52,7 @@ class EmbeddingsResponse(msgspec.Struct):
 
 
 class Model(msgspec.Struct):
-    """A model by its name."""
+    """A model of the server."""
 
     id: str
     created: int
@@ -75,14 +75,14 @@ async def _embeddings(call: Call) -> Reply:
     vectors = embeddings.shortened(await embeddings.embed(call, model, requests), body.dimensions)
     tokens = sum(len(one.ids) for one in requests)
     data = [
-        {"object": "embedding", "index": i, "embedding": _spelt(vector, body.encoding_format)}
+        {"object": "embedding", "index": i, "embedding": _encoded(vector, body.encoding_format)}
         for i, vector in enumerate(vectors)
     ]
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
     return json_reply({"object": "list", "data": data, "model": model.name, "usage": usage})
 
 
-def _spelt(vector: np.ndarray, form: str) -> np.ndarray | str:
+def _encoded(vector: np.ndarray, form: str) -> np.ndarray | str:
     if form == "float":
         return vector
     return base64.b64encode(vector.astype("<f4").tobytes()).decode()
@@ -96,7 +96,7 @@ async def _one_model(call: Call) -> Reply:
     return json_reply(_model(call.context.repository.get(call.path["name"])))
 
 
-def _model(model: ServedModel) -> dict[str, object]:
+def _model(model: ModelService) -> dict[str, object]:
     return {"id": model.name, "object": "model", "created": int(model.started), "owned_by": "turbo_tvm"}
 
 

@@ -1,4 +1,4 @@
-// The live page: asks /live once a second and draws it; sends texts to /embed, /predict or /embed_all.
+// The dashboard: fetches /dashboard/state once a second and draws it; sends texts to /embed, /predict or /embed_all.
 "use strict";
 
 const $ = (id) => document.getElementById(id);
@@ -13,7 +13,7 @@ function headers() {
 
 async function refresh() {
   try {
-    const response = await fetch("live", { headers: headers() });
+    const response = await fetch("dashboard/state", { headers: headers() });
     if (!response.ok) throw new Error((await response.json()).error || response.status);
     state = await response.json();
     say("live", false);
