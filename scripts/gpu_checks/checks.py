@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import sized_operators as sized
 
 import turbo_tvm
-from turbo_tvm.ops import sized
 from turbo_tvm.ops.operand import Operand
 from turbo_tvm.runtime import batch
 from turbo_tvm.schedules.cuda import attention, linear, normalization, softmax
@@ -172,9 +172,14 @@ def attentions(
     inner = heads * head_dim
     for dtype in DTYPES.values():
         for count, length in sizes:
-            columns = [(3 * inner, i * inner) for i in range(3)]  # of q, k and v, side by side
             operator = sized.attention(
-                CUDA_TILES, heads, head_dim, length, columns=columns, dtype=dtype, out=Operand.rows(inner, dtype)
+                CUDA_TILES,
+                heads,
+                head_dim,
+                length,
+                columns=sized.qkv_columns([inner] * 3),
+                dtype=dtype,
+                out=Operand.rows(inner, dtype),
             )
             module = build({"attention": attention.attention(operator, CUDA_TILES)}, gpu)
             x = np.random.default_rng(0).normal(size=(count * length, 1, 3 * inner)).astype(dtype)

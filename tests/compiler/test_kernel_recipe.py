@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import pkgutil
 import subprocess
 import sys
@@ -12,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sized_operators as sized
 import tvm_ffi
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from turbo_tvm import schedules
 from turbo_tvm.compiler.kernel_recipe import KernelRecipe
-from turbo_tvm.ops import Attention, Linear, Operator, formats, sized
+from turbo_tvm.ops import Attention, Linear, Operator, formats
 from turbo_tvm.ops.operand import Operand
 from turbo_tvm.schedules.common.space import Space, Variant
 from turbo_tvm.schedules.cpu import linear, tiles
@@ -27,6 +29,7 @@ from turbo_tvm.schedules.registry import FAMILIES, Tiles
 
 BF16, FP16 = formats.BF16.storage, formats.FP16.storage
 GOLDEN = Path(__file__).with_name("kernels_with_a_version.json")
+RENEW = "PYTHONPATH=scripts python tests/compiler/test_kernel_recipe.py"
 
 
 def heads(geometry: Tiles, **more: Any) -> Attention:
@@ -273,7 +276,9 @@ def fingerprints() -> dict[str, dict[str, object]]:
 
 @pytest.fixture(scope="module")
 def now() -> dict[str, dict[str, object]]:
-    done = subprocess.run([sys.executable, __file__, "print"], capture_output=True, text=True, check=True)
+    found = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, __file__, "print"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=found)
     return json.loads(done.stdout)
 
 
@@ -285,9 +290,9 @@ def test_a_kernel_that_changed_has_another_version(name, now):
     if kept and kept["version"] == found["version"] and kept["hash"] != found["hash"]:
         pytest.fail(
             f"the kernel {name} changed, so that tuning logs of it no longer hold: raise VERSION in "
-            f"schedules/{module}.py, then run `python {Path(__file__).name}` beside this file"
+            f"schedules/{module}.py, then run `{RENEW}`"
         )
-    assert kept == found, f"VERSION of {name} changed: run `python {Path(__file__).name}` beside this file"
+    assert kept == found, f"VERSION of {name} changed: run `{RENEW}`"
 
 
 def test_every_family_that_can_be_tuned_is_kept():

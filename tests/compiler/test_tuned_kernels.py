@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import sized_operators as sized
 import tvm
 
 from turbo_tvm.artifact.manifest import KernelSpec
@@ -13,7 +14,6 @@ from turbo_tvm.compiler.kernel_recipe import KernelRecipe
 from turbo_tvm.compiler.tuned_kernels import SHIPPED, Applied, applied
 from turbo_tvm.compiler.tuning_log import ResultRecord, TaskRecord, TrialRecord, TuningLog, read_records
 from turbo_tvm.errors import TuningLogError
-from turbo_tvm.ops import sized
 from turbo_tvm.schedules.common.space import Variant
 from turbo_tvm.schedules.cpu import linear, tiles
 

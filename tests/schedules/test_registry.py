@@ -6,9 +6,10 @@ import importlib
 import inspect
 
 import pytest
+import sized_operators as sized
 from sample_operators import SAMPLES
 
-from turbo_tvm.ops import VOCABULARY, Operator, PackBias, PackDistances, PackWeight, Softmax, formats, sized
+from turbo_tvm.ops import VOCABULARY, Operator, PackBias, PackDistances, PackWeight, Softmax, formats
 from turbo_tvm.schedules.common.space import Space
 from turbo_tvm.schedules.cpu import linear
 from turbo_tvm.schedules.cpu.tiles import AMX, AVX2, AVX512, BASELINE, NEON

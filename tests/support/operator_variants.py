@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import sized_operators as sized
 from tvm import relax, tirx
 
-from turbo_tvm.ops import Operator, sized
+from turbo_tvm.ops import Operator
 from turbo_tvm.ops.attention import Attention
 from turbo_tvm.ops.formats import BF16
 from turbo_tvm.ops.operand import Operand

@@ -7,10 +7,11 @@ from itertools import pairwise
 import ml_dtypes
 import numpy as np
 import pytest
+import sized_operators as sized
 from tvm import tirx
 
 from turbo_tvm.compiler.kernel_recipe import KernelRecipe
-from turbo_tvm.ops import Attention, Embedding, Operator, formats, sized
+from turbo_tvm.ops import Attention, Embedding, Operator, formats
 from turbo_tvm.ops.operand import Operand
 from turbo_tvm.schedules.cpu.tiles import AMX, AVX2, AVX512
 from turbo_tvm.schedules.cuda.tiles import CUDA_TILES

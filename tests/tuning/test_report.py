@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import sized_operators as sized
 import tvm
 
 from turbo_tvm.compiler import targets
 from turbo_tvm.compiler.kernel_recipe import KernelRecipe
 from turbo_tvm.compiler.tuning_log import ResultRecord, TrialRecord, TuningLog
 from turbo_tvm.errors import TuningError
-from turbo_tvm.ops import sized
 from turbo_tvm.schedules.cpu import tiles
 from turbo_tvm.tuning.report import BucketReport, Curve, curves, geometric_mean, mean_curve, variants_of
 from turbo_tvm.tuning.tasks import TuningTask

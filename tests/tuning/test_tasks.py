@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import sized_operators as sized
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from turbo_tvm.artifact.manifest import KernelSpec
 from turbo_tvm.compiler.kernel_recipe import KernelRecipe
 from turbo_tvm.errors import TuningError
-from turbo_tvm.ops import sized
 from turbo_tvm.schedules.cpu import linear, tiles
 from turbo_tvm.tuning.tasks import USUAL_LENGTHS, Bucket, buckets, tasks_of
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import simt
+import sized_operators as sized
 import tvm
 from cuda_kernels import TARGET, Gpu, stored
 
 from turbo_tvm.compiler.cuda import lowering
-from turbo_tvm.ops import sized
 from turbo_tvm.ops.operand import Operand
 from turbo_tvm.runtime import batch
 from turbo_tvm.schedules.cuda.attention import attention

@@ -5,8 +5,8 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 import pytest
+import sized_operators as sized
 
-from turbo_tvm.ops import sized
 from turbo_tvm.schedules.common import weights
 from turbo_tvm.schedules.cpu import tiles
 

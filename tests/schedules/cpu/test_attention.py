@@ -8,9 +8,10 @@ from itertools import pairwise
 import ml_dtypes
 import numpy as np
 import pytest
+import sized_operators as sized
 import tvm
 
-from turbo_tvm.ops import Attention, sized
+from turbo_tvm.ops import Attention
 from turbo_tvm.schedules.common.space import Space, Variant
 from turbo_tvm.schedules.cpu import attention
 from turbo_tvm.schedules.cpu.distances import pack_distances
@@ -65,15 +66,12 @@ class Heads:
 
     def operator(self, tiles: CpuTiles) -> Attention:
         h, more = self.hidden, self.wider
-        total, starts = sum(self.widths), np.cumsum([0, *self.widths]).tolist()
-        operands = [(total, start) for start in starts[:3]] if self.merged else [(width, 0) for width in self.widths]
-        operands = [(width + more, first) for width, first in operands]
         return sized.attention(
             tiles,
             self.heads,
             self.head_dim,
             MAX_LENGTH,
-            columns=operands,
+            columns=sized.qkv_columns(self.widths, merged=self.merged, wider=more),
             scale=self.factor,
             kv_heads=self.kv_heads,
             window=self.window,

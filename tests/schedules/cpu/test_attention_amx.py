@@ -13,9 +13,10 @@ from itertools import pairwise
 import ml_dtypes
 import numpy as np
 import pytest
+import sized_operators as sized
 import tvm
 
-from turbo_tvm.ops import Attention, sized
+from turbo_tvm.ops import Attention
 from turbo_tvm.schedules.common.space import Variant
 from turbo_tvm.schedules.cpu import amx, attention, attention_amx, tiles
 
@@ -60,15 +61,12 @@ class Heads:
 
 def operator_of(shape: Heads) -> Attention:
     h, more = shape.hidden, shape.wider
-    total, starts = sum(shape.widths), np.cumsum([0, *shape.widths]).tolist()
-    operands = [(total, start) for start in starts[:3]] if shape.merged else [(width, 0) for width in shape.widths]
-    operands = [(width + more, first) for width, first in operands]
     return sized.attention(
         tiles.AMX,
         shape.heads,
         shape.head_dim,
         shape.max_length,
-        columns=operands,
+        columns=sized.qkv_columns(shape.widths, merged=shape.merged, wider=more),
         scale=shape.factor,
         kv_heads=shape.kv_heads,
         window=shape.window,

@@ -6,8 +6,8 @@ import math
 
 import numpy as np
 import pytest
+import sized_operators as sized
 
-from turbo_tvm.ops import sized
 from turbo_tvm.schedules.cpu import gate, tiles
 
 HALF_ULP = 2.0**-8  # of a bf16 number, relative to it

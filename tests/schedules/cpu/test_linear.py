@@ -8,9 +8,9 @@ import re
 
 import numpy as np
 import pytest
+import sized_operators as sized
 import tvm
 
-from turbo_tvm.ops import sized
 from turbo_tvm.schedules.common.space import Variant
 from turbo_tvm.schedules.cpu import linear, tiles
 

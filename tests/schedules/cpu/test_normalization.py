@@ -6,9 +6,9 @@ import itertools
 
 import numpy as np
 import pytest
+import sized_operators as sized
 import tvm
 
-from turbo_tvm.ops import sized
 from turbo_tvm.schedules.common.space import Variant
 from turbo_tvm.schedules.cpu import normalization, tiles
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import sized_operators as sized
 import tvm
 
-from turbo_tvm.ops import sized
 from turbo_tvm.schedules.common.space import Space, Variant
 from turbo_tvm.schedules.cpu import pooling
 from turbo_tvm.schedules.cpu.pooling import MODES

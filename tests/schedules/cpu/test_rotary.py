@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import sized_operators as sized
 
-from turbo_tvm.ops import sized
 from turbo_tvm.schedules.cpu import rotary, tiles
 
 HALF_ULP = 2.0**-8  # of a bf16 number, relative to it

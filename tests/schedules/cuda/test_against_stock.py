@@ -7,12 +7,12 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import simt
+import sized_operators as sized
 import tvm
 from cuda_kernels import LENGTHS, TARGET, stored
 from tvm import relax
 
 from turbo_tvm.compiler.cuda import lowering
-from turbo_tvm.ops import sized
 from turbo_tvm.ops.operand import Operand
 from turbo_tvm.schedules.cuda.normalization import norm
 from turbo_tvm.schedules.cuda.softmax import softmax

@@ -6,9 +6,9 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import sized_operators as sized
 from cuda_kernels import DTYPES, ULP, loaded, stored
 
-from turbo_tvm.ops import sized
 from turbo_tvm.ops.operand import Operand
 from turbo_tvm.runtime import batch
 from turbo_tvm.schedules.common.space import Variant
@@ -35,14 +35,12 @@ def kernel(
 ):
     inner = heads * head_dim
     widths = [inner, *[(kv_heads or heads) * head_dim] * 2]
-    width = (sum(widths) if merged else inner) + wider
-    places = [(width, sum(widths[:i])) for i in range(3)] if merged else [(w + wider, 0) for w in widths]
     operator = sized.attention(
         CUDA_TILES,
         heads,
         head_dim,
         longest,
-        columns=places,
+        columns=sized.qkv_columns(widths, merged=merged, wider=wider),
         scale=scale,
         position_bias=bias,
         kv_heads=kv_heads,

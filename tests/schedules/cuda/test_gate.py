@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import sized_operators as sized
 from cuda_kernels import DTYPES, allowed, loaded, stored
 
-from turbo_tvm.ops import sized
 from turbo_tvm.ops.operand import Operand
 from turbo_tvm.schedules.cuda.gate import gate, space
 from turbo_tvm.schedules.cuda.tiles import CUDA_TILES

@@ -6,9 +6,9 @@ import math
 
 import numpy as np
 import pytest
+import sized_operators as sized
 from cuda_kernels import DTYPES, LENGTHS, ROWS, ULP, allowed, loaded, stored
 
-from turbo_tvm.ops import sized
 from turbo_tvm.ops.operand import Operand
 from turbo_tvm.schedules.common.space import Variant
 from turbo_tvm.schedules.cuda.linear import linear, space

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import sized_operators as sized
 from cuda_kernels import DTYPES, LENGTHS, ROWS, allowed, loaded, stored
 
-from turbo_tvm.ops import sized
 from turbo_tvm.ops.operand import Operand
 from turbo_tvm.schedules.cuda.normalization import l2_normalize, norm, space
 from turbo_tvm.schedules.cuda.reduction import row_form, vector_width

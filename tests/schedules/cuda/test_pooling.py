@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import sized_operators as sized
 from cuda_kernels import DTYPES, loaded, stored
 
-from turbo_tvm.ops import sized
 from turbo_tvm.ops.operand import Operand
 from turbo_tvm.runtime import batch
 from turbo_tvm.schedules.common.space import Space

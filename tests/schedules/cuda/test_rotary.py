@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import sized_operators as sized
 import tvm
 from cuda_kernels import DTYPES, allowed, loaded, stored
 
-from turbo_tvm.ops import sized
 from turbo_tvm.ops.operand import Operand
 from turbo_tvm.schedules.cuda.rotary import rotary, space
 from turbo_tvm.schedules.cuda.tiles import CUDA_TILES

@@ -5,10 +5,10 @@ from __future__ import annotations
 from functools import partial
 
 import pytest
+import sized_operators as sized
 import tvm
 import tvm_ffi
 
-from turbo_tvm.ops import sized
 from turbo_tvm.ops.operand import Operand
 from turbo_tvm.schedules.common.space import Knob, Space, Variant
 from turbo_tvm.schedules.cuda import attention, embedding, gate, linear, normalization, pooling, rotary, rows, softmax

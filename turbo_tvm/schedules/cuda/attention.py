@@ -31,7 +31,7 @@ from turbo_tvm.ops import Attention
 from turbo_tvm.schedules.common.space import Knob, Space, Variant
 from turbo_tvm.schedules.cpu.script import without_parameters
 from turbo_tvm.schedules.cuda import attention_registers, attention_tensor_cores
-from turbo_tvm.schedules.cuda.attention_task import HeadRows, Scores, Task
+from turbo_tvm.schedules.cuda.attention_task import KEYS, HeadRows, Scores, Task
 from turbo_tvm.schedules.cuda.block_product import WARP
 from turbo_tvm.schedules.cuda.script import kernel_attrs, only_setting, operand_type
 from turbo_tvm.schedules.cuda.tiles import CudaTiles
@@ -69,7 +69,7 @@ def _body(rows: HeadRows) -> ModuleType:
 def _space_of(rows: HeadRows) -> Space:
     """Return the numbers of keys for which a block has room."""
     body = _body(rows)
-    keys = tuple(count for count in body.KEYS if body.fits(rows, count))
+    keys = tuple(count for count in KEYS if body.fits(rows, count))
     return Space((Knob("keys", keys, body.usual_keys(rows), "keys in shared memory at a time"),))
 
 

@@ -6,13 +6,13 @@ fragment, lies in the warp's own part of shared memory for a while. See `attenti
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import tvm
 from tvm.ir import Expr
 from tvm.script import tirx as T
 
+from turbo_tvm.schedules.common.space import Macro
 from turbo_tvm.schedules.cuda.attention_task import CHUNK, LANES, ROWS, HeadRows, Scores, Task
 from turbo_tvm.schedules.cuda.block_product import FRAGMENT, WARP
 from turbo_tvm.schedules.cuda.fragments import load_fragment
@@ -20,8 +20,6 @@ from turbo_tvm.schedules.cuda.script import sync_warp
 
 _GROUP = 64  # columns that pass through shared memory together
 _PAD = 8  # elements after each row of a tile
-
-Macro = Callable[..., None]
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,13 @@ Numbered steps in the bodies are those of the strategy in `attention.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import tvm
 from tvm.script import tirx as T
 
 from turbo_tvm.ops.operand import Operand
+from turbo_tvm.schedules.common.space import Macro
 from turbo_tvm.schedules.cuda.attention_task import (
     CHUNK,
     LANES,
@@ -30,13 +30,10 @@ from turbo_tvm.schedules.cuda.attention_task import (
 from turbo_tvm.schedules.cuda.reduction import shuffle_xor
 from turbo_tvm.schedules.cuda.script import SHARED_BYTES, sync_block
 
-__all__ = ["KEYS", "ROWS", "attend_macro", "fits", "usual_keys"]
+__all__ = ["ROWS", "attend_macro", "fits", "usual_keys"]
 
-KEYS = (16, 32, 64)  # that may be at hand at a time
 _PAD = 4  # elements after each row of a tile
 _MOST_REGISTERS = 160  # of a thread, for numbers
-
-Macro = Callable[..., None]
 
 
 @dataclass(frozen=True)

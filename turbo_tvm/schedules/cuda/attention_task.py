@@ -6,7 +6,6 @@ Numbered steps in the bodies are those of the strategy in `attention.py`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import tvm
@@ -14,15 +13,15 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 
 from turbo_tvm.ops.operand import Operand
+from turbo_tvm.schedules.common.space import Macro
 from turbo_tvm.schedules.cuda.numbers import from_float
 from turbo_tvm.schedules.cuda.reduction import ACCESS_BYTES, shuffle_xor
 
 LANES = 2  # of a query
 ROWS = 16  # queries of a warp
+KEYS = (16, 32, 64)  # that may be at hand at a time
 CHUNK = 4  # neighbouring columns that a lane takes; the next ones are the other lane's
 _LOWEST = -1e37  # stands for -infinity, so that differences of such scores stay finite
-
-Macro = Callable[..., None]
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,10 @@ Numbered steps in the bodies are those of the strategy in `attention.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from tvm.script import tirx as T
 
 from turbo_tvm.ops.operand import Operand
+from turbo_tvm.schedules.common.space import Macro
 from turbo_tvm.schedules.cuda.attention_passage import (
     Memory,
     Shape,
@@ -39,11 +38,7 @@ from turbo_tvm.schedules.cuda.block_product import FRAGMENT
 from turbo_tvm.schedules.cuda.fragments import clear_fragment, load_fragment, multiply_fragments, store_fragment
 from turbo_tvm.schedules.cuda.script import SHARED_BYTES, sync_block, sync_warp
 
-__all__ = ["KEYS", "ROWS", "attend_macro", "fits", "usual_keys"]
-
-KEYS = (16, 32, 64)  # that may be at hand at a time
-
-Macro = Callable[..., None]
+__all__ = ["ROWS", "attend_macro", "fits", "usual_keys"]
 
 
 def usual_keys(rows: HeadRows) -> int:

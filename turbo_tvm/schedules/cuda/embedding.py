@@ -10,7 +10,7 @@ Strategy
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import tvm
 from tvm.ir import Expr
@@ -18,7 +18,7 @@ from tvm.script import tirx as T
 
 from turbo_tvm.ops import Embedding
 from turbo_tvm.ops.operand import Operand
-from turbo_tvm.schedules.common.space import Space, Variant
+from turbo_tvm.schedules.common.space import Macro, Space, Variant
 from turbo_tvm.schedules.cpu.embedding import MAX_TABLES
 from turbo_tvm.schedules.cpu.script import without_parameters
 from turbo_tvm.schedules.cuda import reduction, strips
@@ -31,7 +31,6 @@ from turbo_tvm.schedules.cuda.tiles import CudaTiles
 VERSION = 1  # of the kernel: a tuner's log of another one says nothing about it
 
 Buffers = tuple[tvm.tirx.Buffer, ...]
-Macro = Callable[..., None]
 
 
 def space(operator: Embedding, _tiles: CudaTiles) -> Space:

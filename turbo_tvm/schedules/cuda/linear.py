@@ -22,7 +22,7 @@ Method: tiling after Kerr et al., "CUTLASS: Fast Linear Algebra in CUDA C++" (20
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import tvm
@@ -30,7 +30,7 @@ from tvm.script import tirx as T
 
 from turbo_tvm.ops import Linear
 from turbo_tvm.ops.operand import Operand
-from turbo_tvm.schedules.common.space import Knob, Setting, Space, Variant
+from turbo_tvm.schedules.common.space import Knob, Macro, Setting, Space, Variant
 from turbo_tvm.schedules.cpu.script import without_parameters
 from turbo_tvm.schedules.cuda import products
 from turbo_tvm.schedules.cuda.block_product import WARP, BlockProduct, block_product
@@ -48,8 +48,6 @@ from turbo_tvm.schedules.cuda.script import kernel_attrs, only_setting, operand_
 from turbo_tvm.schedules.cuda.tiles import CudaTiles
 
 VERSION = 1  # of the kernel: a tuner's log of another one says nothing about it
-
-Macro = Callable[..., None]
 
 
 def refuses(operator: Linear, _tiles: CudaTiles) -> str:

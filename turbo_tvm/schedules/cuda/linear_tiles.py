@@ -5,7 +5,6 @@ Numbered steps in the bodies are those of the strategy in `linear.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import tvm
@@ -14,14 +13,13 @@ from tvm.script import tirx as T
 
 from turbo_tvm.ops import formats
 from turbo_tvm.ops.operand import Operand
+from turbo_tvm.schedules.common.space import Macro
 from turbo_tvm.schedules.common.vector_math import activation as activation_by_name
 from turbo_tvm.schedules.cuda.block_product import BlockProduct
 from turbo_tvm.schedules.cuda.numbers import from_float, to_float
 from turbo_tvm.schedules.cuda.products import Memory
 from turbo_tvm.schedules.cuda.reduction import ACCESS_BYTES, vector_width
 from turbo_tvm.schedules.cuda.script import operand_type
-
-Macro = Callable[..., None]
 
 
 @dataclass(frozen=True)

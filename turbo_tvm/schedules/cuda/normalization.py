@@ -21,7 +21,7 @@ Sennrich, "Root Mean Square Layer Normalization" (arXiv 1910.07467).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import tvm
@@ -29,7 +29,7 @@ from tvm.script import tirx as T
 
 from turbo_tvm.ops import L2Normalize, Norm
 from turbo_tvm.ops.operand import Operand
-from turbo_tvm.schedules.common.space import Space, Variant
+from turbo_tvm.schedules.common.space import Macro, Space, Variant
 from turbo_tvm.schedules.cpu.script import without_parameters
 from turbo_tvm.schedules.cuda import reduction, strips
 from turbo_tvm.schedules.cuda.normalize_rows import normalize_macro
@@ -41,8 +41,6 @@ from turbo_tvm.schedules.cuda.tiles import CudaTiles
 REGISTERS = 72  # for the elements of two rows, which share the reads of bias, gamma and beta
 
 VERSION = 1  # of the kernel: a tuner's log of another one says nothing about it
-
-Macro = Callable[..., None]
 
 
 def space(operator: Norm | L2Normalize, _tiles: CudaTiles) -> Space:

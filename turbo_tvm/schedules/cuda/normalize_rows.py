@@ -5,7 +5,6 @@ Numbered steps in the bodies are those of the strategy in `normalization.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import tvm
@@ -13,12 +12,11 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 
 from turbo_tvm.ops.operand import Operand
+from turbo_tvm.schedules.common.space import Macro
 from turbo_tvm.schedules.cuda import reduction, strips
 from turbo_tvm.schedules.cuda.numbers import to_float
 from turbo_tvm.schedules.cuda.reduction import RowForm, add
 from turbo_tvm.schedules.cuda.strips import Element
-
-Macro = Callable[..., None]
 
 
 def normalize_macro(form: RowForm, *, eps: float, kind: str, out: Operand, vectors: str) -> Macro:

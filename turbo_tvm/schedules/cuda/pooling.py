@@ -11,13 +11,13 @@ Strategy
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import tvm
 from tvm.script import tirx as T
 
 from turbo_tvm.ops import Pool
-from turbo_tvm.schedules.common.space import Knob, Space, Variant
+from turbo_tvm.schedules.common.space import Knob, Macro, Space, Variant
 from turbo_tvm.schedules.cpu.pooling import MODES
 from turbo_tvm.schedules.cuda.block_product import WARP
 from turbo_tvm.schedules.cuda.numbers import to_float
@@ -26,8 +26,6 @@ from turbo_tvm.schedules.cuda.script import kernel_attrs, only_setting, sync_blo
 from turbo_tvm.schedules.cuda.tiles import CudaTiles
 
 VERSION = 1  # of the kernel: a tuner's log of another one says nothing about it
-
-Macro = Callable[..., None]
 
 
 def space(operator: Pool, _tiles: CudaTiles) -> Space:

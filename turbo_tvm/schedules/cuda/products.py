@@ -11,20 +11,18 @@ accesses; a warp's threads lie 8 x 4, so that one group of each covers 32 rows b
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import tvm
 from tvm.ir import Expr
 from tvm.script import tirx as T
 
+from turbo_tvm.schedules.common.space import Macro
 from turbo_tvm.schedules.cuda.block_product import FRAGMENT, GROUP, LANES, STAGE_COLUMNS, STAGE_PAD, WARP, BlockProduct
 from turbo_tvm.schedules.cuda.fragments import clear_fragment, load_fragment, multiply_fragments, store_fragment
 from turbo_tvm.schedules.cuda.script import sync_warp
 
 _UNROLLED = 4  # steps of k that are spelt out in registers; more only makes code that takes long to compile
-
-Macro = Callable[..., None]
 
 
 @dataclass(frozen=True)

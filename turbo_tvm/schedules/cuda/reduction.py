@@ -30,7 +30,7 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 
 from turbo_tvm.ops.operand import Operand
-from turbo_tvm.schedules.common.space import Knob, Setting, Space, Variant
+from turbo_tvm.schedules.common.space import Knob, Macro, Setting, Space, Variant
 from turbo_tvm.schedules.cuda.script import only_setting
 
 WARP = 32
@@ -43,7 +43,6 @@ _FEWEST_THREADS = 4  # of a team, unless a row is shorter: fewer would read memo
 _BLOCK_THREADS = 128  # of a block of warps with rows of their own, and of one that works on a row together
 _FULL_MASK = 0xFFFFFFFF
 
-Macro = Callable[..., None]
 Combine = Callable[[Expr, Expr], Expr]
 
 

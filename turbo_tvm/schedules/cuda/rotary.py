@@ -20,7 +20,7 @@ from tvm.script import tirx as T
 
 from turbo_tvm.ops import Rotary
 from turbo_tvm.ops.operand import Operand
-from turbo_tvm.schedules.common.space import Knob, Space, Variant
+from turbo_tvm.schedules.common.space import Knob, Macro, Space, Variant
 from turbo_tvm.schedules.cpu.rotary import kept_columns
 from turbo_tvm.schedules.cuda.numbers import from_float, to_float
 from turbo_tvm.schedules.cuda.reduction import vector_width
@@ -29,7 +29,6 @@ from turbo_tvm.schedules.cuda.tiles import CudaTiles
 
 VERSION = 1  # of the kernel: a tuner's log of another one says nothing about it
 
-Macro = Callable[..., None]
 Element = Callable[[Expr], Expr]  # a number by its place in an access
 
 

@@ -18,7 +18,7 @@ normalizer calculation for softmax" (arXiv 1805.02867).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import tvm
@@ -26,7 +26,7 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 
 from turbo_tvm.ops import Softmax
-from turbo_tvm.schedules.common.space import Space, Variant
+from turbo_tvm.schedules.common.space import Macro, Space, Variant
 from turbo_tvm.schedules.cuda import reduction, strips
 from turbo_tvm.schedules.cuda.reduction import RowForm, add, largest
 from turbo_tvm.schedules.cuda.script import kernel_attrs
@@ -36,8 +36,6 @@ from turbo_tvm.schedules.cuda.tiles import CudaTiles
 VERSION = 1  # of the kernel: a tuner's log of another one says nothing about it
 
 _LOG2_E = math.log2(math.e)
-
-Macro = Callable[..., None]
 
 
 def space(operator: Softmax, _tiles: CudaTiles) -> Space:

@@ -13,10 +13,10 @@ import tvm
 from tvm.ir import Expr
 from tvm.script import tirx as T
 
+from turbo_tvm.schedules.common.space import Macro
 from turbo_tvm.schedules.cuda.numbers import from_float, to_float
 from turbo_tvm.schedules.cuda.reduction import ACCESS_BYTES, Combine, RowForm
 
-Macro = Callable[..., None]
 Element = Callable[[Expr, Expr], Expr]  # a number by row, of the X, and place in the strip or chunk
 
 

@@ -6,7 +6,6 @@ What is not given is as it would be by default: rows in fp32 as wide as their co
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 from turbo_tvm.ops import formats
 from turbo_tvm.ops.attention import Attention
@@ -19,27 +18,17 @@ from turbo_tvm.ops.pool import Pool, PoolMode
 from turbo_tvm.ops.rotary import Rotary
 from turbo_tvm.ops.rows import CastRows, TileRows, UntileRows
 from turbo_tvm.ops.weights import CastWeight, PackBias, PackDistances, PackWeight
+from turbo_tvm.schedules.registry import Tiles
 
 FP32 = formats.FP32.storage
 
 
-class Layout(Protocol):
-    """What tiles say of the layout of rows and weights."""
-
-    @property
-    def row_tile(self) -> int: ...
-    @property
-    def col_tile(self) -> int: ...
-    @property
-    def in_pairs(self) -> bool: ...
-
-
-def rows(tiles: Layout, width: int, dtype: str = FP32) -> Operand:
+def rows(tiles: Tiles, width: int, dtype: str = FP32) -> Operand:
     """Return rows of that width, (tiles, row_tile, width)."""
     return Operand.rows(width, dtype, tiles.row_tile)
 
 
-def packed(tiles: Layout, dtype: str) -> tuple[str, int]:
+def packed(tiles: Tiles, dtype: str) -> tuple[str, int]:
     """Return the dtype of weights for rows of this dtype, and how many numbers an element holds."""
     stored = formats.of_storage(dtype)
     if tiles.in_pairs and stored is not None and stored.word is not None:
@@ -53,7 +42,7 @@ def vector(columns: int, dtype: str = FP32) -> Operand:
 
 
 def linear(
-    tiles: Layout,
+    tiles: Tiles,
     k: int,
     n: int,
     *,
@@ -82,8 +71,18 @@ def linear(
     )
 
 
+def qkv_columns(widths: Sequence[int], *, merged: bool = True, wider: int = 0) -> list[tuple[int, int]]:
+    """Return (width of the row, first column) of Q, K and V.
+
+    widths: their columns; merged: side by side in one buffer, else in three; wider: by how much rows are wider.
+    """
+    if not merged:
+        return [(width + wider, 0) for width in widths]
+    return [(sum(widths) + wider, sum(widths[:i])) for i in range(len(widths))]
+
+
 def attention(
-    tiles: Layout,
+    tiles: Tiles,
     heads: int,
     head_dim: int,
     max_length: int,
@@ -124,7 +123,7 @@ def attention(
 
 
 def norm(
-    tiles: Layout,
+    tiles: Tiles,
     columns: int,
     *,
     eps: float = 1e-12,
@@ -146,7 +145,7 @@ def norm(
 
 
 def l2_normalize(
-    tiles: Layout, columns: int, *, eps: float = 1e-12, x: Operand | None = None, out: Operand | None = None
+    tiles: Tiles, columns: int, *, eps: float = 1e-12, x: Operand | None = None, out: Operand | None = None
 ) -> L2Normalize:
     """Return a division of rows by their Euclidean length."""
     result = out or rows(tiles, columns)
@@ -154,7 +153,7 @@ def l2_normalize(
     return L2Normalize(x=x or rows(tiles, columns), eps=eps, columns=used, out=result)
 
 
-def softmax(tiles: Layout, columns: int, *, x: Operand | None = None, out: Operand | None = None) -> Softmax:
+def softmax(tiles: Tiles, columns: int, *, x: Operand | None = None, out: Operand | None = None) -> Softmax:
     """Return a softmax of rows."""
     result = out or rows(tiles, columns)
     used = columns if result.width != columns else None
@@ -162,7 +161,7 @@ def softmax(tiles: Layout, columns: int, *, x: Operand | None = None, out: Opera
 
 
 def gate(
-    tiles: Layout,
+    tiles: Tiles,
     columns: int,
     activation: str,
     *,
@@ -176,7 +175,7 @@ def gate(
 
 
 def rotary(
-    tiles: Layout,
+    tiles: Tiles,
     columns: int,
     spans: Sequence[tuple[int, int]],
     *,
@@ -199,7 +198,7 @@ def rotary(
 
 
 def embedding(
-    tiles: Layout,
+    tiles: Tiles,
     columns: int,
     tables: int,
     *,
@@ -220,7 +219,7 @@ def embedding(
 
 
 def pool(
-    tiles: Layout,
+    tiles: Tiles,
     columns: int,
     mode: PoolMode,
     *,
@@ -241,29 +240,29 @@ def pool(
     )
 
 
-def cast_rows(tiles: Layout, columns: int, out: Operand) -> CastRows:
+def cast_rows(tiles: Tiles, columns: int, out: Operand) -> CastRows:
     """Return a change of the format of rows in fp32."""
     return CastRows(x=rows(tiles, columns), out=out)
 
 
-def tile_rows(tiles: Layout, columns: int) -> TileRows:
+def tile_rows(tiles: Tiles, columns: int) -> TileRows:
     """Return the copy of flat rows into tiles."""
     return TileRows(x=Operand((None, columns), FP32), out=rows(tiles, columns))
 
 
-def untile_rows(tiles: Layout, columns: int) -> UntileRows:
+def untile_rows(tiles: Tiles, columns: int) -> UntileRows:
     """Return the copy of rows out of their tiles."""
     return UntileRows(x=rows(tiles, columns), out=Operand((None, columns), FP32))
 
 
-def pack_weight(tiles: Layout, k: int, n: int, dtype: str = FP32) -> PackWeight:
+def pack_weight(tiles: Tiles, k: int, n: int, dtype: str = FP32) -> PackWeight:
     """Return the packing of a weight (n, k) for rows of that dtype."""
     stored, per_element = packed(tiles, dtype)
     shape = (-(-n // tiles.col_tile), k // per_element, tiles.col_tile)
     return PackWeight(weight=Operand((n, k), FP32), out=Operand(shape, stored))
 
 
-def pack_bias(tiles: Layout, n: int) -> PackBias:
+def pack_bias(tiles: Tiles, n: int) -> PackBias:
     """Return the packing of a bias."""
     return PackBias(bias=vector(n), out=vector(-(-n // tiles.col_tile) * tiles.col_tile))
 
@@ -274,7 +273,7 @@ def cast_weight(shape: tuple[int, ...], dtype: str) -> CastWeight:
 
 
 def pack_distances(
-    tiles: Layout, heads: int, head_dim: int, columns: int, row_width: int, dtype: str = FP32
+    tiles: Tiles, heads: int, head_dim: int, columns: int, row_width: int, dtype: str = FP32
 ) -> PackDistances:
     """Return the packing of a table over distances that rows of that dtype are multiplied with."""
     stored, per_element = packed(tiles, dtype)
