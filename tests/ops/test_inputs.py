@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 from tvm import relax
 
-from turbo_tvm.ops.inputs import NUM_INPUT, InputKind, Inputs, input_params, num_input, weight_params, with_params
+from turbo_tvm.ops.inputs import (
+    NUM_INPUT,
+    InputKind,
+    Inputs,
+    batch_shape,
+    input_params,
+    num_input,
+    weight_params,
+    with_params,
+)
 
 TYPE = relax.TensorType((2, 3), "int64")
 
@@ -97,3 +106,10 @@ def test_other_parameters_keep_body_and_attributes():
     assert names(weight_params(changed)) == ["weight"]
     assert changed.body.same_as(func.body) and int(changed.attrs["kept"]) == 1
     assert num_input(func) == 1  # which stays as it was
+
+
+def test_the_batch_has_the_shape_of_the_first_input():
+    ids = relax.Var("input_ids", TYPE)
+    limits = relax.Var("cu_seqlens", relax.TensorType((5,), "int32"))
+    changed = with_params(function("input_ids", inputs=1), [ids, limits], 2)
+    assert batch_shape(changed) == [2, 3]

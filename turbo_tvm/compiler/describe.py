@@ -23,7 +23,7 @@ from turbo_tvm.compiler.tuned_kernels import Applied
 from turbo_tvm.errors import UnsupportedModelError
 from turbo_tvm.frontends.imported import Imported
 from turbo_tvm.ops.entry import ENCODE
-from turbo_tvm.ops.inputs import input_params, kind_of
+from turbo_tvm.ops.inputs import batch_shape, input_params, kind_of
 from turbo_tvm.ops.operand import dims
 from turbo_tvm.ops.pool import LARGEST
 from turbo_tvm.passes.capture_graphs import captured
@@ -93,7 +93,7 @@ def _pooled(token: int | None) -> PooledToken:
 
 def _output(name: str, ty: ir.Type, optimized: Optimized) -> OutputSpec:
     """Return how to read one output, from its type: rows per token or per sequence, and how many columns."""
-    shape, first = dims(ty), dims(optimized.function.params[0])
+    shape, first = dims(ty), batch_shape(optimized.function)
     if optimized.layout == "packed":
         per_token = shape[0].same_as(first[0])
         return OutputSpec(

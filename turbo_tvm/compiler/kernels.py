@@ -14,6 +14,7 @@ from turbo_tvm.compiler.kernel_objects import Kernel
 from turbo_tvm.compiler.kernel_recipe import KernelRecipe
 from turbo_tvm.ops import Operator
 from turbo_tvm.ops.call import operators
+from turbo_tvm.ops.inputs import batch_shape
 from turbo_tvm.ops.operand import dims
 from turbo_tvm.schedules.common.space import Variant
 from turbo_tvm.schedules.registry import Tiles, family_of
@@ -58,7 +59,7 @@ def inventory(func: relax.Function, kernels: Kernels) -> tuple[KernelSpec, ...]:
     """
     calls: Counter[str] = Counter()
     specs: dict[str, KernelSpec] = {}
-    tokens = dims(func.params[0])[0]
+    tokens = batch_shape(func)[0]
     for operator in operators(func):
         name = kernels.name(operator)
         calls[name] += 1

@@ -7,6 +7,8 @@ from enum import Enum
 
 from tvm import relax
 
+from turbo_tvm.ops.operand import dims
+
 NUM_INPUT = "num_input"  # TVM's attribute of a function: how many of its parameters are inputs; weights follow
 
 
@@ -75,6 +77,14 @@ class Inputs:
     def kind_of(self, expr: relax.Expr) -> InputKind | None:
         """Return the kind of the input that an expression is, None if it is none."""
         return next((kind for kind, var in self.given().items() if expr.same_as(var)), None)
+
+
+def batch_shape(func: relax.Function) -> list:
+    """Return the dimensions of token ids or patches, the first input: (batch, length, ...).
+
+    Packed they are (tiles, row_tile, ...).
+    """
+    return dims(func.params[0])
 
 
 def input_params(func: relax.Function) -> list[relax.Var]:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 from tvm import ir, relax, tirx
 
-from turbo_tvm.ops.inputs import InputKind, input_params, with_params
+from turbo_tvm.ops.inputs import InputKind, input_params, num_input, with_params
 from turbo_tvm.passes.analysis.evaluate import evaluate, specialized
 from turbo_tvm.passes.rewriter import Rewriter, is_call, shape_of, with_function
 
@@ -51,12 +51,12 @@ def fuse_patches(mod: ir.IRModule, function: str) -> tuple[ir.IRModule, Patches 
     stem = _Stem(*found)
     rewriter = _FusePatches(_with_inputs(mod, function, stem), function, stem)
     rewritten = rewriter.run()
-    if rewriter.prefix is None or _reads_pixels(rewritten[function]):
+    if rewriter.prefix is None or stem.pixels in relax.analysis.free_vars(rewritten[function].body):
         return mod, None
     _, channels, height, width = shape_of(stem.pixels)
     patch_height, patch_width = shape_of(stem.weight)[2:]
     patches = Patches(channels, height, width, patch_height, patch_width, rewriter.prefix)
-    return _without_pixels(rewritten, function), patches
+    return _without(rewritten, function, stem.pixels), patches
 
 
 @dataclass(frozen=True)
@@ -188,13 +188,13 @@ def _with_inputs(mod: ir.IRModule, function: str, stem: _Stem) -> ir.IRModule:
     ids = relax.TensorType(shape, "int64")
     others = [relax.Var(kind.parameter, ids) for kind in (InputKind.ATTENTION_MASK, InputKind.POSITION_IDS)]
     func = mod[function]
-    return with_function(mod, function, with_params(func, [patches, *others, *func.params], 4))
+    return with_function(
+        mod, function, with_params(func, [patches, *others, *func.params], num_input(func) + 1 + len(others))
+    )
 
 
-def _without_pixels(mod: ir.IRModule, function: str) -> ir.IRModule:
+def _without(mod: ir.IRModule, function: str, given: relax.Var) -> ir.IRModule:
+    """Return the module whose function does not take this input, which it does not read."""
     func = mod[function]
-    return with_function(mod, function, with_params(func, [*func.params[:3], *func.params[4:]], 3))
-
-
-def _reads_pixels(func: relax.Function) -> bool:
-    return func.params[3] in relax.analysis.free_vars(func.body)
+    params = [param for param in func.params if not param.same_as(given)]
+    return with_function(mod, function, with_params(func, params, num_input(func) - 1))

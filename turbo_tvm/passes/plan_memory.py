@@ -23,7 +23,7 @@ from tvm import ir, relax, tirx
 from tvm.ir import Expr
 
 from turbo_tvm import tvm_compat
-from turbo_tvm.ops.inputs import Inputs
+from turbo_tvm.ops.inputs import Inputs, batch_shape
 from turbo_tvm.ops.operand import dims
 from turbo_tvm.ops.operator import OVERWRITES
 from turbo_tvm.passes.remove_padding import sequence_tiles
@@ -86,7 +86,7 @@ def plan_batch_memory(
 
 def _symbols(func: relax.Function, row_tile: int) -> dict[str, Expr]:
     """Return what sizes are made of, by `manifest.SYMBOLS`: the first input's dimensions, and what follows."""
-    first, second = dims(func.params[0])[:2]
+    first, second = batch_shape(func)[:2]
     inputs = Inputs.of(func)
     if inputs.are_packed:
         (boundaries,) = dims(inputs.cu_seqlens)

@@ -25,7 +25,7 @@ from tvm import ir, relax, tirx
 
 from turbo_tvm.ops import Attention, L2Normalize, Operator, Pool, Rotary
 from turbo_tvm.ops.call import match, operators, to_call
-from turbo_tvm.ops.inputs import NUM_INPUT, InputKind, Inputs, input_params, weight_params
+from turbo_tvm.ops.inputs import NUM_INPUT, InputKind, Inputs, batch_shape, input_params, weight_params
 from turbo_tvm.passes.rewriter import (
     builder_without,
     has_symbolic_shape,
@@ -94,7 +94,7 @@ class _RemovePadding:
         self.func: relax.Function = mod[function]
         self.builder = builder_without(mod, function)
         self.mask = Inputs.of(self.func).attention_mask
-        self.batch, self.length = shape_of(self.func.params[0])[:2]
+        self.batch, self.length = batch_shape(self.func)[:2]
         self.new: dict[relax.Var, relax.Expr] = {}
         self.kind: dict[relax.Var, str] = {}
         self.reason: dict[relax.Var, str] = {}
