@@ -39,11 +39,11 @@ def summarized(record: dict[str, Any]) -> dict[str, Any]:
 
 def _summarized(one: dict[str, Any]) -> dict[str, Any]:
     samples = {name: times for name, times in one["samples_s"].items() if times}
-    ours = samples.get(OURS)
     made = {key: value for key, value in one.items() if key != "samples_s"}
     made["times"] = [{"contender": name, "seconds": described(times)} for name, times in samples.items()]
-    for timed in made["times"] if ours else []:
-        timed["ratio"] = _ratio(samples[timed["contender"]], ours)
+    if OURS in samples:
+        for timed in made["times"]:
+            timed["ratio"] = _ratio(samples[timed["contender"]], samples[OURS])
     return made
 
 

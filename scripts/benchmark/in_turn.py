@@ -48,7 +48,7 @@ def summarized(record: Record) -> Record:
     return made | {"gain": pairwise(first, second)}
 
 
-def gain(summary: Record) -> float:
+def gain(summary: Mapping[str, Any]) -> float:
     """How much faster the second one is."""
     return summary["gain"]["median"]
 
