@@ -77,7 +77,7 @@ ALLOWED = {
     }
     | {"onnxruntime", "google", "safetensors", "tokenizers"},
     "passes": {"errors", "ops", "tvm_compat", *TVM},
-    "schedules": {"errors", "ops", "tvm_compat", *TVM},
+    "schedules": {"errors", "ops", "quick_script", "tvm_compat", *TVM},
     "compiler": {*ANYTHING, "ops", "frontends", "passes", "schedules", "artifact", "runtime", "__version__", "torch"}
     | {"transformers", "onnx", "cuda", "nvidia", "filelock", *TVM},
     "artifact": {"errors", "numpy"},

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-
 import numpy as np
 import pytest
 import torch
@@ -14,44 +12,8 @@ from tvm.relax.frontend.torch import from_exported_program
 from tvm.script import ir as I
 from tvm.script import relax as R
 from tvm.script import tirx as T
-from tvm.script.parser.core import parser
 
 from turbo_tvm import tvm_compat
-
-
-def doubled() -> tvm.tirx.PrimFunc:
-    @T.inline
-    def double(x, i):
-        x[i] = x[i] + x[i]
-
-    @T.prim_func(private=True, s_tir=True)
-    def kernel(x: T.Buffer((4,), "float32")):
-        for i in range(4):
-            double(x, i)
-
-    return kernel
-
-
-def test_macros_expand_to_the_same(monkeypatch):
-    tvm_compat.quick_macros()
-    mine = doubled()
-    assert parser.ScriptMacro._find_parser_def is tvm_compat._find_parser_def
-    monkeypatch.setattr(parser.ScriptMacro, "_find_parser_def", original_look_up())
-    tvm.ir.assert_structural_equal(doubled(), mine)
-
-
-def original_look_up():
-    """TVM's own way, as it is written in the wheel."""
-    source = inspect.getsource(parser)
-    assert "inspect.getouterframes" in source, "TVM finds its parser in another way: is quick_macros still needed?"
-    space: dict = {}
-    exec(compile(source, parser.__file__, "exec"), {"__name__": parser.__name__, **vars(parser)}, space)
-    return space["ScriptMacro"]._find_parser_def
-
-
-def test_a_macro_outside_of_a_script_is_an_error():
-    with pytest.raises(RuntimeError, match="outside TVMScript"):
-        tvm_compat._find_parser_def(None)
 
 
 def test_onnx_converters_are_classes_with_versions():

@@ -1,17 +1,15 @@
 """What turbo_tvm relies on that TVM 0.27 does not promise: one place, and tests that say when TVM changes it.
 
 A new version of TVM is tried with `pytest tests/test_tvm_compat.py` first. What only environment variables can tell TVM
-is in `config.py`, which alone may set them.
+is in `config.py`, which alone may set them; what makes its parser quick is in `quick_script.py`.
 """
 
 from __future__ import annotations
 
-import inspect
 from types import ModuleType
 from typing import Any
 
 from tvm import ir, relax
-from tvm.script.parser.core.parser import ScriptMacro
 
 EXPORTED = "main"  # what TVM's importer of PyTorch programs calls the function that it makes
 
@@ -21,27 +19,6 @@ ELEMENTWISE = 0  # operator pattern of a kernel whose elements depend on the inp
 
 _PATTERN = "op_pattern"  # attribute of a kernel, by AnnotateTIROpPattern
 _BUILTIN = "vm."  # functions of the virtual machine itself begin like this; others are kernels
-
-
-def quick_macros() -> None:
-    """Make TVMScript's macros quick to expand; what they expand to stays the same.
-
-    To find the parser that is running, TVM asks `inspect.getouterframes` for every frame's source text, at every use of
-    a macro, and reads one global of each frame. That is 80 % of the time that a model's kernels take to build. The
-    frames alone say the same.
-    """
-    ScriptMacro._find_parser_def = _find_parser_def
-
-
-def _find_parser_def(self: ScriptMacro) -> Any:
-    """Return the parser whose macro use is being expanded: the nearest frame's that has one."""
-    frame = inspect.currentframe()
-    while frame is not None:
-        parser = frame.f_globals.get(ScriptMacro.parser_object_name)
-        if parser is not None:
-            return parser
-        frame = frame.f_back
-    raise RuntimeError("a TVMScript macro was used outside TVMScript")
 
 
 def onnx_converters(frontend: ModuleType) -> dict[str, Any]:

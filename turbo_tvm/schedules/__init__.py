@@ -3,6 +3,6 @@
 They know nothing of graphs or of the values of weights.
 """
 
-from turbo_tvm import tvm_compat
+from turbo_tvm import quick_script
 
-tvm_compat.quick_macros()
+quick_script.install()

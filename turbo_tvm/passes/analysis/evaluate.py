@@ -8,13 +8,25 @@ schedules for the host and look.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import tvm
+import tvm_ffi
 from tvm import relax, tirx
 
 from turbo_tvm.passes.rewriter import Rewriter, is_call, is_tensor, shape_of, substitute
+
+_PART = "part"
+_FUSE = tvm.transform.Sequential(
+    [
+        relax.transform.LegalizeOps(),
+        relax.transform.AnnotateTIROpPattern(),
+        relax.transform.FuseOps(),
+        relax.transform.FuseTIR(),
+    ]
+)
 
 
 def cut(
@@ -129,10 +141,20 @@ def evaluate(
     if relax.analysis.free_symbolic_vars(func) or any(not isinstance(d, int) for p in func.params for d in shape_of(p)):
         return None
     values += [np.zeros([int(d) for d in shape_of(p)], str(p.ty.dtype)) for p in func.params[len(values) :]]
-    mod = tvm.IRModule({"part": func.with_attr("global_symbol", "part")})
-    machine = relax.VirtualMachine(tvm.compile(mod, target="llvm"), tvm.cpu())
-    result = machine["part"](*[tvm.runtime.tensor(value) for value in values])
+    part = tvm_ffi.StructuralKey(func)  # type: ignore[call-arg]  # its stub has the constructor of C++
+    machine = relax.VirtualMachine(_library(part), tvm.cpu())
+    result = machine[_PART](*[tvm.runtime.tensor(value) for value in values])
     return [part.numpy() for part in result] if isinstance(expr, relax.Tuple) else result.numpy()
+
+
+@lru_cache(maxsize=64)
+def _library(part: tvm_ffi.StructuralKey) -> tvm.runtime.Module:
+    """Compile a function that has all dimensions fixed; the same part of another layer or model is compiled once.
+
+    Nearly all of its cost is machine code, so few kernels and no optimisation: it runs once on a handful of numbers.
+    """
+    mod = _FUSE(tvm.IRModule({_PART: part.key.with_attr("global_symbol", _PART)}))
+    return tvm.compile(mod, target=tvm.target.Target({"kind": "llvm", "opt-level": 0})).jit()
 
 
 def equals_for_masks(
