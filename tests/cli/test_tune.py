@@ -32,6 +32,7 @@ def quick(monkeypatch):
     for module, name in ((bench, "FINAL_SECONDS"), (bench, "TRIAL_SECONDS"), (report, "SECONDS")):
         monkeypatch.setattr(module, name, 0.01)
     monkeypatch.setattr(tuner, "ROUND", 4)
+    monkeypatch.setattr(tuner, "_BUILDERS", 1)
 
 
 def keep(tiny_artifact: Path, logs: Path, setting: dict[str, int]) -> str:

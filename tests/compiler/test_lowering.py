@@ -89,7 +89,7 @@ def test_without_a_cache_everything_is_compiled(optimized, imported, monkeypatch
     assert first.compiled_kernels == second.compiled_kernels > 0
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_answers_are_the_same_with_the_cache_cold_warm_and_off(
     tiny_folder, cache, monkeypatch, no_compiler, random_requests, precision
 ):

@@ -84,15 +84,17 @@ def agree(module, compiled, tolerance):
             np.testing.assert_allclose(got, want, rtol=0, atol=tolerance * max(1, np.abs(want).max()))
 
 
+MORE = (("bert", "fp16"), ("bert", "bf16"), ("mean", "fp16"), ("answers", "fp16"))
+
+
 class TestModels:
     @pytest.mark.parametrize(
         ("name", "precision"),
         [
-            *(("bert", p) for p in TOLERANCES),
-            ("mpnet", "bf16"),
-            ("mean", "fp16"),
-            ("answers", "fp16"),
+            ("bert", "fp32"),
             ("clip_text", "fp16"),
+            ("mpnet", "bf16"),
+            *(pytest.param(*more, marks=pytest.mark.slow) for more in MORE),
         ],
     )
     def test_agree_with_pytorch(self, simulated, on_gpu, module_of, name, precision):

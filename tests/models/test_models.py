@@ -50,6 +50,8 @@ def config(name: str, layers: int) -> transformers.PretrainedConfig:
 
 
 ARCHITECTURES = ("bert", "minilm", "roberta", "xlm-roberta", "distilbert", "albert", "electra", "mpnet")
+SLOW = ("roberta", "xlm-roberta", "distilbert", "albert", "electra")  # whose parts the others have too
+NAMES = [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in ARCHITECTURES]
 HEADS = {
     "ForSequenceClassification": ("logits",),
     "ForTokenClassification": ("logits",),
@@ -106,7 +108,7 @@ def reference(model: torch.nn.Module, sequence: np.ndarray) -> dict[str, np.ndar
     return {name: value[0].numpy() for name, value in out.items() if isinstance(value, torch.Tensor)}
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_length_agrees_with_pytorch_in_one_batch(bare, name):
     model, compiled = bare(name)
     requests = sequences(LENGTHS)
@@ -118,7 +120,7 @@ def test_every_length_agrees_with_pytorch_in_one_batch(bare, name):
             np.testing.assert_allclose(got, wanted, rtol=0, atol=AGREEMENT)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", NAMES)
 def test_batches_of_1_to_33_agree_with_pytorch_and_with_each_sequence_alone(bare, name):
     model, compiled = bare(name)
     rng = np.random.default_rng(1)
@@ -132,7 +134,7 @@ def test_batches_of_1_to_33_agree_with_pytorch_and_with_each_sequence_alone(bare
             np.testing.assert_allclose(got, alone[index], rtol=0, atol=SAME)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", NAMES)
 def test_memory_is_planned_without_a_trace_in_the_answers(bare, name):
     """The same bits where every tensor has memory of its own, and where all that is dead is NaN."""
     _, compiled = bare(name)
@@ -227,7 +229,7 @@ def test_the_widths_of_bert_large_in_bf16_take_half_the_space(large, tmp_path):
     assert 0.5 <= sizes[1] / sizes[0] <= 0.52
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_layer_is_at_most_six_kernels_and_no_mask_arithmetic_is_left(bare, name):
     _, compiled = bare(name)
     calls = sum(k.calls for k in compiled.manifest.kernels if k.family in ("linear", "attention", "norm"))

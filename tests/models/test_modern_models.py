@@ -56,7 +56,7 @@ MODELS = {
     ),
     "modernbert": lambda: transformers.ModernBertModel(modernbert()),
 }
-SLOW = ("t5", "nomic")  # whose parts the others have too
+SLOW = ("t5", "nomic", "eurobert")  # whose parts the others have too
 NAMES = [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in MODELS]
 
 

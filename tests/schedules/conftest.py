@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tvm
+from each_choice import mark_the_others_slow
 from tvm.support import cc
 from tvm.target import codegen
 
@@ -22,6 +23,7 @@ from turbo_tvm.runtime.device.cpu_features import request_amx
 from turbo_tvm.schedules.common.space import Space, Variant
 from turbo_tvm.schedules.cpu import amx
 
+HERE = Path(__file__).parent
 KERNEL = "kernel"
 FP32, BF16 = "float32", "uint16"
 GUARD_BYTES = 4096
@@ -65,6 +67,12 @@ class TileMachine:
 
     instructions: str
     report: Callable[[], TileUse] | None = None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A kernel for each combination of sizes and formats takes seconds to compile: the quick tests take fewer."""
+    mark_the_others_slow(item for item in items if item.path.is_relative_to(HERE))
 
 
 @functools.cache

@@ -66,6 +66,7 @@ def test_resident_memory_is_read():
     assert memory_child.most_resident() >= memory_child.resident() - (1 << 20)
 
 
+@pytest.mark.slow
 def test_a_tiny_model_from_planning_to_markdown(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.setenv("PYTHONPATH", str(Path(memory.__file__).resolve().parents[1]))

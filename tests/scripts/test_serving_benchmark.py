@@ -52,6 +52,7 @@ def small(monkeypatch, served):
     compiled._artifact = before
 
 
+@pytest.mark.slow
 def test_a_tiny_model_from_saturation_to_markdown(tmp_path, small):
     pytest.importorskip("matplotlib")
     serving.run(settings(tmp_path), Console(quiet=True))

@@ -34,6 +34,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(bench, "FINAL_SECONDS", 0.01)
     monkeypatch.setattr(bench, "TRIAL_SECONDS", 0.01)
     monkeypatch.setattr(tuner, "ROUND", 4)
+    monkeypatch.setattr(tuner, "_BUILDERS", 1)  # a process costs seconds to start
 
 
 def tune(path, logs, trials=4, **options):
@@ -122,6 +123,7 @@ def faulty(faults):
     return build
 
 
+@pytest.mark.slow
 def test_faulty_candidates_cost_a_trial_each(tiny_artifact, tmp_path, monkeypatch):
     faults = {
         1024: "crashes while it is built",
@@ -153,6 +155,7 @@ def test_a_default_that_cannot_be_built_is_an_error(tiny_artifact, tmp_path, mon
         Tuner(it.tasks, Plan("cpu", 1, it.buckets), it.log).run()
 
 
+@pytest.mark.slow
 def test_an_interrupt_keeps_what_was_measured_and_leaves_no_process(tiny_artifact, tmp_path):
     def interrupt(progress):
         if progress.done:
@@ -170,6 +173,7 @@ def test_an_interrupt_keeps_what_was_measured_and_leaves_no_process(tiny_artifac
     assert (one.trials, one.added) == (8, 4)
 
 
+@pytest.mark.slow
 def test_two_tuners_on_one_directory_share_the_work(tiny_artifact, tmp_path):
     code = (
         "import turbo_tvm; from turbo_tvm.tuning import bench, tuner; "
