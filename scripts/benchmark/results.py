@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 DIGITS, SPREAD_DIGITS = 6, 4  # significant ones that a summary keeps of a figure, and of quartiles
-LINES_DEPTH = 4  # a summary's values have lines of their own down to this depth
+LINES_DEPTH = 2  # a summary's values have lines of their own down to this depth
 
 Record = dict[str, Any]
 
@@ -153,7 +153,7 @@ def _is_shallow(record: Record) -> bool:
 def _lines(value: Any, depth: int = 0) -> str:
     """JSON with a line per value near the top and compact values below: small, and a diff says what changed."""
     if depth == LINES_DEPTH or not isinstance(value, dict | list) or not value or _is_flat(value):
-        return json.dumps(value, ensure_ascii=False)
+        return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     pad = " " * (depth + 1)
     if isinstance(value, dict):
         items = [f"{json.dumps(key)}: {_lines(each, depth + 1)}" for key, each in value.items()]
