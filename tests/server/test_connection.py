@@ -66,6 +66,61 @@ def closed(one):
     return True
 
 
+OFFERS = {
+    "h2c, as Java's client": b"connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AAMAAABkAAQ\r\n",
+    "TLS, as Apache's client": b"Connection: upgrade\r\nUpgrade: TLS/1.2\r\n",
+    "a web socket": b"connection: keep-alive, Upgrade\r\nupgrade: websocket\r\nsec-websocket-version: 13\r\n",
+    "without saying so in Connection": b"upgrade: h2c\r\n",
+}
+
+
+def posted(offer, body, chunked=False):
+    """A request with that offer."""
+    head = b"POST /v1/embeddings HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n" + offer
+    if chunked:
+        return head + b"transfer-encoding: chunked\r\n\r\n%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
+    return head + b"content-length: %d\r\n\r\n%s" % (len(body), body)
+
+
+@pytest.mark.parametrize("pieces", ["at once", "head and body", "byte by byte"])
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize("offer", OFFERS.values(), ids=list(OFFERS))
+def test_requests_that_offer_another_protocol_are_answered(served, offer, chunked, pieces):
+    """Two on one connection, and one that offers nothing."""
+    body = json.dumps(ASK).encode()
+    whole = posted(offer, body, chunked)
+    end = whole.index(b"\r\n\r\n") + 4
+    cuts = {
+        "at once": [whole],
+        "head and body": [whole[:end], whole[end:]],
+        "byte by byte": [bytes([b]) for b in whole],
+    }
+    with socket.create_connection(("127.0.0.1", served.port)) as client:
+        client.settimeout(60)
+        for parts in (cuts[pieces], cuts[pieces], [posted(b"", body)]):
+            for part in parts:
+                client.sendall(part)
+            answer = client.makefile("rb")
+            assert answer.readline() == b"HTTP/1.1 200 OK\r\n"
+            length = next(int(line.split(b":")[1]) for line in answer if line.lower().startswith(b"content-length"))
+            while answer.readline() != b"\r\n":
+                pass
+            assert json.loads(answer.read(length))["data"]
+
+
+def test_many_offers_at_once(served):
+    """Each is parsed again, one after the other."""
+    ask = b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: h2c\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", served.port)) as client:
+        client.settimeout(60)
+        client.sendall(ask * 400)
+        got = b""
+        while got.count(b"HTTP/1.1 200") < 400:
+            part = client.recv(1 << 16)
+            assert part
+            got += part
+
+
 STARTS = {
     "nothing": b"",
     "a byte": b"P",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import zlib
 
 import pytest
 
@@ -59,3 +60,34 @@ def test_too_slow(monkeypatch):
 def test_a_client_that_hangs_up(messages):
     with pytest.raises(Disconnected):
         read(*messages)
+
+
+def compressed(body: bytes, form: str) -> bytes:
+    stream = zlib.compressobj(wbits=zlib.MAX_WBITS | 16 if form == "gzip" else zlib.MAX_WBITS)
+    return stream.compress(body) + stream.flush()
+
+
+@pytest.mark.parametrize("form", ["gzip", "deflate"])
+def test_compressed_bodies(form):
+    headers = {b"content-encoding": form.encode()}
+    whole = compressed(b"0123456789", form)
+    assert read(part(whole), headers=headers, limit=100) == b"0123456789"
+    halves = part(whole[:5], more=True), part(whole[5:])
+    assert read(*halves, headers=headers, limit=100) == b"0123456789"
+    for body, kind in (
+        (compressed(b"0" * 1_000_000, form), errors.TOO_LARGE),  # a thousand bytes
+        (whole[:-1], errors.INVALID),
+        (whole + b"1", errors.INVALID),
+        (b"{}", errors.INVALID),
+        (b"", errors.INVALID),
+    ):
+        with pytest.raises(Problem) as caught:
+            read(part(body), headers=headers, limit=10_000)
+        assert caught.value.kind is kind
+
+
+def test_other_encodings_are_refused_before_the_body_is_read():
+    with pytest.raises(Problem, match="or in gzip or deflate, not in 'br'") as caught:
+        read(headers={b"content-encoding": b"br"})
+    assert caught.value.kind is errors.UNSUPPORTED
+    assert read(part(b"a"), headers={b"content-encoding": b"identity"}) == b"a"
