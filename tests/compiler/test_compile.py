@@ -106,6 +106,15 @@ class TestModelsThatAreRefused:
         )
         refuse(UnsupportedModelError, message, transformers.T5EncoderModel(t5))
 
+    def test_a_model_that_is_another_one_for_long_sequences(self):
+        """BigBird attends in blocks from a number of tokens on, and to all tokens below."""
+        sizes = TINY | {"max_position_embeddings": 128, "num_hidden_layers": 1}
+        blocks = {"attention_type": "block_sparse", "block_size": 4, "num_random_blocks": 1}
+        message = (
+            "BigBirdModel is not supported: compiled, its output .* differs .* for 1 sequence.s. of at most 128 tokens"
+        )
+        refuse(UnsupportedModelError, message, transformers.BigBirdModel(transformers.BigBirdConfig(**sizes, **blocks)))
+
     @pytest.mark.parametrize("model", [None, 5, transformers.BertModel])
     def test_not_a_module(self, model):
         refuse(UnsupportedModelError, "a torch.nn.Module is needed, not", model)

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import pytest
 
+from turbo_tvm.artifact.manifest import TextRule
 from turbo_tvm.errors import UnsupportedModelError
 from turbo_tvm.frontends.options import ImportOptions, read_tokenizer, size_of
+from turbo_tvm.frontends.text_files import TextFiles
 
 
 def test_what_is_asked_for_comes_before_what_the_model_says():
-    given = ImportOptions("name", 5, "text", 16)
-    assert given.or_else("other", 9, "another") == given
-    assert ImportOptions(image_size=16).or_else("other", 9, "another") == ImportOptions("other", 9, "another", 16)
-    assert ImportOptions(max_length=0).or_else(max_length=9).max_length == 0  # is refused, rather than forgotten
+    files = TextFiles('{"added_tokens": []}', 9, TextRule("left", False, {"query": "q: "}, "query"))
+    own = '{"truncation": {"direction": "Right"}}'
+    assert ImportOptions("name", 5, own, image_size=16).or_else("other", files) == ImportOptions(
+        "name", 5, own, TextRule("right", True, {"query": "q: "}, "query"), 9, 16
+    )
+    made = ImportOptions(image_size=16).or_else("other", files)
+    assert made == ImportOptions("other", None, files.tokenizer, files.rule, 9, 16)
+    assert ImportOptions(max_length=0).or_else("other", files).max_length == 0  # is refused, rather than forgotten
 
 
 @pytest.mark.parametrize(("size", "pair"), [(16, (16, 16)), ((2, 3), (2, 3)), ([2, 3], (2, 3))])

@@ -5,11 +5,19 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from turbo_tvm.frontends.sample import ImageSample, Sample
+from turbo_tvm.frontends.sample import ImageSample, Sample, spread_lengths
 
 IDS = np.array([[5, 6, 7], [8, 0, 0]])
 MASK = np.array([[1, 1, 1], [1, 0, 0]])
 HIDDEN = np.arange(12, dtype=np.float32).reshape(2, 3, 2)
+
+
+@pytest.mark.parametrize(
+    ("longest", "lengths"),
+    [(100, [100, 25]), (64, [64, 16]), (63, [63]), (1, [1]), (4096, [4096, 1024, 256, 64, 16])],
+)
+def test_lengths_are_spread_to_the_longest(longest, lengths):
+    assert spread_lengths(longest) == lengths and sum(lengths) <= longest * 4 / 3
 
 
 def test_arguments_of_the_call():

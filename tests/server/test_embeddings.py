@@ -33,3 +33,7 @@ def test_probabilities():
     np.testing.assert_allclose(probabilities(np.array([0.0, np.log(3.0)], np.float32)), [0.25, 0.75], rtol=1e-6)
     np.testing.assert_allclose(probabilities(np.array([1000.0, 0.0], np.float32)), [1.0, 0.0])
     np.testing.assert_allclose(probabilities(np.array([0.0], np.float32)), [0.5])
+    two = np.array([0.0, np.log(3.0)], np.float32)
+    np.testing.assert_allclose(probabilities(two, "single_label_classification"), [0.25, 0.75], rtol=1e-6)
+    np.testing.assert_allclose(probabilities(two, "multi_label_classification"), [0.5, 0.75], rtol=1e-6)
+    np.testing.assert_array_equal(probabilities(two, "regression"), two)

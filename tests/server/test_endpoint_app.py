@@ -179,10 +179,10 @@ class TestLoad:
             model, gate, entered = server.context.repository.get("embedder"), threading.Event(), threading.Event()
             tokens = model.tokenization._requests
 
-            def slowly(texts):
+            def slowly(texts, options):
                 entered.set()
                 assert gate.wait(30)
-                return tokens(texts)
+                return tokens(texts, options)
 
             model.tokenization._requests = slowly
 
@@ -216,9 +216,9 @@ class TestLoad:
             model, given = server.context.repository.get("embedder"), []
             tokens, submit = model.tokenization._requests, model.engine.submit
 
-            def slowly(texts):
+            def slowly(texts, options):
                 time.sleep(0.5)
-                return tokens(texts)
+                return tokens(texts, options)
 
             def noting(*args, timeout_s, **options):
                 given.append(timeout_s)

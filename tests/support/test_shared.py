@@ -71,7 +71,7 @@ def test_an_import_is_read_as_it_was_written(tmp_path):
         wanted.positions,
         wanted.inputs,
     )
-    np.testing.assert_array_equal(got.sample.token_ids, wanted.sample.token_ids)
+    np.testing.assert_array_equal(got.samples[0].token_ids, wanted.samples[0].token_ids)
     kernels = [pipeline.optimize(each.mod, BASELINE, 64).kernels for each in (got, wanted)]
     assert kernels[0] == kernels[1]
 

@@ -51,7 +51,7 @@ def config(vocabulary: Sequence[str] = VOCABULARY, max_length: int = MAX_LENGTH,
 
 
 def embedder_folder(folder: Path) -> Path:
-    """Mean pooling, unit length."""
+    """Mean pooling, unit length, two prompts, the first of which is the default."""
     import torch
     from transformers import BertModel
 
@@ -59,6 +59,10 @@ def embedder_folder(folder: Path) -> Path:
     BertModel(config()).save_pretrained(folder)
     tokenizer().save(str(folder / "tokenizer.json"))
     (folder / "modules.json").write_text(json.dumps(_MODULES))
+    prompts = {"fast": "the fast ", "slow": "the slow "}
+    (folder / "config_sentence_transformers.json").write_text(
+        json.dumps({"prompts": prompts, "default_prompt_name": "fast"})
+    )
     for name in ("1_Pooling", "2_Normalize"):
         (folder / name).mkdir()
     pooling = {"word_embedding_dimension": 32, "pooling_mode_mean_tokens": True}

@@ -30,13 +30,15 @@ __all__ = [
     "ParameterSpec",
     "PooledToken",
     "PositionRule",
+    "ProblemType",
     "RequestLimits",
     "TargetSpec",
     "TensorSpec",
+    "TextRule",
     "VariantSpec",
 ]
 
-FORMAT_VERSION = 8
+FORMAT_VERSION = 9
 
 LABELLED = "logits"  # the output that labels are for, by the name that transformers gives it
 
@@ -50,6 +52,8 @@ Positive = Annotated[int, 1]
 
 Dtype = Literal["float64", "float32", "float16", "int64", "int32", "uint16", "int8", "uint8", "bool"]
 RowKind = Literal["token", "sequence"]
+# What the logits of a classifier are, by the names that transformers gives them.
+ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
 InputKind = Literal[
     "token_ids",
     "token_type_ids",
@@ -170,6 +174,17 @@ class PooledToken:
 
 
 @dataclass(frozen=True)
+class TextRule:
+    """How texts become tokens, beyond what the tokenizer says: sequences too long, token types, prompts."""
+
+    cut: Literal["right", "left"] = "right"  # the end at which a text that is too long loses tokens
+    token_types: bool = True  # whether those of the tokenizer are used; else all are 0
+    prompts: dict[str, str] = field(default_factory=dict)  # texts that are put before others, by name
+    default_prompt: str | None = None  # the name of the one that is put before texts of which nothing is said
+    pools_prompt: bool = True  # whether a pooling takes a prompt's tokens for those of the text
+
+
+@dataclass(frozen=True)
 class BufferSpec:
     """An intermediate or output that the executor supplies, in call order; where it lies follows from the batch."""
 
@@ -267,8 +282,10 @@ class Manifest:
     outputs: tuple[OutputSpec, ...]
     primary: str | None = None  # the name of the main output; None if all of them are
     labels: tuple[str, ...] = ()  # names of the columns of a classifier's `logits`; none where the model has none
+    problem_type: ProblemType | None = None  # None where a classifier does not say it
     request_limits: RequestLimits
     positions: PositionRule = PositionRule()
+    texts: TextRule = TextRule()
     relative_positions: bool = False  # whether attention looks at distances between tokens
     pools_first: bool = False  # whether an output is made from a sequence's first token
     pooled: PooledToken = PooledToken()
@@ -315,6 +332,8 @@ def _from_plain(plain: Any) -> Manifest:
     for machine, cost in manifest.costs.items():
         check_cost(cost, f"costs.{show(machine)}")
     _check_request_limits(manifest.request_limits)
+    if manifest.texts.default_prompt not in (None, *manifest.texts.prompts):
+        raise wrong_field("texts.default_prompt", "the name of a prompt", manifest.texts.default_prompt)
     names = [output.name for output in manifest.outputs]
     if manifest.primary is not None and manifest.primary not in names:
         raise wrong_field("primary", f"one of the outputs {names}", manifest.primary)

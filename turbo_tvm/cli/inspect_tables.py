@@ -7,7 +7,15 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
-from turbo_tvm.artifact.manifest import KernelSpec, Manifest, OutputSpec, ParameterSpec, PooledToken, RequestLimits
+from turbo_tvm.artifact.manifest import (
+    KernelSpec,
+    Manifest,
+    OutputSpec,
+    ParameterSpec,
+    PooledToken,
+    RequestLimits,
+    TextRule,
+)
 from turbo_tvm.cli import numbers
 from turbo_tvm.cli.console import add_row, console, plain, print_fields, print_table, table
 from turbo_tvm.errors import TurboError
@@ -52,6 +60,7 @@ def _overview(file: Path, m: Manifest) -> dict[str, str]:
         "outputs": ", ".join(_output(o, m.primary) for o in m.outputs),
         **({"labels": _few(m.labels)} if m.labels else {}),
         "request limits": _request_limits(m.request_limits),
+        **({"texts": _texts(m.texts)} if m.texts != TextRule() else {}),
         "positions": m.positions.kind,
         **({} if m.pooled.kind == "none" else {"pooled token": _pooled(m.pooled)}),
         "weights": _weights(m.parameters),
@@ -86,6 +95,15 @@ def _request_limits(limits: RequestLimits) -> str:
         f"images of {image.channels} x {image.height} x {image.width} in patches of {image.patch_height} x "
         f"{image.patch_width}, {image.tokens} tokens"
     )
+
+
+def _texts(rule: TextRule) -> str:
+    said = [] if rule.cut == "right" else ["cut at the left end"]
+    said += [] if rule.token_types else ["no token types"]
+    for name, prompt in rule.prompts.items():
+        default = " (the default)" if name == rule.default_prompt else ""
+        said.append(f"prompt {name} {prompt!r}{default}")
+    return ", ".join(said) or "prompts are left out of the pooling"
 
 
 def _pooled(rule: PooledToken) -> str:

@@ -32,6 +32,11 @@ _FORMATS = ("table", "json", "npy", "npz")
 @click.option(
     "--ids-file", metavar="FILE", type=click.File("rb"), help="One sequence of token ids per line; - is stdin."
 )
+@click.option(
+    "--prompt-name",
+    metavar="NAME",
+    help="The model's prompt to put before each text; `inspect` lists them.  [default: the model's default, if any]",
+)
 @click.option("--output", "output", metavar="NAME", help="Which output of the model.  [default: its main one]")
 @click.option("-o", "--save", metavar="FILE", type=click.Path(path_type=Path), help="Write here instead of on stdout.")
 @click.option(
@@ -49,6 +54,7 @@ def run_command(
     ids: tuple[str, ...],
     text_file: IO[bytes] | None,
     ids_file: IO[bytes] | None,
+    prompt_name: str | None,
     output: str | None,
     save: Path | None,
     form: str | None,
@@ -77,12 +83,14 @@ def run_command(
     """
     form = _format(form, save)
     request = read_request((*texts, *pairs), text_file, ids, ids_file)
+    if prompt_name is not None and not request.texts:
+        raise click.UsageError("--prompt-name is for texts: give them with --text or --input")
     import turbo_tvm
 
     model = turbo_tvm.load(file, threads=threads)
     start = time.perf_counter()
     if request.texts:
-        answers = model.encode(request.texts, output=output)
+        answers = model.encode(request.texts, output=output, prompt_name=prompt_name)
     else:
         answers = model.run(request.ids or request.images, output=output)
     seconds = time.perf_counter() - start

@@ -47,7 +47,7 @@ _FILE = click.Path(path_type=Path)
 @click.option("--cache-mb", default=32, show_default=True, type=click.IntRange(0), help="Cache of answers; 0: none.")
 @click.option("--max-body-mb", default=16, show_default=True, type=click.IntRange(1), help="MB of a body; then 413.")
 @click.option(
-    "--max-inputs", default=1024, show_default=True, type=click.IntRange(1), help="Texts of a request; then 413."
+    "--max-inputs", default=2048, show_default=True, type=click.IntRange(1), help="Texts of a request; then 413."
 )
 @click.option(
     "--timeout",

@@ -67,7 +67,7 @@ def compile(
     count = config.num_threads(threads)
     linking.check_linker()
     machine_code.check_compilers(wanted.architectures)
-    options = ImportOptions(name, max_length, read_tokenizer(tokenizer), image_size)
+    options = ImportOptions(name, max_length, read_tokenizer(tokenizer), image_size=image_size)
     with Progress("compile", progress) as show:
         show("importing the model")
         with observed("import"):
@@ -104,15 +104,15 @@ def _cached_words(built: lowering.Built) -> str:
 
 def _check_answers(compiled: CompiledModel, imported: Imported) -> None:
     """UnsupportedModelError if the model answers otherwise than the original: no such model leaves here."""
-    if imported.sample is None or not compiled.threads:  # it was compiled for another machine
+    if not compiled.threads:  # it was compiled for another machine
         return
-    answers = compiled(**imported.sample.inputs)
-    for name, difference in imported.sample.differences(answers).items():
-        if not difference <= TOLERANCES[compiled.manifest.precision]:  # NaN too
-            raise UnsupportedModelError(
-                f"{imported.name} is not supported: compiled, its output {name!r} differs from the original's by "
-                f"{difference:.2g} of its largest value"
-            )
+    for sample in imported.samples:
+        for name, difference in sample.differences(compiled(**sample.inputs)).items():
+            if not difference <= TOLERANCES[compiled.manifest.precision]:  # NaN too
+                raise UnsupportedModelError(
+                    f"{imported.name} is not supported: compiled, its output {name!r} differs from the original's by "
+                    f"{difference:.2g} of its largest value, for {sample.size}"
+                )
 
 
 def _open(artifact: Artifact, threads: int) -> CompiledModel:

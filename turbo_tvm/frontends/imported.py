@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import tvm
 from tvm import ir
 
-from turbo_tvm.artifact.manifest import PositionRule, RequestLimits
+from turbo_tvm.artifact.manifest import PositionRule, ProblemType, RequestLimits, TextRule
 from turbo_tvm.frontends.sample import ImageSample, Sample
 from turbo_tvm.ops.entry import ENCODE
 from turbo_tvm.ops.inputs import InputKind, input_params, kind_of
@@ -28,8 +28,10 @@ class Imported:
     positions: PositionRule  # how position ids follow from token ids
     parameter_count: int  # numbers in the source model
     tokenizer: str | None = None  # the text of a `tokenizer.json`
+    texts: TextRule = TextRule()  # how texts become tokens beyond what the tokenizer says
     labels: tuple[str, ...] = ()  # of a classifier, by column; models that are none may have some too
-    sample: Sample | ImageSample | None = None  # what the compiled model must answer like the source
+    problem_type: ProblemType | None = None  # what the logits of a classifier are
+    samples: tuple[Sample | ImageSample, ...] = ()  # what the compiled model must answer like the source
 
     @property
     def inputs(self) -> tuple[InputKind, ...]:
@@ -45,6 +47,11 @@ class Imported:
 def inputs_of(mod: ir.IRModule) -> tuple[InputKind, ...]:
     """Return what the the model's function of an imported module takes before its weights, in order."""
     return tuple(kind_of(p.name) for p in input_params(mod[ENCODE]))
+
+
+def problem_type_in(named: Any) -> ProblemType | None:
+    """Return the `problem_type` of a configuration; None for one that transformers does not know either."""
+    return named if named in get_args(ProblemType) else None
 
 
 def labels_in(named: Any) -> tuple[str, ...]:

@@ -7,7 +7,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from turbo_tvm.artifact.manifest import TextRule
 from turbo_tvm.errors import ArtifactError, UnsupportedModelError, summary
+from turbo_tvm.frontends.text_files import TextFiles, rule_of
 from turbo_tvm.runtime.text import TextTokenizer
 
 DEFAULT_MAX_LENGTH = 512  # tokens, of models that name no limit
@@ -22,17 +24,25 @@ class ImportOptions:
     name: str | None = None  # what the model is called
     max_length: int | None = None  # the longest sequence, in tokens
     tokenizer: str | None = None  # the text of a `tokenizer.json`
+    texts: TextRule = TextRule()  # how texts become tokens beyond what the tokenizer says
+    usual_length: int | None = None  # the longest sequence by the model's own files, cut to what the model can
     image_size: Size | None = None  # of all images
 
-    def or_else(
-        self, name: str | None = None, max_length: int | None = None, tokenizer: str | None = None
-    ) -> ImportOptions:
-        """Return the options with these in the place of what was not asked for."""
+    def or_else(self, name: str, files: TextFiles) -> ImportOptions:
+        """Return the options with what a model's files say in the place of what was not asked for.
+
+        A tokenizer that was asked for brings its own rule; the model's prompts stay.
+        """
+        rule = files.rule
+        if self.tokenizer is not None:
+            own = rule_of(self.tokenizer)
+            rule = replace(rule, cut=own.cut, token_types=own.token_types)
         return replace(
             self,
             name=self.name or name,
-            max_length=max_length if self.max_length is None else self.max_length,
-            tokenizer=self.tokenizer or tokenizer,
+            tokenizer=self.tokenizer or files.tokenizer,
+            texts=rule,
+            usual_length=files.longest,
         )
 
 
@@ -47,7 +57,7 @@ def read_tokenizer(path: str | PathLike[str] | None) -> str | None:
     if path is None:
         return None
     try:
-        text = Path(path).read_text()
+        text = Path(path).read_text(encoding="utf-8")
         TextTokenizer(text, max_length=1)
         return text
     except (OSError, ValueError, ArtifactError) as error:

@@ -14,7 +14,21 @@ from turbo_tvm.ops.inputs import InputKind
 # rounding, well below another answer.
 TOLERANCES = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.02}
 
+_SHORTEST = 16  # tokens; small batches are longer than what is shorter
+
 Arrays = dict[str, np.ndarray]
+
+
+def spread_lengths(longest: int) -> list[int]:
+    """Return lengths, in tokens, at which a model is compared beside a small batch: the longest, then ever a quarter.
+
+    A model may be another one from some number of tokens on: attention in blocks, angles of positions that are scaled.
+    All of them together are a third more tokens than the longest.
+    """
+    lengths = [longest]
+    while lengths[-1] // 4 >= _SHORTEST:
+        lengths.append(lengths[-1] // 4)
+    return lengths
 
 
 @dataclass(frozen=True)
@@ -25,6 +39,11 @@ class Sample:
     mask: np.ndarray  # int64 (batch, length), 1 for tokens, 0 for padding
     outputs: Arrays  # the answers by output: (batch, length, ...) or (batch, ...)
     token_type_ids: np.ndarray | None = None  # int64 (batch, length), of models that take them
+
+    @property
+    def size(self) -> str:
+        """How large it is, for messages."""
+        return f"{len(self.mask)} sequence(s) of at most {self.mask.shape[1]} tokens"
 
     @property
     def inputs(self) -> Arrays:
@@ -53,6 +72,11 @@ class ImageSample:
 
     pixels: np.ndarray  # fp32 (batch, channels, height, width)
     outputs: Arrays  # the answers by output: (batch, length, ...) or (batch, ...)
+
+    @property
+    def size(self) -> str:
+        """How large it is, for messages."""
+        return f"{len(self.pixels)} images"
 
     @property
     def inputs(self) -> Arrays:

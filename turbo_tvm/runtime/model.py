@@ -25,7 +25,7 @@ from turbo_tvm.runtime.padded_call import refuse_options
 from turbo_tvm.runtime.random_requests import random_sequences
 from turbo_tvm.runtime.scheduling import cost_measurement, cost_model
 from turbo_tvm.runtime.scheduling.cost_model import PackedCost, PaddedCost
-from turbo_tvm.runtime.text import Text, TextTokenizer
+from turbo_tvm.runtime.text import AS_THE_MODEL, Text, TextOptions, TextTokenizer
 
 if TYPE_CHECKING:
     from turbo_tvm.artifact.file import Artifact
@@ -168,22 +168,31 @@ class CompiledModel:
             return results[name]
         return [ModelOutput(zip(results, parts, strict=True)) for parts in zip(*results.values(), strict=True)]
 
-    def encode(self, texts: Sequence[Text], *, output: str | None = None) -> list[Any]:
+    def encode(self, texts: Sequence[Text], *, output: str | None = None, prompt_name: str | None = None) -> list[Any]:
         """Tokenise texts and answer them as `run` does; texts beyond the longest sequence are cut.
+
+        prompt_name: of one of the prompts in `manifest.texts`, which is put before each text; the model's default if
+            it has one.
 
         An embedding model gives one vector per text. A cross-encoder takes pairs, (query, text), and gives their
         scores. Raises TurboError if the artifact carries no tokenizer.
         """
-        ids, types = self.tokenize(texts)
+        ids, types = self.tokenize(texts, TextOptions(prompt_name))
         return self.run(ids, token_type_ids=types, output=output)
 
-    def tokenize(self, texts: Sequence[Text]) -> tuple[list[np.ndarray], list[np.ndarray] | None]:
+    def tokenize(
+        self, texts: Sequence[Text], options: TextOptions = AS_THE_MODEL
+    ) -> tuple[list[np.ndarray], list[np.ndarray] | None]:
         """Return the token ids and token type ids of each text, the latter None if the model takes none.
 
-        Each is a list of int32 arrays (length,). Raises TurboError if the artifact carries no tokenizer, InputError for
-        what is no text.
+        Each is a list of int32 arrays (length,).
+
+        options: prompt, and the end that is cut.
+
+        Raises TurboError if the artifact carries no tokenizer, InputError for what is no text and for a prompt that the
+        model does not have.
         """
-        ids, types = self.tokenizer(texts)
+        ids, types = self.tokenizer(texts, options)
         return ids, types if self.manifest.request_limits.type_vocab_size > 1 else None
 
     @property
@@ -200,7 +209,8 @@ class CompiledModel:
                 "has a tokenizer.json (or pass tokenizer=)"
             )
         if self._tokenizer is None:
-            self._tokenizer = TextTokenizer(self._artifact.tokenizer, self.manifest.request_limits.max_length)
+            longest, rule = self.manifest.request_limits.max_length, self.manifest.texts
+            self._tokenizer = TextTokenizer(self._artifact.tokenizer, longest, rule)
         return self._tokenizer
 
     def prepare(self, sequence: Any, token_type_ids: Any = None) -> Batch:

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from turbo_tvm.runtime.text import Text
+from turbo_tvm.artifact.manifest import ProblemType
+from turbo_tvm.runtime.text import AS_THE_MODEL, Text, TextOptions
 from turbo_tvm.server import errors
 from turbo_tvm.server.deadline import Deadline
 from turbo_tvm.server.endpoint import Call
@@ -25,7 +26,9 @@ def deadline_of(call: Call) -> Deadline:
     return Deadline(call.context.settings.timeout_s, started_s=call.received_s)
 
 
-async def requests_of(call: Call, model: ModelService, inputs: Inputs, name: str) -> list[EngineRequest]:
+async def requests_of(
+    call: Call, model: ModelService, inputs: Inputs, name: str, options: TextOptions = AS_THE_MODEL
+) -> list[EngineRequest]:
     """Return the engine's requests for one text, several, token ids, or several lists of them. Raises Problem.
 
     name: of the field, for messages.
@@ -34,7 +37,7 @@ async def requests_of(call: Call, model: ModelService, inputs: Inputs, name: str
     check_count(call, len(listed), name)
     if all(isinstance(one, str) for one in listed):
         need_tokenizer(model)
-        return await model.tokenization.tokenize(listed, deadline_of(call))
+        return await model.tokenization.tokenize(listed, deadline_of(call), options)
     if all(isinstance(one, list) for one in listed):
         return [EngineRequest(one) for one in listed]
     raise Problem(errors.UNPROCESSABLE, f"{name} mixes texts and token ids: send one kind", param=name)
@@ -84,12 +87,14 @@ def _no_vectors(model: ModelService) -> str:
     return f"the model {model.name} gives no embeddings"
 
 
-async def scores(call: Call, model: ModelService, texts: Sequence[Text], truncate: bool) -> list[np.ndarray]:
+async def scores(
+    call: Call, model: ModelService, texts: Sequence[Text], truncate: bool, options: TextOptions = AS_THE_MODEL
+) -> list[np.ndarray]:
     """Return raw scores, float32 (labels,) per text or pair. Raises Problem for a model that gives none."""
     if model.scores is None:
         raise Problem(errors.UNPROCESSABLE, f"the model {model.name} is no classifier: it gives no scores")
     need_tokenizer(model)
-    requests = await model.tokenization.tokenize(texts, deadline_of(call))
+    requests = await model.tokenization.tokenize(texts, deadline_of(call), options)
     if not truncate:
         check_whole(model, requests)
     return [np.atleast_1d(one) for one in await model.answer(requests, deadline_of(call))]
@@ -112,10 +117,15 @@ def unit(vector: np.ndarray) -> np.ndarray:
     return vector / np.float32(norm) if norm > 0 and abs(norm - 1) > _ROUNDING else vector
 
 
-def probabilities(logits: np.ndarray) -> np.ndarray:
-    """Return the softmax over the labels, float64; of a single label the sigmoid."""
+def probabilities(logits: np.ndarray, problem_type: ProblemType | None = None) -> np.ndarray:
+    """Return the softmax over the labels, float64; of a single one, and of several that may hold at once, the sigmoid.
+
+    What a regression gives is no probability: it is returned as it is. These are the rules of transformers' pipeline.
+    """
     wide = logits.astype(np.float64)
-    if len(wide) == 1:
+    if problem_type == "regression":
+        return wide
+    if len(wide) == 1 or problem_type == "multi_label_classification":
         return 1 / (1 + np.exp(-wide))
     powers = np.exp(wide - wide.max())
     return powers / powers.sum()

@@ -99,15 +99,25 @@ def error_reply(problem: Problem, form: Form) -> Reply:
     return reply
 
 
+def _without_nulls(value: Any) -> Any:
+    """Return a JSON value without the fields that are null: some clients send every field that they know."""
+    if not isinstance(value, dict):
+        return value
+    return {name: _without_nulls(one) for name, one in value.items() if one is not None}
+
+
 def decoded(decoder: msgspec.json.Decoder, raw: bytes) -> Any:
-    """Decode a body as the type that its endpoint takes.
+    """Decode a body as the type that its endpoint takes; a field that is null is one that is not there.
 
     Raises Problem: 400 for what is no JSON, 422 for JSON of another form.
     """
     try:
         return decoder.decode(raw)
     except msgspec.ValidationError as error:
-        raise Problem(errors.UNPROCESSABLE, str(error)) from None
+        try:
+            return msgspec.convert(_without_nulls(msgspec.json.decode(raw)), decoder.type)
+        except (msgspec.ValidationError, RecursionError):
+            raise Problem(errors.UNPROCESSABLE, str(error)) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise Problem(errors.INVALID, f"the body is no JSON: {error}") from None
     except RecursionError:

@@ -25,7 +25,7 @@ class Settings:
     max_queue: int = 1024  # requests of a model that may wait
     cache_bytes: int = 32 << 20  # of answers that are kept, per model
     max_body_bytes: int = 16 << 20  # of one HTTP request
-    max_inputs: int = 1024  # texts or sequences of one HTTP request
+    max_inputs: int = 2048  # texts or sequences of one HTTP request
     timeout_s: float = 30.0  # of a request
     drain_s: float = 30.0  # to answer what was accepted before the server stops
     api_keys: tuple[str, ...] = ()  # of which a client needs one; none for an open server

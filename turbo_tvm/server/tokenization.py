@@ -13,13 +13,12 @@ import numpy as np
 
 from turbo_tvm.errors import DeadlineError, OverloadError
 from turbo_tvm.runtime.model import CompiledModel
-from turbo_tvm.runtime.text import Text
+from turbo_tvm.runtime.text import AS_THE_MODEL, Text, TextOptions
 from turbo_tvm.server.deadline import Deadline
 from turbo_tvm.server.metrics import ModelMetrics
 
 _T = TypeVar("_T")
 
-_LONGEST = 64  # characters per token; what a text has beyond that many of the longest sequence is not tokenised
 _SHORT, _FEW = 400, 8  # characters and texts that are tokenised at once: a switch of threads takes longer than they do
 
 
@@ -46,17 +45,20 @@ class Tokenization:
         """Stop the thread; what waits for it is dropped."""
         self._thread.shutdown(cancel_futures=True)
 
-    async def tokenize(self, texts: Sequence[Text], deadline: Deadline) -> list[EngineRequest]:
+    async def tokenize(
+        self, texts: Sequence[Text], deadline: Deadline, options: TextOptions = AS_THE_MODEL
+    ) -> list[EngineRequest]:
         """Return the token ids of texts or pairs, cut at the model's longest sequence.
 
-        Raises TurboError for what is no text, OverloadError where too many wait, DeadlineError when the time is over.
+        Raises TurboError for what is no text and for an unknown prompt, OverloadError where too many wait,
+        DeadlineError when the time is over.
         """
         started = time.perf_counter()
-        listed = list(texts)
+        listed = self._model.tokenizer.prompted(texts, options.prompt_name)
         if len(listed) <= _FEW and sum(map(_characters, listed)) <= _SHORT:
-            requests = self._requests(listed)
+            requests = self._requests(listed, options)
         else:
-            requests = await self._in_thread(len(listed), lambda: self._requests(listed), deadline)
+            requests = await self._in_thread(len(listed), lambda: self._requests(listed, options), deadline)
         self._metrics.tokenization.observe(time.perf_counter() - started)
         return requests
 
@@ -70,7 +72,7 @@ class Tokenization:
         tokenizer = self._model.tokenizer
 
         def work() -> list[_T]:
-            return [convert(e) for e in tokenizer.encodings(texts, special_tokens=special_tokens, truncate=False)]
+            return [convert(e) for e in tokenizer.whole_encodings(texts, special_tokens)]
 
         return await self._in_thread(len(texts), work, deadline)
 
@@ -99,24 +101,13 @@ class Tokenization:
         finally:
             self.waiting -= count
 
-    def _requests(self, texts: list[Text]) -> list[EngineRequest]:
-        limits = self._model.manifest.request_limits
-        types, longest = limits.type_vocab_size > 1, _LONGEST * limits.max_length
-        cut = [_cut(text, longest) for text in texts]
+    def _requests(self, texts: list[Text], options: TextOptions) -> list[EngineRequest]:
+        types, tokenizer = self._model.manifest.request_limits.type_vocab_size > 1, self._model.tokenizer
         return [
-            EngineRequest(
-                np.array(e.ids, np.int32),
-                np.array(e.type_ids, np.int32) if types else None,
-                whole=not e.overflowing and _characters(text) <= longest,
-            )
-            for text, e in zip(texts, self._model.tokenizer.encodings(cut), strict=True)
+            EngineRequest(np.array(e.ids, np.int32), tokenizer.type_ids(e) if types else None, whole=not e.overflowing)
+            for e in tokenizer.encodings(texts, cut=options.cut)
         ]
 
 
 def _characters(text: Text) -> int:
     return len(text) if isinstance(text, str) else len(text[0]) + len(text[1])
-
-
-def _cut(text: Text, longest: int) -> Text:
-    """Return as many characters of a text, or of each of a pair, as can become tokens."""
-    return text[:longest] if isinstance(text, str) else (text[0][:longest], text[1][:longest])

@@ -6,11 +6,14 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.numpy import save_file
 
 from turbo_tvm.errors import UnsupportedModelError
+from turbo_tvm.frontends.text_files import TextFiles
 from turbo_tvm.frontends.torch.folder import load_folder
 from turbo_tvm.frontends.torch.sentence import SentenceEncoder
 
@@ -54,16 +57,16 @@ def sentence_folder(folder):
 
 
 def test_a_bare_encoder(folder):
-    model, tokenizer, longest = load_folder(folder)
-    assert type(model) is transformers.BertModel and not model.training
-    assert {p.dtype for p in model.parameters()} == {torch.float32}
-    assert tokenizer is None and longest is None
+    loaded = load_folder(folder)
+    assert type(loaded.module) is transformers.BertModel and not loaded.module.training
+    assert {p.dtype for p in loaded.module.parameters()} == {torch.float32}
+    assert loaded.texts == TextFiles()
 
 
 def test_the_head_that_the_configuration_names(tmp_path):
     config = transformers.BertConfig(**SIZES, num_labels=3)
     transformers.BertForTokenClassification(config).half().save_pretrained(tmp_path)
-    model, _, _ = load_folder(tmp_path)
+    model = load_folder(tmp_path).module
     assert type(model) is transformers.BertForTokenClassification
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
@@ -71,42 +74,34 @@ def test_the_head_that_the_configuration_names(tmp_path):
 @pytest.mark.parametrize(
     ("config", "pooling"),
     [
-        ({"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False, "word_embedding_dimension": 16}, "mean"),
-        ({"pooling_mode_mean_tokens": False, "pooling_mode_cls_token": True}, "cls"),
-        ({"pooling_mode": "mean"}, "mean"),
-        ({"pooling_mode": ["cls"]}, "cls"),
+        (
+            {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False, "word_embedding_dimension": 16},
+            ("mean",),
+        ),
+        ({"pooling_mode_mean_tokens": False, "pooling_mode_cls_token": True}, ("cls",)),
+        ({"pooling_mode": "mean"}, ("mean",)),
+        ({"pooling_mode": ["cls"]}, ("cls",)),
+        ({"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True}, ("cls", "mean")),
+        ({"pooling_mode": ["mean", "max"]}, ("mean", "max")),
+        ({}, ("mean",)),
     ],
 )
 @pytest.mark.parametrize("normalize", [False, True])
 def test_sentence_transformers(sentence_folder, config, pooling, normalize):
-    model, _, _ = load_folder(sentence_folder(config, TRANSFORMER, POOLING, *[NORMALIZE] * normalize))
+    model = load_folder(sentence_folder(config, TRANSFORMER, POOLING, *[NORMALIZE] * normalize)).module
     assert isinstance(model, SentenceEncoder) and type(model.encoder) is transformers.BertModel
     assert (model.pooling, model.normalize) == (pooling, normalize)
-
-
-def test_its_longest_sequence(folder):
-    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 20}')
-    assert load_folder(folder)[2] == 20
-
-
-def test_its_tokenizer(folder):
-    (folder / "tokenizer.json").write_text('{"é": 1}', encoding="utf-8")
-    assert load_folder(folder)[1] == '{"é": 1}'
-
-
-def test_a_vocabulary_becomes_a_tokenizer(folder):
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b"]
-    (folder / "vocab.txt").write_text("\n".join(words))
-    text = load_folder(folder)[1]
-    assert text is not None and json.loads(text)["model"]["vocab"]["b"] == 6
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"pooling_mode_max_tokens": True}, r"pooling \['max_tokens'\] is not supported; mean and cls are"),
-        ({"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True}, "is not supported; mean and cls are"),
-        ({}, r"pooling \[\] is not supported"),
+        (
+            {"pooling_mode_median_tokens": True},
+            r"pooling \['pooling_mode_median_tokens'\] is not supported; cls, max, mean,",
+        ),
+        ({"pooling_mode": "median"}, r"pooling \['median'\] is not supported"),
+        ({"pooling_mode": []}, r"pooling \[\] is not supported"),
     ],
 )
 def test_other_pooling(sentence_folder, config, message):
@@ -115,11 +110,34 @@ def test_other_pooling(sentence_folder, config, message):
 
 
 def test_other_modules(sentence_folder):
+    pooling = {"pooling_mode": "mean"}
+    router = {"path": "2_Router", "type": "sentence_transformers.models.Router"}
+    with pytest.raises(UnsupportedModelError, match="the sentence-transformers module 'Router' is not supported"):
+        load_folder(sentence_folder(pooling, TRANSFORMER, POOLING, router))
+    with pytest.raises(UnsupportedModelError, match=r"modules\.json does not begin with a Transformer"):
+        load_folder(sentence_folder(pooling, POOLING))
+    with pytest.raises(UnsupportedModelError, match="the sentence-transformers module 'Normalize' is not supported"):
+        load_folder(sentence_folder(pooling, TRANSFORMER, NORMALIZE))
+
+
+def test_a_transformer_alone_is_a_cross_encoder(sentence_folder):
+    loaded = load_folder(sentence_folder({}, TRANSFORMER))
+    assert type(loaded.module) is transformers.BertModel  # what config.json names
+
+
+def test_a_dense_module_needs_its_weights(sentence_folder):
     dense = {"path": "2_Dense", "type": "sentence_transformers.models.Dense"}
-    with pytest.raises(UnsupportedModelError, match="the sentence-transformers module 'Dense' is not supported"):
-        load_folder(sentence_folder({"pooling_mode": "mean"}, TRANSFORMER, POOLING, dense))
-    with pytest.raises(UnsupportedModelError, match=r"modules\.json has no Pooling module"):
-        load_folder(sentence_folder({}, TRANSFORMER))
+    folder = sentence_folder({"pooling_mode": "mean"}, TRANSFORMER, POOLING, dense)
+    with pytest.raises(UnsupportedModelError, match=r"the weights of .*2_Dense cannot be read"):
+        load_folder(folder)
+    (folder / "2_Dense").mkdir()
+    save_file({"other": np.zeros((2, 16), np.float32)}, folder / "2_Dense" / "model.safetensors")
+    with pytest.raises(UnsupportedModelError, match=r"has no weight linear\.weight; it has other"):
+        load_folder(folder)
+    (folder / "2_Dense" / "config.json").write_text('{"activation_function": "os.system"}')
+    save_file({"linear.weight": np.zeros((2, 16), np.float32)}, folder / "2_Dense" / "model.safetensors")
+    with pytest.raises(UnsupportedModelError, match=r"the activation 'os\.system' is not one of PyTorch's"):
+        load_folder(folder)
 
 
 def test_no_configuration(tmp_path):
@@ -177,7 +195,7 @@ def test_weights_that_are_missing(folder):
 
 def test_a_pooler_that_was_not_saved_is_left_out(tmp_path):
     transformers.BertModel(transformers.BertConfig(**SIZES), add_pooling_layer=False).save_pretrained(tmp_path)
-    model, _, _ = load_folder(tmp_path)
+    model = load_folder(tmp_path).module
     assert model.pooler is None
     assert model(torch.tensor([[5, 6]])).pooler_output is None
 
@@ -185,7 +203,7 @@ def test_a_pooler_that_was_not_saved_is_left_out(tmp_path):
 def test_tied_weights_are_not_missing(tmp_path):
     saved = transformers.BertForMaskedLM(transformers.BertConfig(**SIZES)).eval()
     saved.save_pretrained(tmp_path)
-    loaded, _, _ = load_folder(tmp_path)
+    loaded = load_folder(tmp_path).module
     ids = torch.tensor([[5, 6, 7]])
     torch.testing.assert_close(loaded(ids).logits, saved(ids).logits)
 

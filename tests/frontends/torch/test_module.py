@@ -8,6 +8,7 @@ import transformers
 
 from turbo_tvm.artifact.manifest import PositionRule
 from turbo_tvm.errors import UnsupportedModelError
+from turbo_tvm.frontends.options import DEFAULTS, ImportOptions
 from turbo_tvm.frontends.torch import module
 
 SIZES = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
@@ -38,13 +39,16 @@ def t5() -> torch.nn.Module:
 )
 def test_how_positions_follow_from_token_ids(made, rule, longest):
     assert module._position_rule(made) == rule
-    assert module._max_length(made, rule, None) == longest
+    assert module._max_length(made, rule, DEFAULTS) == longest
+    for named in (16, 1000):  # by the files of a folder
+        wanted = named if rule == PositionRule() else min(named, longest)
+        assert module._max_length(made, rule, ImportOptions(usual_length=named)) == wanted
 
 
 @pytest.mark.parametrize("asked", [0, -1, 35])
 def test_lengths_that_the_table_of_positions_lacks(asked):
     with pytest.raises(UnsupportedModelError, match=f"max_length={asked} is not possible: .* for 1 to 34 tokens"):
-        module._max_length(model("Bert"), PositionRule("arange", 0), asked)
+        module._max_length(model("Bert"), PositionRule("arange", 0), ImportOptions(max_length=asked))
 
 
 def test_positions_of_no_known_rule():

@@ -7,6 +7,7 @@ import torch
 import transformers
 
 from turbo_tvm.errors import UnsupportedModelError
+from turbo_tvm.frontends.sentence_modules import POOLING, DenseSpec, LayerNormSpec
 from turbo_tvm.frontends.torch.sentence import SentenceEncoder
 
 
@@ -49,5 +50,43 @@ def test_normalised_vectors_have_length_one(encoder, batch, pooling):
 
 
 def test_other_pooling(encoder):
-    with pytest.raises(UnsupportedModelError, match="pooling 'max' is not supported; mean and cls are"):
-        SentenceEncoder(encoder, "max")
+    with pytest.raises(UnsupportedModelError, match="pooling 'median' is not supported; cls, max, mean, "):
+        SentenceEncoder(encoder, "median")
+    with pytest.raises(UnsupportedModelError, match=r"pooling \(\) is not supported"):
+        SentenceEncoder(encoder, ())
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("mode", POOLING)
+def test_poolings_are_those_of_sentence_transformers(encoder, batch, mode):
+    """On either side of the padding."""
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
+    for ids, mask in (batch, tuple(part.flip(1) for part in batch)):
+        if mode == "cls" and not mask[:, 0].all():
+            continue  # the encoder's own first token is what it always was here
+        hidden = encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        wanted = Pooling(16, mode)({"token_embeddings": hidden, "attention_mask": mask})["sentence_embedding"]
+        torch.testing.assert_close(SentenceEncoder(encoder, mode)(ids, mask)["sentence_embedding"], wanted)
+
+
+@torch.inference_mode()
+def test_several_poolings_and_what_follows(encoder, batch):
+    from sentence_transformers.base.modules import Dense
+    from sentence_transformers.sentence_transformer.modules import LayerNorm, Pooling
+
+    dense, norm = Dense(32, 8, use_residual=True), LayerNorm(8)
+    torch.nn.init.normal_(norm.norm.weight)
+    then = [
+        DenseSpec(
+            *(p.detach().numpy() for p in dense.linear.parameters()), "Tanh", dense.residual.weight.detach().numpy()
+        ),
+        LayerNormSpec(norm.norm.weight.detach().numpy(), norm.norm.bias.detach().numpy()),
+    ]
+    ids, mask = batch
+    hidden = encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+    features = {"token_embeddings": hidden, "attention_mask": mask}
+    for module in (Pooling(16, ("max", "mean")), dense, norm):
+        features = module(features)
+    got = SentenceEncoder(encoder, ("max", "mean"), then=then)(ids, mask)["sentence_embedding"]
+    torch.testing.assert_close(got, features["sentence_embedding"])

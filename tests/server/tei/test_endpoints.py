@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from huggingface_hub import InferenceClient
 from running_server import exact
+from tiny_text_models import VOCABULARY
 
 import turbo_tvm
+from turbo_tvm.runtime.text import TextOptions
 
 pytestmark = pytest.mark.xdist_group("server")
 
@@ -56,18 +58,70 @@ class TestTextEmbeddingsInference:
         assert client.post("/embed", json={"inputs": longer}).status_code == 413
         exact(client.post("/embed", json={"inputs": longer, "truncate": True}).json(), local.encode([long]))
         assert client.post("/tokenize", json={"inputs": "red " * 300_000}).status_code == 413
-        similar = {"source_sentence": "red", "sentences": [long]}
-        assert client.post("/similarity", json={"inputs": similar}).status_code == 413
+        similar = {"inputs": {"source_sentence": "red", "sentences": [long]}}
+        assert client.post("/similarity", json=similar).status_code == 413
+        found = client.post(
+            "/similarity", json=similar | {"parameters": {"truncate": True, "prompt_name": None}}
+        ).json()
+        first, second = local.encode(["red", long])
+        exact(found, [float(first @ second)])
 
     def test_what_would_change_the_answer_is_refused(self, client):
-        for more in ({"truncation_direction": "left"}, {"prompt_name": "query"}):
-            assert client.post("/embed", json={"inputs": "a", **more}).status_code == 422
+        assert client.post("/embed", json={"inputs": "a", "truncation_direction": "middle"}).status_code == 422
+        unknown = client.post("/embed", json={"inputs": "a", "prompt_name": "passage"})
+        assert unknown.status_code == 400 and "no prompt 'passage'; it has fast, slow" in unknown.text
         assert client.post("/embed", json={"inputs": "a", "truncation_direction": "right"}).status_code == 200
 
+    def test_either_end_is_cut(self, client, local):
+        text = "red " * 60 + "the cat"
+        body = {"inputs": text, "truncate": True}
+        for side in ("left", "Left", "right", "Right"):
+            ids, _ = local.tokenize([text], TextOptions(cut=side.lower()))
+            exact(client.post("/embed", json=body | {"truncation_direction": side}).json(), local.run(ids))
+        assert local.tokenize([text], TextOptions(cut="left"))[0][0][-2] == VOCABULARY.index("cat")
+
+    def test_texts_of_many_characters_and_few_tokens(self, client, local):
+        for text in (" " * 1_000_000 + "red cat", "red" + "\n" * 1_000_000 + "cat", "red " + "a" * 20_000 + " cat"):
+            for truncate in (False, True):
+                exact(client.post("/embed", json={"inputs": text, "truncate": truncate}).json(), local.encode([text]))
+
+    @pytest.mark.parametrize("path", ["/embed", "/similarity", "/tokenize", "/v1/embeddings"])
+    def test_fields_that_are_null_are_not_there(self, client, path):
+        plain = {
+            "/similarity": {"inputs": {"source_sentence": "red", "sentences": ["cat"]}},
+            "/v1/embeddings": {"model": "embedder", "input": "red"},
+        }.get(path, {"inputs": "red"})
+        optional = (
+            "normalize",
+            "truncate",
+            "truncation_direction",
+            "prompt_name",
+            "dimensions",
+            "encoding_format",
+            "user",
+        )
+        nulls = dict.fromkeys((*optional, "add_special_tokens", "parameters"))
+        answer = client.post(path, json=plain | nulls)
+        assert answer.status_code == 200 and answer.json() == client.post(path, json=plain).json()
+        needed = next(iter(set(plain) - {"model"}))
+        assert client.post(path, json=plain | {needed: None}).status_code == 422
+
+    @pytest.mark.parametrize("path", ["/embed", "/v1/embeddings"])
+    def test_prompts_are_those_of_the_model(self, client, local, path):
+        field = "input" if path.startswith("/v1") else "inputs"
+        body = {field: "cat", **({"model": "embedder"} if field == "input" else {})}
+        plain = client.post(path, json=body).json()
+        vector = plain["data"][0]["embedding"] if field == "input" else plain[0]
+        exact([vector], local.run([local.tokenizer.encodings(["the fast cat"])[0].ids]))  # its default prompt
+        if field == "inputs":
+            named = client.post(path, json=body | {"prompt_name": "slow"}).json()
+            exact(named, local.encode(["cat"], prompt_name="slow"))
+            exact(named, local.run([local.tokenizer.encodings(["the slow cat"])[0].ids]))
+
     def test_a_long_sequence_is_decoded(self, client):
-        assert client.post("/decode", json={"ids": [5] * 2000}).status_code == 200
+        assert client.post("/decode", json={"ids": [5] * 3000}).status_code == 200
         assert client.post("/decode", json={"ids": []}).status_code == 422
-        assert client.post("/decode", json={"ids": [[5]] * 2000}).status_code == 413
+        assert client.post("/decode", json={"ids": [[5]] * 3000}).status_code == 413
 
     def test_rerank(self, client, artifacts):
         scores = np.array(turbo_tvm.load(artifacts["reranker"], threads=1).encode([("red cat", t) for t in TEXTS]))

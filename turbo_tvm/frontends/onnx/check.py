@@ -9,8 +9,10 @@ import numpy as np
 
 from turbo_tvm.artifact.manifest import Manifest, RequestLimits
 from turbo_tvm.frontends.onnx.file import load_file
+from turbo_tvm.frontends.onnx.folder import beside
 from turbo_tvm.frontends.onnx.inputs import OnnxInputs, read_inputs
 from turbo_tvm.frontends.onnx.reference import Reference, image_sample, text_sample
+from turbo_tvm.frontends.onnx.sentence import add_modules
 from turbo_tvm.frontends.sample import ImageSample, Sample
 from turbo_tvm.progress import Progress
 from turbo_tvm.runtime.model import CompiledModel
@@ -49,7 +51,8 @@ def check(path: Path, compiled: CompiledModel, batches: int = 4, progress: bool 
     with Progress("check", progress) as show:
         show("loading the ONNX file")
         model = load_file(path)
-        inputs, reference = read_inputs(path, model, _image_size(manifest.request_limits)), Reference(path, model)
+        inputs = read_inputs(path, model, _image_size(manifest.request_limits))
+        reference = Reference(path, model, add_modules(model, inputs, beside(path).modules))
         found: dict[str, tuple[float, float]] = {}
         lengths: list[int] = []
         for number in range(batches):

@@ -46,9 +46,14 @@ def load_file(path: Path) -> onnx.ModelProto:
     return model
 
 
+def opset_of(model: onnx.ModelProto) -> int:
+    """Return the version of ONNX's operators that a model is written in; 0 if it says none."""
+    return next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
+
+
 def _name_domains(model: onnx.ModelProto) -> None:
     """Add the domain to operators that ONNX Runtime writes without it."""
-    opset = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
+    opset = opset_of(model)
     ours = [n for n in model.graph.node if not n.domain and opset < _RUNTIME_OPERATORS.get(n.op_type, 0)]
     for node in ours:
         node.domain = "com.microsoft"
@@ -60,7 +65,7 @@ def _check_header(path: Path, model: onnx.ModelProto) -> None:
     """Raise UnsupportedModelError for a file without a graph, or of an opset that is not supported."""
     if not model.HasField("graph") or not model.graph.output:
         raise UnsupportedModelError(f"{path} holds no graph: it is damaged or not an ONNX file; {_AGAIN}")
-    opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
+    opset = opset_of(model)
     if opset not in OPSETS:
         raise UnsupportedModelError(
             f"{path} is of ONNX opset {opset}; {OPSETS.start} to {OPSETS.stop - 1} are supported: {_AGAIN} with "

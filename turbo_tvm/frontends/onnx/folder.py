@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from turbo_tvm.errors import UnsupportedModelError
-from turbo_tvm.frontends.imported import labels_in
+from turbo_tvm.artifact.manifest import ProblemType
+from turbo_tvm.frontends.imported import labels_in, problem_type_in
+from turbo_tvm.frontends.sentence_modules import SentenceModules, read_modules, with_pooled_prompts
+from turbo_tvm.frontends.text_files import TextFiles, read_text_files, settings
 
 _PLACES = ("model.onnx", "onnx/model.onnx")
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
-_LONGEST = (("sentence_bert_config.json", "max_seq_length"), ("config.json", "max_position_embeddings"))
 
 
 @dataclass(frozen=True)
@@ -20,9 +19,10 @@ class Beside:
     """What belongs to an ONNX file."""
 
     name: str  # the file's, or the folder's for a file that is only called model
-    tokenizer: str | None  # the text of a `tokenizer.json`
-    longest: int | None  # sequence, in tokens
+    texts: TextFiles  # how texts become tokens, and the longest sequence
+    modules: SentenceModules | None = None  # what sentence-transformers puts behind the encoder
     labels: tuple[str, ...] = ()  # of a classifier
+    problem_type: ProblemType | None = None  # what the logits of a classifier are
 
 
 def file_in(folder: Path) -> Path | None:
@@ -36,31 +36,14 @@ def beside(path: Path) -> Beside:
     """Return what belongs to an ONNX file. Raises UnsupportedModelError for what is there and cannot be read."""
     folder = path.absolute().parent  # a link's own: caches link files to where nothing is beside them
     folder = folder.parent if folder.name == "onnx" else folder
-    tokenizer = folder / "tokenizer.json"
-    text = _read(tokenizer) if tokenizer.exists() else None
-    lengths = [_number(_settings(folder / name).get(key)) for name, key in _LONGEST]
-    labels = labels_in(_settings(folder / "config.json").get("id2label"))
+    modules = read_modules(folder)
+    place = folder if modules is None else modules.transformer
+    config = settings(place / "config.json")
     name = folder.name if path.stem == "model" and folder.name else path.stem
-    return Beside(name, text, next((n for n in lengths if n is not None), None), labels)
-
-
-def _settings(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file; {} without the file."""
-    if not path.exists():
-        return {}
-    try:
-        values: Any = json.loads(_read(path))
-    except ValueError as error:
-        raise UnsupportedModelError(f"{path} is not valid JSON: {error}") from error
-    return values if isinstance(values, dict) else {}
-
-
-def _number(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise UnsupportedModelError(f"{path} cannot be read: {error}") from error
+    texts = read_text_files(folder, place)
+    if modules is not None:
+        texts = with_pooled_prompts(texts, modules, folder)
+    positions = config.get("max_position_embeddings")
+    longest = min((n for n in (texts.longest, positions) if isinstance(n, int) and n > 0), default=None)
+    labels, problem = labels_in(config.get("id2label")), problem_type_in(config.get("problem_type"))
+    return Beside(name, replace(texts, longest=longest), modules, labels, problem)

@@ -23,6 +23,7 @@ from turbo_tvm import tvm_compat
 from turbo_tvm.errors import UnsupportedModelError, summary
 from turbo_tvm.frontends.onnx import fused, operators
 from turbo_tvm.frontends.onnx.constants import Constants, is_constant, refused
+from turbo_tvm.frontends.onnx.file import opset_of
 from turbo_tvm.frontends.onnx.fixed import Loosen
 from turbo_tvm.frontends.onnx.values import Values, is_known
 from turbo_tvm.ops.entry import ENCODE
@@ -51,7 +52,7 @@ class OnnxGraph:
         fixed: the numbers that the graph has in their place, None where it has none (`fixed.py`).
         """
         self.graph = model.graph
-        self.opset = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
+        self.opset = opset_of(model)
         self.inputs = inputs
         self.values = Values(dims, self.opset)
         self.loosen = Loosen(dims, fixed)

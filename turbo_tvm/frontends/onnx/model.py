@@ -19,9 +19,11 @@ from turbo_tvm.frontends.onnx.folder import beside
 from turbo_tvm.frontends.onnx.graph import OnnxGraph
 from turbo_tvm.frontends.onnx.inputs import OnnxInputs, read_inputs
 from turbo_tvm.frontends.onnx.reference import Reference, image_sample, text_sample
+from turbo_tvm.frontends.onnx.sentence import add_modules
 from turbo_tvm.frontends.options import DEFAULT_MAX_LENGTH, DEFAULTS, ImportOptions
 from turbo_tvm.frontends.patches import patches_of
-from turbo_tvm.frontends.sample import ImageSample, Sample
+from turbo_tvm.frontends.sample import ImageSample, Sample, spread_lengths
+from turbo_tvm.frontends.sentence_modules import SentenceModules
 from turbo_tvm.ops.entry import ENCODE
 from turbo_tvm.ops.inputs import InputKind, input_params, kind_of
 from turbo_tvm.passes.extract_inputs import Positions
@@ -69,15 +71,15 @@ class _Fed:
     mod: ir.IRModule
     request_limits: RequestLimits
     positions: PositionRule
-    sample: Sample | ImageSample
+    samples: tuple[Sample | ImageSample, ...]
 
 
 def _import(path: Path, options: ImportOptions) -> Imported:
     found = beside(path)
-    options = options.or_else(name=found.name, tokenizer=found.tokenizer)
+    options = options.or_else(found.name, found.texts)
     model = load_file(path)
-    read = _read(path, model, options)
-    fed = _images(read, options) if read.inputs.image is not None else _texts(read, options, found.longest)
+    read = _read(path, model, options, found.modules)
+    fed = _images(read, options) if read.inputs.image is not None else _texts(read, options, options.usual_length)
     return Imported(
         name=options.name or found.name,
         model_type="onnx",
@@ -88,18 +90,21 @@ def _import(path: Path, options: ImportOptions) -> Imported:
         positions=fed.positions,
         parameter_count=sum(int(np.prod(w.shape)) for w in read.weights),
         tokenizer=options.tokenizer,
+        texts=options.texts,
         labels=found.labels,
-        sample=fed.sample,
+        problem_type=found.problem_type,
+        samples=fed.samples,
     )
 
 
-def _read(path: Path, model: onnx.ModelProto, options: ImportOptions) -> _Read:
+def _read(path: Path, model: onnx.ModelProto, options: ImportOptions, modules: SentenceModules | None) -> _Read:
     inputs = read_inputs(path, model, options.image_size)
+    tail = add_modules(model, inputs, modules)
     dims = tirx.Var("batch", "int64"), tirx.Var("length", "int64")
     graph = OnnxGraph(model, inputs.parameters(*dims), dims, (inputs.batch, inputs.length))
     mod, weights = graph.run()
     limits = (*graph.sliced, *([inputs.length] if inputs.length else []))
-    return _Read(path, inputs, mod, weights, Reference(path, model), limits)
+    return _Read(path, inputs, mod, weights, Reference(path, model, tail), limits)
 
 
 def _images(read: _Read, options: ImportOptions) -> _Fed:
@@ -108,7 +113,7 @@ def _images(read: _Read, options: ImportOptions) -> _Fed:
         raise UnsupportedModelError(f"{read.path} takes images, so max_length={options.max_length} says nothing")
     mod, allowed = patches_of(read.mod, str(read.path))
     sample = image_sample(read.reference, read.inputs, np.random.default_rng(0), _sample_size(read.inputs))
-    return _Fed(mod, allowed, PositionRule("arange"), sample)
+    return _Fed(mod, allowed, PositionRule("arange"), (sample,))
 
 
 def _texts(read: _Read, options: ImportOptions, usual: int | None) -> _Fed:
@@ -133,9 +138,12 @@ def _texts(read: _Read, options: ImportOptions, usual: int | None) -> _Fed:
     if found is None or (found.kind, found.offset) == ("arange", 0):
         mod = import_passes.tabulated(mod, allowed.max_length)
     rule = _position_rule(mod, found)
-    shape = (_sample_size(read.inputs), min(_SAMPLED, allowed.max_length))
-    sample = text_sample(read.reference, read.inputs, (allowed, rule), np.random.default_rng(0), shape)
-    return _Fed(mod, allowed, rule, sample)
+    shapes = [(_sample_size(read.inputs), min(_SAMPLED, longest))]
+    if read.inputs.length is None:
+        shapes += [(read.inputs.batch or 1, length) for length in spread_lengths(longest) if length > _SAMPLED]
+    rng = np.random.default_rng(0)
+    samples = tuple(text_sample(read.reference, read.inputs, (allowed, rule), rng, shape) for shape in shapes)
+    return _Fed(mod, allowed, rule, samples)
 
 
 def _sample_size(inputs: OnnxInputs) -> int:

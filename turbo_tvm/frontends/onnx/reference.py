@@ -12,7 +12,9 @@ import onnx
 from turbo_tvm.artifact.manifest import PositionRule, RequestLimits
 from turbo_tvm.errors import UnsupportedModelError, summary
 from turbo_tvm.frontends.onnx.inputs import OnnxInputs
+from turbo_tvm.frontends.onnx.sentence import SentenceTail
 from turbo_tvm.frontends.sample import ImageSample, Sample
+from turbo_tvm.frontends.sentence_modules import VECTOR
 
 Arrays = dict[str, np.ndarray]
 Run = Callable[[Arrays], Any]  # the outputs in order
@@ -23,9 +25,13 @@ class Reference:
 
     name: str  # what computes the answers, with its version
 
-    def __init__(self, path: Path, model: onnx.ModelProto):
-        """Open the file. Raises UnsupportedModelError if it cannot be run."""
-        names = [output.name for output in model.graph.output]
+    def __init__(self, path: Path, model: onnx.ModelProto, tail: SentenceTail | None = None):
+        """Open the file. Raises UnsupportedModelError if it cannot be run.
+
+        tail: what follows the graph in the file, and is the end of `model`.
+        """
+        self._tail = tail
+        names = [output.name for output in model.graph.output] if tail is None else [tail.needs]
         self._run: Run
         try:
             import onnxruntime
@@ -46,7 +52,8 @@ class Reference:
         size = batch or count
         parts = [self._run({name: x[i : i + size] for name, x in inputs.items()}) for i in range(0, count, size)]
         outputs = [np.concatenate([np.asarray(x) for x in column]) for column in zip(*parts, strict=True)]
-        return dict(zip(self._names, outputs, strict=True))
+        answers = dict(zip(self._names, outputs, strict=True))
+        return answers if self._tail is None else {VECTOR: self._tail(inputs, answers)}
 
 
 def _runtime(path: Path, names: list[str]) -> Run:
@@ -87,14 +94,14 @@ def text_sample(
     Small ids, which often are special, are among the first.
 
     limits: what a request may hold, and how its position ids follow.
-    shape: sequences, and tokens of the longest; of a file that fixes the length, that one.
+    shape: sequences, and tokens of the first, which is the longest; a file that fixes the length has its own.
     """
     (allowed, rule), (batch, longest) = limits, shape
     length = inputs.length or longest
     ids = rng.integers(0, allowed.vocab_size, (batch, length))
     ids[:, 1:2] = np.arange(batch)[:, None] % min(5, allowed.vocab_size)
     ends = rng.integers(1, length + 1, batch)
-    ends[0] = length if batch > 1 and inputs.length is None else ends[0]
+    ends[0] = length if inputs.length is None else ends[0]
     mask = (np.arange(length)[None, :] < ends[:, None]).astype(np.int64)
     types = rng.integers(0, max(allowed.type_vocab_size, 1), ids.shape)
     answers = reference(inputs.feed(ids, mask, types, rule), inputs.batch)

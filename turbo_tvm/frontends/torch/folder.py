@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,47 +11,46 @@ from torch import nn
 from turbo_tvm.errors import UnsupportedModelError
 from turbo_tvm.frontends.imported import Imported
 from turbo_tvm.frontends.options import DEFAULTS, ImportOptions
+from turbo_tvm.frontends.sentence_modules import read_modules, with_pooled_prompts
+from turbo_tvm.frontends.text_files import TextFiles, json_file, read_text_files
 from turbo_tvm.frontends.torch.module import import_module
 from turbo_tvm.frontends.torch.sentence import SentenceEncoder
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """What a folder holds."""
+
+    module: nn.Module
+    texts: TextFiles  # how texts become tokens, and the longest sequence
+
+
 def import_folder(folder: Path, options: ImportOptions = DEFAULTS) -> Imported:
-    """Import the model of a folder; name, longest sequence and tokenizer are the folder's by default.
+    """Import the model of a folder; name, longest sequence, tokenizer and prompts are the folder's by default.
 
     Raises UnsupportedModelError, as `load_folder` and `import_module` do.
     """
-    module, tokenizer, longest = load_folder(folder)
-    return import_module(module, options.or_else(folder.resolve().name, longest, tokenizer))
+    loaded = load_folder(folder)
+    return import_module(loaded.module, options.or_else(folder.resolve().name, loaded.texts))
 
 
-def load_folder(folder: Path) -> tuple[nn.Module, str | None, int | None]:
-    """Return a folder's model, the text of its `tokenizer.json`, and its longest sequence in tokens, if it names one.
+def load_folder(folder: Path) -> Loaded:
+    """Return a folder's model and what its files say of texts.
 
-    A sentence-transformers folder becomes a `SentenceEncoder` with its pooling and normalisation. Raises
-    UnsupportedModelError for a folder that is not a model, a model type that transformers does not know, and modules
-    that are not supported.
+    A sentence-transformers folder becomes a `SentenceEncoder` with its pooling and what follows, or the cross-encoder
+    that it is. Raises UnsupportedModelError for a folder that is not a model, a model type that transformers does not
+    know, and modules and prompts that are not supported.
     """
-    config = _read_json(folder / "config.json", dict)
-    stages = _stages(folder)
-    model = _load(folder, config, bare=stages is not None)
-    if stages is not None:
-        model = SentenceEncoder(model, **stages)
-    return model, _tokenizer(folder), _max_length(folder)
-
-
-def _read_json(path: Path, kind: type) -> Any:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(value, kind):
-            raise ValueError(f"it holds a JSON {type(value).__name__}, not a {kind.__name__}")
-        return value
-    except FileNotFoundError:
-        raise UnsupportedModelError(
-            f"{path.parent} is not a model folder: it has no {path.name}; a folder with config.json, "
-            "model.safetensors and tokenizer.json is needed"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise UnsupportedModelError(f"{path} cannot be read: {error}") from error
+    modules = read_modules(folder)
+    place = folder if modules is None else modules.transformer
+    config = json_file(place / "config.json", dict)
+    pooled = modules is not None and bool(modules.pooling)
+    model = _load(place, config, bare=pooled)
+    texts = read_text_files(folder, place)
+    if modules is None or not pooled:
+        return Loaded(model, texts)
+    model = SentenceEncoder(model, modules.pooling, modules.normalize, modules.then)
+    return Loaded(model, with_pooled_prompts(texts, modules, folder))
 
 
 def _load(folder: Path, config: dict[str, Any], bare: bool) -> nn.Module:
@@ -83,61 +82,3 @@ def _refuse_invented_weights(folder: Path, model: nn.Module, missing: list[str])
     elif missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise UnsupportedModelError(f"{folder} has no weights for {', '.join(missing[:3])}{more} of its model")
-
-
-def _stages(folder: Path) -> dict[str, Any] | None:
-    """Return the arguments of `SentenceEncoder` that `modules.json` asks for; None without such a file."""
-    if not (folder / "modules.json").exists():
-        return None
-    stages: dict[str, Any] = {"pooling": None, "normalize": False}
-    for module in _read_json(folder / "modules.json", list):
-        kind = str(module.get("type")).rsplit(".", 1)[-1]
-        if kind == "Pooling":
-            stages["pooling"] = _pooling(_read_json(folder / module.get("path", "") / "config.json", dict), folder)
-        elif kind == "Normalize":
-            stages["normalize"] = True
-        elif kind != "Transformer":
-            raise UnsupportedModelError(f"{folder}: the sentence-transformers module {kind!r} is not supported")
-    if stages["pooling"] is None:
-        raise UnsupportedModelError(f"{folder}: modules.json has no Pooling module")
-    return stages
-
-
-def _pooling(config: dict[str, Any], folder: Path) -> str:
-    if "pooling_mode" in config:  # the newer spelling
-        modes = [config["pooling_mode"]] if isinstance(config["pooling_mode"], str) else list(config["pooling_mode"])
-    else:
-        modes = [
-            key.removeprefix("pooling_mode_") for key, on in config.items() if key.startswith("pooling_mode_") and on
-        ]
-    names = {"mean_tokens": "mean", "cls_token": "cls", "mean": "mean", "cls": "cls"}
-    if len(modes) != 1 or modes[0] not in names:
-        raise UnsupportedModelError(f"{folder}: pooling {modes} is not supported; mean and cls are")
-    return names[modes[0]]
-
-
-def _tokenizer(folder: Path) -> str | None:
-    path = folder / "tokenizer.json"
-    if path.exists():
-        return _read_text(path)
-    if not any(
-        (folder / name).exists() for name in ("vocab.txt", "vocab.json", "sentencepiece.bpe.model", "spiece.model")
-    ):
-        return None
-    import transformers
-
-    fast = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return fast.backend_tokenizer.to_str() if getattr(fast, "is_fast", False) else None
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise UnsupportedModelError(f"{path} cannot be read: {error}") from error
-
-
-def _max_length(folder: Path) -> int | None:
-    path = folder / "sentence_bert_config.json"
-    value = _read_json(path, dict).get("max_seq_length") if path.exists() else None
-    return int(value) if value else None

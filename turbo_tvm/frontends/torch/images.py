@@ -10,7 +10,7 @@ from torch import nn
 
 from turbo_tvm.artifact.manifest import PositionRule
 from turbo_tvm.errors import UnsupportedModelError, summary
-from turbo_tvm.frontends.imported import Imported, labels_in
+from turbo_tvm.frontends.imported import Imported, labels_in, problem_type_in
 from turbo_tvm.frontends.options import ImportOptions, Size, size_of
 from turbo_tvm.frontends.patches import patches_of
 from turbo_tvm.frontends.sample import ImageSample
@@ -49,7 +49,8 @@ def import_images(model: nn.Module, options: ImportOptions) -> Imported:
         positions=PositionRule("arange"),
         parameter_count=sum(p.numel() for p in model.parameters()),
         labels=labels_in(getattr(config_of(model), "id2label", None)),
-        sample=ImageSample(pixels.numpy(), {key: value.numpy() for key, value in outputs.items()}),
+        problem_type=problem_type_in(getattr(config_of(model), "problem_type", None)),
+        samples=(ImageSample(pixels.numpy(), {key: value.numpy() for key, value in outputs.items()}),),
     )
 
 

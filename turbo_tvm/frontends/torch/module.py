@@ -14,9 +14,9 @@ from torch import nn
 
 from turbo_tvm.artifact.manifest import PositionRule, RequestLimits
 from turbo_tvm.errors import UnsupportedModelError, summary
-from turbo_tvm.frontends.imported import Imported, labels_in
+from turbo_tvm.frontends.imported import Imported, labels_in, problem_type_in
 from turbo_tvm.frontends.options import DEFAULT_MAX_LENGTH, DEFAULTS, ImportOptions
-from turbo_tvm.frontends.sample import TOLERANCES, Sample
+from turbo_tvm.frontends.sample import TOLERANCES, Sample, spread_lengths
 from turbo_tvm.frontends.torch.checks import check_module, check_options, takes_images
 from turbo_tvm.frontends.torch.export import to_relax
 from turbo_tvm.frontends.torch.images import import_images
@@ -57,10 +57,11 @@ def import_module(model: nn.Module, options: ImportOptions = DEFAULTS) -> Import
 
 
 def _import_texts(model: nn.Module, options: ImportOptions) -> Imported:
-    _sample(model, None)  # whether it runs at all
+    long = _long_sample(model, options)
     positions = _position_rule(model)
-    limit = _max_length(model, positions, options.max_length)
-    sample = _sample(model, limit)
+    limit = _max_length(model, positions, options)
+    ids, mask = (part[:, :limit] for part in _small(model))
+    sample = _sample(model, ids, mask)
     wrapper = _wrapper(model, positions, limit, sample)
     mod, weights = _imported(wrapper, limit)
     return Imported(
@@ -73,19 +74,58 @@ def _import_texts(model: nn.Module, options: ImportOptions) -> Imported:
         positions=positions,
         parameter_count=sum(p.numel() for p in model.parameters()),
         tokenizer=options.tokenizer,
+        texts=options.texts,
         labels=labels_in(getattr(config_of(model), "id2label", None)),
-        sample=sample,
+        problem_type=problem_type_in(getattr(config_of(model), "problem_type", None)),
+        samples=(sample, *_long_samples(model, long, limit)),
     )
 
 
+def _long_sample(model: nn.Module, options: ImportOptions) -> Sample:
+    """Return what the model answers to a sequence as long as it takes, asked before any shorter one.
+
+    A model may be another one from some number of tokens on, such as BigBird, which attends in blocks then; a shorter
+    sequence before makes it attend to all tokens from then on. Raises UnsupportedModelError for what does not run.
+    """
+    table = getattr(config_of(model), "max_position_embeddings", None) or DEFAULT_MAX_LENGTH
+    longest = max(1, min(filter(None, (table, options.max_length, options.usual_length))))
+    try:
+        return _sample(model, *_alone(model, longest))
+    except UnsupportedModelError:  # a table with rows before that of the first token: RoBERTa's
+        first_row = (getattr(config_of(model), "pad_token_id", None) or 0) + 1
+        return _sample(model, *_alone(model, max(1, min(longest, table - first_row))))
+
+
+def _long_samples(model: nn.Module, long: Sample, limit: int) -> list[Sample]:
+    """Return what the model answers to lengths that are spread to its longest.
+
+    long: what it answered first, which may be longer, as padding takes no row of RoBERTa's table.
+    """
+    known = long.mask.shape[1]
+    others = [_sample(model, *_alone(model, length)) for length in spread_lengths(limit) if length != known]
+    return [long, *others] if known <= limit else others
+
+
+def _small(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a small batch with padding: token ids and mask, int64 (batch, length)."""
+    ids = sample_ids(model)
+    return ids, sample_mask(ids)
+
+
+def _alone(model: nn.Module, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a sequence without padding: token ids and mask, int64 (1, length)."""
+    ids = sample_ids(model)[:1]
+    drawn = torch.randint(0, vocab_size(model), (1, length), generator=torch.Generator().manual_seed(length))
+    drawn[:, : min(length, ids.shape[1])] = ids[:, :length]
+    return drawn, torch.ones_like(drawn)
+
+
 @torch.inference_mode()
-def _sample(model: nn.Module, longest: int | None) -> Sample:
-    """Return what the model itself, without the wrapper, answers to a batch with padding.
+def _sample(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> Sample:
+    """Return what the model itself, without the wrapper, answers to a batch.
 
     Raises UnsupportedModelError for a model that cannot be run on token ids and a mask alone.
     """
-    ids = sample_ids(model)[:, :longest]
-    mask = sample_mask(ids)
     try:
         outputs = tensors_of(model(input_ids=ids, attention_mask=mask))
     except UnsupportedModelError:
@@ -151,13 +191,14 @@ def _candidate_rules(model: nn.Module) -> list[PositionRule]:
     return rules
 
 
-def _max_length(model: nn.Module, positions: PositionRule, asked: int | None) -> int:
+def _max_length(model: nn.Module, positions: PositionRule, options: ImportOptions) -> int:
     """Return the longest sequence in tokens: what is asked for, if the table of positions has as many rows."""
+    asked = options.max_length
     table = getattr(config_of(model), "max_position_embeddings", None)
     offset = positions.offset + 1 if positions.kind == "count_non_pad" else positions.offset
     limit = int(table) - offset if table else None
     if asked is None:
-        return limit or DEFAULT_MAX_LENGTH
+        return min(filter(None, (limit, options.usual_length)), default=DEFAULT_MAX_LENGTH)
     if asked < 1 or (limit is not None and asked > limit):
         raise UnsupportedModelError(
             f"max_length={asked} is not possible: the model has positions for 1 to {limit} tokens"

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from turbo_tvm.runtime.text import Text
+from turbo_tvm.runtime.long_texts import Side
+from turbo_tvm.runtime.text import Text, TextOptions
 from turbo_tvm.server import embeddings, errors
 from turbo_tvm.server.endpoint import Call, Reply, json_reply
 from turbo_tvm.server.errors import Problem
@@ -24,9 +25,18 @@ async def predictions(call: Call, body: PredictRequest, nested: bool) -> list:
     """Return labels and scores of each text or pair; of a single one alone, unless `nested`. Raises Problem."""
     texts, batch = _texts(call, body.inputs)
     model = call.named_model
-    logits = await embeddings.scores(call, model, texts, bool(body.truncate))
-    found = [_labelled(model.labels, one if body.raw_scores else embeddings.probabilities(one)) for one in logits]
+    logits = await embeddings.scores(call, model, texts, bool(body.truncate), text_options(body))
+    problem = model.model.manifest.problem_type
+    scores = [one if body.raw_scores else embeddings.probabilities(one, problem) for one in logits]
+    found = [_labelled(model.labels, one) for one in scores]
     return found if batch or nested else found[0]
+
+
+def text_options(body: Any) -> TextOptions:
+    """Return what a body asks of its texts: prompt_name, where it has one, and truncation_direction."""
+    side = body.truncation_direction
+    cut: Side | None = None if side is None else "left" if side.lower() == "left" else "right"
+    return TextOptions(getattr(body, "prompt_name", None), cut)
 
 
 def _texts(call: Call, inputs: str | list[str | list[str]]) -> tuple[list[Text], bool]:
@@ -60,7 +70,7 @@ async def rerank(call: Call) -> Reply:
     body: RerankRequest = call.body
     embeddings.check_count(call, len(body.texts), "texts")
     pairs: list[Text] = [(body.query, text) for text in body.texts]
-    logits = await embeddings.scores(call, call.named_model, pairs, bool(body.truncate))
+    logits = await embeddings.scores(call, call.named_model, pairs, bool(body.truncate), text_options(body))
     if len(logits[0]) != 1:
         raise Problem(errors.UNPROCESSABLE, f"a reranker gives one score, this model {len(logits[0])}: use /predict")
     values = np.array([(one if body.raw_scores else embeddings.probabilities(one))[0] for one in logits])

@@ -11,7 +11,7 @@ from turbo_tvm.server import embeddings, errors
 from turbo_tvm.server.endpoint import Call, Endpoint, Protocol, Reply, decoded, json_reply
 from turbo_tvm.server.errors import Problem, tei_form
 from turbo_tvm.server.model_service import ModelService
-from turbo_tvm.server.tei.classification import predict, predictions, rerank
+from turbo_tvm.server.tei.classification import predict, predictions, rerank, text_options
 from turbo_tvm.server.tei.types import (
     DecodeRequest,
     EmbedAllRequest,
@@ -23,6 +23,7 @@ from turbo_tvm.server.tei.types import (
     RerankRequest,
     RootRequest,
     SimilarityInputs,
+    SimilarityParameters,
     SimilarityRequest,
     Token,
     TokenizeRequest,
@@ -35,7 +36,7 @@ _MOST_TOKENIZED = 1 << 20  # characters whose tokens are listed
 async def _embed(call: Call) -> Reply:
     body: EmbedRequest = call.body
     model = call.named_model
-    requests = await embeddings.requests_of(call, model, body.inputs, "inputs")
+    requests = await embeddings.requests_of(call, model, body.inputs, "inputs", text_options(body))
     if not body.truncate:
         embeddings.check_whole(model, requests)
     vectors = embeddings.shortened(await embeddings.embed(call, model, requests), body.dimensions)
@@ -48,7 +49,7 @@ async def _embed_all(call: Call) -> Reply:
     spec = model.token_rows
     if spec is None:
         raise Problem(errors.UNPROCESSABLE, f"the model {model.name} gives no vector per token")
-    requests = await embeddings.requests_of(call, model, body.inputs, "inputs")
+    requests = await embeddings.requests_of(call, model, body.inputs, "inputs", text_options(body))
     if not body.truncate:
         embeddings.check_whole(model, requests)
     return json_reply(await model.answer(requests, embeddings.deadline_of(call), spec.name))
@@ -56,17 +57,18 @@ async def _embed_all(call: Call) -> Reply:
 
 async def _similarity(call: Call) -> Reply:
     body: SimilarityRequest = call.body
-    return json_reply(await _similarities(call, body.inputs))
+    return json_reply(await _similarities(call, body.inputs, body.parameters))
 
 
-async def _similarities(call: Call, inputs: SimilarityInputs) -> list[float]:
+async def _similarities(call: Call, inputs: SimilarityInputs, how: SimilarityParameters) -> list[float]:
     embeddings.check_count(call, len(inputs.sentences), "sentences")
     model = call.named_model
     embeddings.need_tokenizer(model)
     requests = await model.tokenization.tokenize(
-        [inputs.source_sentence, *inputs.sentences], embeddings.deadline_of(call)
+        [inputs.source_sentence, *inputs.sentences], embeddings.deadline_of(call), text_options(how)
     )
-    embeddings.check_whole(model, requests)
+    if not how.truncate:
+        embeddings.check_whole(model, requests)
     first, *others = map(embeddings.unit, await embeddings.embed(call, model, requests))
     return [float(first @ other) for other in others]
 
@@ -150,8 +152,8 @@ async def _root(call: Call) -> Reply:
     """Answer with what the model does by default: embeddings, predictions or similarities."""
     inputs, model = call.body.inputs, call.named_model
     if isinstance(inputs, dict):
-        body = _converted({"inputs": inputs}, SimilarityRequest)
-        return json_reply(await _similarities(call, body.inputs))
+        body = _converted({"inputs": inputs, "parameters": call.body.parameters}, SimilarityRequest)
+        return json_reply(await _similarities(call, body.inputs, body.parameters))
     flat = {**decoded(_ANY, call.raw), **call.body.parameters}
     if model.scores is not None:
         return json_reply(await predictions(call, _converted(flat, PredictRequest), nested=True))

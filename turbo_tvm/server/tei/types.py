@@ -9,7 +9,7 @@ import msgspec
 from turbo_tvm.server.embeddings import Inputs
 
 Dimensions = Annotated[int, msgspec.Meta(ge=1)]
-Direction = Literal["right", "Right"]  # the end at which a text that is too long is cut: there is no other yet
+Direction = Literal["right", "Right", "left", "Left"]  # the end at which a text that is too long is cut
 TokenId = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 
 
@@ -19,8 +19,8 @@ class EmbedRequest(msgspec.Struct):
     inputs: Inputs
     normalize: bool = True  # to unit length
     truncate: bool | None = False  # cut texts that are too long, which are refused otherwise
-    truncation_direction: Direction = "right"
-    prompt_name: None = None
+    truncation_direction: Direction | None = None  # the model's
+    prompt_name: str | None = None  # of the model's prompts; its default otherwise
     dimensions: Dimensions | None = None
 
 
@@ -29,8 +29,8 @@ class EmbedAllRequest(msgspec.Struct):
 
     inputs: Inputs
     truncate: bool | None = False
-    truncation_direction: Direction = "right"
-    prompt_name: None = None
+    truncation_direction: Direction | None = None  # the model's
+    prompt_name: str | None = None
 
 
 class PredictRequest(msgspec.Struct):
@@ -39,7 +39,7 @@ class PredictRequest(msgspec.Struct):
     inputs: str | list[str | list[str]]  # a text; a list of one text or of a pair; or a list of such lists
     raw_scores: bool = False
     truncate: bool | None = False
-    truncation_direction: Direction = "right"
+    truncation_direction: Direction | None = None  # the model's
 
 
 class RerankRequest(msgspec.Struct):
@@ -50,7 +50,7 @@ class RerankRequest(msgspec.Struct):
     raw_scores: bool = False
     return_text: bool = False
     truncate: bool | None = False
-    truncation_direction: Direction = "right"
+    truncation_direction: Direction | None = None  # the model's
 
 
 class SimilarityInputs(msgspec.Struct):
@@ -60,10 +60,19 @@ class SimilarityInputs(msgspec.Struct):
     sentences: list[str]
 
 
+class SimilarityParameters(msgspec.Struct, frozen=True):
+    """How the texts are read."""
+
+    truncate: bool | None = False
+    truncation_direction: Direction | None = None
+    prompt_name: str | None = None
+
+
 class SimilarityRequest(msgspec.Struct):
     """Asks for the cosine similarities of a text to others."""
 
     inputs: SimilarityInputs
+    parameters: SimilarityParameters = SimilarityParameters()
 
 
 class TokenizeRequest(msgspec.Struct):
