@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import tvm
 from tvm.script import tirx as T
-from tvm.script.parser.core import parser
+from tvm.script.parser.core import diagnostics, evaluator, parser
 
 from turbo_tvm import quick_script
 
@@ -23,9 +23,12 @@ def tvms_own() -> Iterator[None]:
     exec(compile(source, parser.__file__, "exec"), {"__name__": parser.__name__, **vars(parser)}, space)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parser.ScriptMacro, "_find_parser_def", space["ScriptMacro"]._find_parser_def)
-        quick_script.uninstall()
+        patch.setattr(diagnostics.Source, "__init__", quick_script._tvm_source)
+        patch.setattr(diagnostics.Source, "as_ast", quick_script._tvm_as_ast)
+        patch.setattr(evaluator.ExprEvaluator, "_visit", quick_script._tvm_visit)
+        patch.setattr(evaluator, "_eval_expr", quick_script._tvm_eval_expr)
+        patch.setattr(evaluator, "_eval_assign", quick_script._tvm_eval_assign)
         yield
-    quick_script.install()
 
 
 def doubled() -> tvm.tirx.PrimFunc:

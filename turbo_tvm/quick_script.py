@@ -29,6 +29,7 @@ _BUILTINS = _BUILTINS if isinstance(_BUILTINS, dict) else vars(_BUILTINS)
 _CALL = compile("__tvm_call__()", "<TVMScript>", "eval")
 
 _tvm_source = diagnostics.Source.__init__
+_tvm_as_ast = diagnostics.Source.as_ast
 _tvm_visit = evaluator.ExprEvaluator._visit
 _tvm_eval_expr = evaluator._eval_expr
 _tvm_eval_assign = evaluator._eval_assign
@@ -42,15 +43,6 @@ def install() -> None:
     evaluator.ExprEvaluator._visit = visit
     evaluator._eval_expr = evaluate
     evaluator._eval_assign = assign
-
-
-def uninstall() -> None:
-    """Make the parser what TVM made it, for tests that compare the two; it keeps looking for itself in frames alone."""
-    diagnostics.Source.__init__ = _tvm_source
-    diagnostics.Source.as_ast = lambda self: doc.parse(self.source)
-    evaluator.ExprEvaluator._visit = _tvm_visit
-    evaluator._eval_expr = _tvm_eval_expr
-    evaluator._eval_assign = _tvm_eval_assign
 
 
 def find_parser(self: parser.ScriptMacro) -> Any:
@@ -82,10 +74,10 @@ def read_source(self: diagnostics.Source, program: Any) -> None:
 def syntax_tree(self: diagnostics.Source) -> Any:
     """Return the syntax tree of a source; a function's is made once per thread, as the parser changes it."""
     if self.source_name == _A_TEXT:
-        return doc.parse(self.source)
+        return _tvm_as_ast(self)
     trees = _known.trees
     if self.source not in trees:
-        trees[self.source] = _Tree(doc.parse(self.source))
+        trees[self.source] = _Tree(_tvm_as_ast(self))
     return trees[self.source].as_written()
 
 

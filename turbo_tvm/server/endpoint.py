@@ -116,7 +116,7 @@ def decoded(decoder: msgspec.json.Decoder, raw: bytes) -> Any:
     except msgspec.ValidationError as error:
         try:
             return msgspec.convert(_without_nulls(msgspec.json.decode(raw)), decoder.type)
-        except (msgspec.ValidationError, RecursionError):
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):  # what follows may be no JSON at all
             raise Problem(errors.UNPROCESSABLE, str(error)) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise Problem(errors.INVALID, f"the body is no JSON: {error}") from None

@@ -72,6 +72,10 @@ class TestTextEmbeddingsInference:
         assert unknown.status_code == 400 and "no prompt 'passage'; it has fast, slow" in unknown.text
         assert client.post("/embed", json={"inputs": "a", "truncation_direction": "right"}).status_code == 200
 
+    @pytest.mark.parametrize("body", [b"[1, 2", b'{"inputs": 5, "more": nul}', b'{"inputs": null} and more'])
+    def test_another_form_and_no_json_after_it(self, client, body):
+        assert client.post("/embed", content=body).status_code in (400, 422)
+
     def test_either_end_is_cut(self, client, local):
         text = "red " * 60 + "the cat"
         body = {"inputs": text, "truncate": True}

@@ -79,7 +79,7 @@ def _import(path: Path, options: ImportOptions) -> Imported:
     options = options.or_else(found.name, found.texts)
     model = load_file(path)
     read = _read(path, model, options, found.modules)
-    fed = _images(read, options) if read.inputs.image is not None else _texts(read, options, options.usual_length)
+    fed = _images(read, options) if read.inputs.image is not None else _texts(read, options)
     return Imported(
         name=options.name or found.name,
         model_type="onnx",
@@ -116,10 +116,8 @@ def _images(read: _Read, options: ImportOptions) -> _Fed:
     return _Fed(mod, allowed, PositionRule("arange"), (sample,))
 
 
-def _texts(read: _Read, options: ImportOptions, usual: int | None) -> _Fed:
+def _texts(read: _Read, options: ImportOptions) -> _Fed:
     """Make positions an input, and find out what a request may hold.
-
-    usual: the longest sequence in tokens by a `config.json`, if there is one.
 
     Raises UnsupportedModelError for a graph that looks no token ids up, and for a length that is not possible.
     """
@@ -133,7 +131,7 @@ def _texts(read: _Read, options: ImportOptions, usual: int | None) -> _Fed:
     if InputKind.POSITION_IDS in read.inputs.names:  # those that a caller of the file supplies are counted from 0
         found = Positions("arange", 0, None, rows.get(InputKind.POSITION_IDS, _UNLIMITED))
     limits = [*read.limits, *([found.longest] if found else [])]
-    longest = _max_length(limits, options.max_length, usual)
+    longest = _max_length(limits, options.max_length, options.usual_length)
     allowed = RequestLimits(longest, rows[InputKind.TOKEN_IDS], _token_types(read.inputs, rows))
     if found is None or (found.kind, found.offset) == ("arange", 0):
         mod = import_passes.tabulated(mod, allowed.max_length)
